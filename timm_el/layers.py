@@ -1,0 +1,605 @@
+"""The layers of a binarized network.
+
+One mechanism serves every method: a `BinaryUnit` computes the paper's equation 4,
+
+    unit(x) = post( branch(x) + link(x) )        branch = pre -> conv -> norm and act, in the recipe's order
+
+where `conv` is usually a `BinaryConv2d`, which signs its input and its weight, and `link` an `ElasticLink`, which carries
+the real-valued input around it. Binarization adds no other wrapper to a network.
+"""
+import math
+from typing import Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .quantizers import get_quantizer
+
+__all__ = [
+    'weight_scale', 'input_scale', 'BinaryConv2d', 'BinaryLinear', 'ElasticLink', 'BinaryUnit', 'Shift', 'RSign',
+    'RPReLU', 'ZeroShortcut',
+]
+
+PAD_VALUES = (-1, 0, 1)
+
+
+def weight_scale(weight: torch.Tensor) -> torch.Tensor:
+    """Scale of a binary weight: alpha = mean(abs(W)) per output channel (paper, eq. 3; XNOR-Net).
+
+    The mean is taken in float64, because a float32 mean over +-alpha need not give alpha back, and then a packed file
+    would change each time that it is written again. No gradient flows through alpha.
+
+    Args:
+        weight: Latent weight (O, ...).
+
+    Returns:
+        Tensor (O,) of the weight's dtype.
+    """
+    alpha = weight.detach().abs().flatten(1).mean(1, dtype=_wide_float(weight))
+    return alpha.to(weight.dtype)
+
+
+def input_scale(
+        x: torch.Tensor,
+        kernel_size: Tuple[int, int],
+        stride: Tuple[int, int],
+        padding: Tuple[int, int],
+        dilation: Tuple[int, int],
+        groups: int = 1,
+) -> torch.Tensor:
+    """Scale of a binary input: K = box_filter( mean over channels of abs(x) ) (paper, eq. 3; XNOR-Net, section 3.2).
+
+    Every tap of the box weighs 1 / (kH * kW); taps in the padding count as zeros. A grouped convolution has one plane
+    a group, because its kernels see one group of channels each.
+
+    Args:
+        x: Real input (N, C, H, W).
+        kernel_size, stride, padding, dilation, groups: Those of the convolution.
+
+    Returns:
+        Tensor (N, groups, H', W') with the spatial size of the convolution's output.
+    """
+    planes = x.abs().unflatten(1, [groups, x.shape[1] // groups]).mean(2)
+    box = torch.ones(
+        [groups, 1, kernel_size[0], kernel_size[1]], dtype=x.dtype, device=x.device) / (kernel_size[0] * kernel_size[1])
+    return F.conv2d(planes, box, None, stride, padding, dilation, groups)
+
+
+class _Quantized(nn.Module):
+    """What `BinaryConv2d` and `BinaryLinear` share: two quantizers and two scales."""
+    __jit_unused_properties__ = ['is_binary']
+
+    def _set_quantization(
+            self,
+            input_quantizer: Optional[str],
+            weight_quantizer: Optional[str],
+            scale_weight: bool,
+            scale_input: bool,
+            input_scale_grad: bool,
+    ) -> None:
+        self.input_quantizer = input_quantizer
+        self.weight_quantizer = weight_quantizer
+        self.quantize_input = get_quantizer(input_quantizer, 'input_quantizer')
+        self.quantize_weight = get_quantizer(weight_quantizer, 'weight_quantizer')
+        self.scale_weight = scale_weight and weight_quantizer is not None
+        self.scale_input = scale_input and input_quantizer is not None
+        self.input_scale_grad = input_scale_grad
+        self.scale_shape = [-1] + [1] * (self.weight.dim() - 1)
+
+    @property
+    def is_binary(self) -> bool:
+        """True if weight and input are both binary, so that the layer can run as xor and popcount."""
+        return self.input_quantizer is not None and self.weight_quantizer is not None
+
+    def quantized_weight(self) -> torch.Tensor:
+        """The weight in use: alpha * Sign(W), or the real weight where there is no quantizer."""
+        weight = self.quantize_weight(self.weight)
+        if self.scale_weight:
+            weight = weight * weight_scale(self.weight).reshape(self.scale_shape)
+        return weight
+
+    def _share_parameters(self, source: nn.Module):
+        self.weight, self.bias = source.weight, source.bias
+        return self.train(source.training)
+
+    def extra_repr(self) -> str:
+        scales = [name for name, on in (('alpha', self.scale_weight), ('K', self.scale_input)) if on]
+        return (
+            f'{super().extra_repr()}, input={self.input_quantizer}, weight={self.weight_quantizer}, '
+            f'scales={"+".join(scales) or None}')
+
+
+class BinaryConv2d(_Quantized, nn.Conv2d):
+    r"""Convolution of a binary input with a binary weight (paper, eq. 3).
+
+    y = ( Sign(x) (*) Sign(W) ) . alpha . K + bias
+
+    with alpha = mean(abs(W)) per output channel (`weight_scale`) and K the local mean of abs(x) (`input_scale`). The
+    parameter `weight` is the *latent* real weight. The input is signed first and padded afterwards.
+
+    Gradient: that of the quantizers' estimators; none through alpha, none through K unless `input_scale_grad`.
+
+    Shapes: x (N, C_in, H, W) float -> (N, C_out, H', W'), H' and W' as for `torch.nn.Conv2d`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            As for `torch.nn.Conv2d`, in the same order.
+        input_quantizer: 'ste', 'approx', or None for a real input.
+        weight_quantizer: 'ste', 'approx', or None for a real weight (stage one of two-stage training).
+        scale_weight: Apply alpha. Without effect on a real weight.
+        scale_input: Apply K. Without effect on a real input.
+        input_scale_grad: Let gradient flow through K.
+        pad_value: What a padded tap holds after the sign: 0 (contributes nothing), -1 or +1. Only for
+            padding_mode='zeros'.
+
+    Raises:
+        ValueError: An unknown quantizer or pad value, a pad value with another padding mode, or channel counts that are
+            not positive (construction); an input that is not 4-D or has another number of channels (forward).
+        TypeError: The input is not a float tensor (forward).
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Union[int, Tuple[int, int]],
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[str, int, Tuple[int, int]] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1,
+            groups: int = 1,
+            bias: bool = True,
+            padding_mode: str = 'zeros',
+            device=None,
+            dtype=None,
+            *,
+            input_quantizer: Optional[str] = 'ste',
+            weight_quantizer: Optional[str] = 'ste',
+            scale_weight: bool = True,
+            scale_input: bool = False,
+            input_scale_grad: bool = False,
+            pad_value: int = 0,
+    ) -> None:
+        _check_positive(in_channels=in_channels, out_channels=out_channels)
+        if pad_value not in PAD_VALUES:
+            raise ValueError(f'pad_value: found {pad_value!r}, expected one of {PAD_VALUES}')
+        if pad_value and padding_mode != 'zeros':
+            raise ValueError(f"pad_value: {pad_value} needs padding_mode='zeros', found {padding_mode!r}")
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device=device, dtype=dtype)
+        self._set_quantization(input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad)
+        self.pad_value = pad_value
+        # Padding is explicit where conv2d's own zero padding is not what is asked for; 'same' may be uneven.
+        self.pad_first = padding_mode != 'zeros' or pad_value != 0 or _is_uneven(self)
+        self.pad_sides = [int(p) for p in self._reversed_padding_repeated_twice]  # left, right, top, bottom
+        if self.pad_first or padding == 'valid':
+            self.conv_padding = (0, 0)
+        else:
+            self.conv_padding = (self.pad_sides[2], self.pad_sides[0])
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **quantization) -> 'BinaryConv2d':
+        """A binary convolution that shares the parameters of a float one, which become its latent weight and bias.
+
+        Args:
+            conv: The float convolution; it is not changed.
+            quantization: The keyword arguments that `BinaryConv2d` has beyond `torch.nn.Conv2d`'s.
+        """
+        binary = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            conv.groups, conv.bias is not None, conv.padding_mode, device='meta', **quantization)
+        return binary._share_parameters(conv)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_images(x, self.in_channels, 'BinaryConv2d')
+        signed = self.quantize_input(x)
+        if self.pad_first:
+            mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
+            value = float(self.pad_value) if mode == 'constant' else None
+            signed = F.pad(signed, self.pad_sides, mode, value)
+        weight = self.quantized_weight()
+        if not self.scale_input:
+            return F.conv2d(
+                signed, weight, self.bias, self.stride, self.conv_padding, self.dilation, self.groups)
+        y = F.conv2d(signed, weight, None, self.stride, self.conv_padding, self.dilation, self.groups)
+        y = y * self.scale_of_input(x)
+        bias = self.bias  # TorchScript narrows None on locals only
+        return y if bias is None else y + bias.reshape(-1, 1, 1)
+
+    def scale_of_input(self, x: torch.Tensor) -> torch.Tensor:
+        """K for this convolution, one plane for all output channels, or one plane a group repeated over its channels."""
+        x = x if self.input_scale_grad else x.detach()
+        if self.pad_first:
+            x = F.pad(x, self.pad_sides)
+        scale = input_scale(x, self.kernel_size, self.stride, self.conv_padding, self.dilation, self.groups)
+        return scale if self.groups == 1 else scale.repeat_interleave(self.out_channels // self.groups, 1)
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, pad_value={self.pad_value}'
+
+
+class BinaryLinear(_Quantized, nn.Linear):
+    """Product of a binary input with a binary weight: y = ( Sign(x) Sign(W)^T ) . alpha . K + bias (paper, eq. 3).
+
+    alpha is the mean of abs(W) per output feature, K the mean of abs(x) per row of the input.
+
+    Shapes: x (..., in_features) float -> (..., out_features).
+
+    Args:
+        in_features, out_features, bias, device, dtype: As for `torch.nn.Linear`, in the same order.
+        input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad: As for `BinaryConv2d`.
+
+    Raises:
+        ValueError: An unknown quantizer or a feature count that is not positive.
+        TypeError: The input is not a float tensor (forward).
+    """
+
+    def __init__(
+            self,
+            in_features: int,
+            out_features: int,
+            bias: bool = True,
+            device=None,
+            dtype=None,
+            *,
+            input_quantizer: Optional[str] = 'ste',
+            weight_quantizer: Optional[str] = 'ste',
+            scale_weight: bool = True,
+            scale_input: bool = False,
+            input_scale_grad: bool = False,
+    ) -> None:
+        _check_positive(in_features=in_features, out_features=out_features)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._set_quantization(input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **quantization) -> 'BinaryLinear':
+        """A binary linear layer that shares the parameters of a float one."""
+        binary = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, device='meta', **quantization)
+        return binary._share_parameters(linear)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_float(x, 'BinaryLinear')
+        signed = self.quantize_input(x)
+        weight = self.quantized_weight()
+        if not self.scale_input:
+            return F.linear(signed, weight, self.bias)
+        real = x if self.input_scale_grad else x.detach()
+        y = F.linear(signed, weight) * real.abs().mean(-1, keepdim=True)
+        bias = self.bias
+        return y if bias is None else y + bias
+
+
+class ElasticLink(nn.Module):
+    r"""Real-valued path around a binary convolution: pool, then Squeeze, Expand or Identity, divided by gamma (eq. 4).
+
+    With r from eq. 5, r = ceil(C_in / C_out) if C_in >= C_out else ceil(C_out / C_in):
+
+    * Squeeze (C_in > C_out): zero-pad the channels to r * C_out, cut them into r groups of C_out *consecutive* channels,
+      sum the groups: y[c] = sum_j x[j * C_out + c].
+    * Expand (C_in < C_out): tile all channels r times and cut to C_out: y[c] = x[c mod C_in].
+    * Identity: y = x.
+
+    Pooling (for a strided convolution) is a max-pool that comes first: by default kernel = stride, ceil mode, so that
+    the output has ceil(H / stride) rows for every H.
+
+    Shapes: x (N, C_in, H, W) -> (N, C_out, H', W').
+
+    Args:
+        in_channels: C_in.
+        out_channels: C_out.
+        stride: Stride of the convolution that the link goes around.
+        gamma: 'learnable' (a 0-D parameter), 'fixed' (a 0-D buffer of the same name) or None (no division).
+            Initialised to r.
+        pool: Pooling module to use in place of the default one.
+
+    Raises:
+        ValueError: Channel counts that are not positive, an unknown gamma.
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            stride: Union[int, Tuple[int, int]] = 1,
+            gamma: Optional[str] = 'learnable',
+            pool: Optional[nn.Module] = None,
+            device=None,
+            dtype=None,
+    ) -> None:
+        _check_positive(in_channels=in_channels, out_channels=out_channels)
+        if gamma not in ('learnable', 'fixed', None):
+            raise ValueError(f"gamma: found {gamma!r}, expected 'learnable', 'fixed' or None")
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.squeeze = in_channels > out_channels
+        self.expand = in_channels < out_channels
+        self.ratio = math.ceil(max(in_channels, out_channels) / min(in_channels, out_channels))
+        strides = stride if isinstance(stride, tuple) else (stride, stride)
+        if pool is None and strides != (1, 1):
+            pool = nn.MaxPool2d(strides, strides, ceil_mode=True)
+        self.pool = pool
+        self.gamma_mode = gamma
+        if gamma is None:
+            self.gamma = None
+        else:
+            value = torch.full((), float(self.ratio), device=device, dtype=dtype)
+            if gamma == 'learnable':
+                self.gamma = nn.Parameter(value)
+            else:
+                self.register_buffer('gamma', value)
+
+    @classmethod
+    def for_conv(cls, conv: nn.Conv2d, gamma: Optional[str] = 'learnable') -> Optional['ElasticLink']:
+        """The link around a given convolution.
+
+        gamma is dropped on a link that neither changes channels nor stands for a 1x1 convolution: the paper's Fig. 4
+        counts 16 in ResNet26, two a block. Where the convolution's output has not ceil(H / stride) rows for every H
+        (no padding, even kernels), the link pools with the convolution's own kernel, stride, padding and dilation.
+
+        Returns:
+            The link, or None if no pooling has the convolution's output size.
+        """
+        identity = conv.in_channels == conv.out_channels
+        if identity and max(conv.kernel_size) > 1:
+            gamma = None
+        padding = conv.padding
+        if padding == 'valid':
+            padding = (0, 0)
+        pool = None
+        if padding != 'same' and any(
+                2 * p != d * (k - 1) for k, p, d in zip(conv.kernel_size, padding, conv.dilation)):
+            if any(2 * p > k for k, p in zip(conv.kernel_size, padding)):
+                return None
+            pool = nn.MaxPool2d(conv.kernel_size, conv.stride, padding, conv.dilation)
+        return cls(
+            conv.in_channels, conv.out_channels, conv.stride, gamma, pool,
+            device=conv.weight.device, dtype=conv.weight.dtype)
+
+    __jit_unused_properties__ = ['kind']
+
+    @property
+    def kind(self) -> str:
+        """'squeeze', 'expand' or 'identity'."""
+        return 'squeeze' if self.squeeze else 'expand' if self.expand else 'identity'
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pool is not None:
+            x = self.pool(x)
+        if self.squeeze:
+            missing = self.ratio * self.out_channels - self.in_channels
+            if missing > 0:
+                x = F.pad(x, [0, 0, 0, 0, 0, missing])
+            # A sum of slices keeps channels_last, a reduction over an unflattened axis does not.
+            groups = x.split(self.out_channels, 1)
+            x = groups[0]
+            for i in range(1, self.ratio):
+                x = x + groups[i]
+        elif self.expand:
+            x = torch.cat([x] * self.ratio, 1)
+            if self.ratio * self.in_channels != self.out_channels:
+                x = x[:, :self.out_channels]
+        if self.gamma is not None:
+            x = x / self.gamma
+        return x
+
+    def extra_repr(self) -> str:
+        return f'{self.in_channels}, {self.out_channels}, {self.kind}, gamma={self.gamma_mode}'
+
+
+class Shift(nn.Module):
+    """Learnable shift per channel: y = x + bias, bias of shape (C,), initialised to 0.
+
+    Before a `BinaryConv2d` it is ReActNet's threshold: Sign(x + bias) = Sign(x - a) with a = -bias.
+
+    Args:
+        channels: C, the size of axis 1 of the input.
+    """
+
+    def __init__(self, channels: int, device=None, dtype=None) -> None:
+        _check_positive(channels=channels)
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.bias.reshape(-1, 1, 1)
+
+    def extra_repr(self) -> str:
+        return f'{self.bias.numel()}'
+
+
+class RSign(Shift):
+    """ReActNet's RSign: y = Sign(x + bias), a sign with a learnable threshold -bias per channel (ReActNet, section 4.2).
+
+    For use by itself. Inside a `BinaryUnit` the convolution takes the sign, so `Shift` as `pre` is all that is needed.
+
+    Args:
+        channels: C, the size of axis 1 of the input.
+        quantizer: Name of the sign's estimator.
+    """
+
+    def __init__(self, channels: int, quantizer: str = 'approx', device=None, dtype=None) -> None:
+        super().__init__(channels, device=device, dtype=dtype)
+        self.quantize = get_quantizer(quantizer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.quantize(x + self.bias.reshape(-1, 1, 1))
+
+
+class RPReLU(nn.Module):
+    """ReActNet's RPReLU: y = PReLU(x + shift_in) + shift_out, all three per channel (ReActNet, section 4.2).
+
+    Args:
+        channels: C, the size of axis 1 of the input.
+        slope: Initial slope for negative values.
+    """
+
+    def __init__(self, channels: int, slope: float = 0.25, device=None, dtype=None) -> None:
+        _check_positive(channels=channels)
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.shift_in = nn.Parameter(torch.zeros(channels, **dd))
+        self.slope = nn.Parameter(torch.full((channels,), slope, **dd))
+        self.shift_out = nn.Parameter(torch.zeros(channels, **dd))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.prelu(x + self.shift_in.reshape(-1, 1, 1), self.slope) + self.shift_out.reshape(-1, 1, 1)
+
+    def extra_repr(self) -> str:
+        return f'{self.slope.numel()}'
+
+
+class ZeroShortcut(nn.Module):
+    """Stands where a host block had its shortcut: returns a 0-D zero, which the host adds."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(())
+
+
+class BinaryUnit(nn.Module):
+    """One convolution of a binarized network with all that belongs to it (paper, eq. 4).
+
+    unit(x) = post( branch(x) + link(x) ),   branch(x) = tail( norm_act( conv( pre(x) ) ) )
+
+    norm_act is act(norm(y)), or norm(act(y)) if `act_first`. Every part but one of conv and link may be None.
+
+    Shapes: x (N, C_in, H, W) -> (N, C_out, H', W').
+
+    Args:
+        conv: `BinaryConv2d`, a float convolution, or None (then the unit is its link alone).
+        norm: Normalization of the convolution's output.
+        act: Activation inside the branch.
+        link: `ElasticLink` or any module that maps x to the shape of the branch's output.
+        pre: Applied to the branch's input (the link sees x itself).
+        post: Applied to the sum.
+        tail: End of the branch: what a host had between its norm and the addition (squeeze-excite, drop path, blur).
+        act_first: conv -> act -> norm in place of conv -> norm -> act.
+
+    Raises:
+        ValueError: Neither conv nor link is given.
+    """
+
+    def __init__(
+            self,
+            conv: Optional[nn.Module],
+            norm: Optional[nn.Module] = None,
+            act: Optional[nn.Module] = None,
+            link: Optional[nn.Module] = None,
+            pre: Optional[nn.Module] = None,
+            post: Optional[nn.Module] = None,
+            tail: Optional[nn.Module] = None,
+            act_first: bool = False,
+    ) -> None:
+        if conv is None and link is None:
+            raise ValueError('conv, link: both are None, a unit needs at least one of them')
+        super().__init__()
+        # Registered in the order in which they run.
+        self.pre = pre
+        self.conv = conv
+        if act_first:
+            self.act, self.norm = act, norm
+        else:
+            self.norm, self.act = norm, act
+        self.tail = tail
+        self.link = link
+        self.post = post
+        self.act_first = act_first
+        # Hosts read these off the convolution that the unit replaces.
+        source = link if conv is None else conv
+        self.in_channels = int(source.in_channels)
+        self.out_channels = int(source.out_channels)
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """Everything that runs beside the link."""
+        if self.pre is not None:
+            x = self.pre(x)
+        x = self.conv(x)
+        if self.act_first:
+            if self.act is not None:
+                x = self.act(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        if not self.act_first:
+            if self.act is not None:
+                x = self.act(x)
+        if self.tail is not None:
+            x = self.tail(x)
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.conv is None:
+            y = self.link(x)
+        elif self.link is None:
+            y = self.branch(x)
+        else:
+            y = self.branch(x) + self.link(x)
+        return y if self.post is None else self.post(y)
+
+
+def _wide_float(x: torch.Tensor) -> torch.dtype:
+    """float64, but float32 on MPS, which has no float64."""
+    if torch.jit.is_scripting():
+        return torch.float64
+    else:
+        return torch.float32 if isinstance(x, torch.Tensor) and x.device.type == 'mps' else torch.float64
+
+
+def _check_positive(**counts: int) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise ValueError(f'{name}: found {value!r}, expected a positive integer')
+
+
+def _check_float(x: torch.Tensor, where: str) -> None:
+    """Raise TypeError unless x is a float tensor. Tracers see no shapes, so they are let pass."""
+    if torch.jit.is_scripting():
+        if not x.is_floating_point():
+            raise TypeError('input: expected a float tensor; convert images with .float() and normalise them')
+    elif isinstance(x, torch.Tensor) and not x.is_floating_point():
+        raise TypeError(
+            f'{where} input: found dtype {x.dtype}, expected a float tensor; '
+            f'convert images with .float() and normalise them')
+
+
+def _check_images(x: torch.Tensor, channels: int, where: str) -> None:
+    """Raise unless x is a float tensor (N, channels, H, W)."""
+    _check_float(x, where)
+    if torch.jit.is_scripting():
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError('input: expected a 4-D tensor (N, C, H, W) with the channels of the layer')
+    elif isinstance(x, torch.Tensor) and (x.dim() != 4 or x.shape[1] != channels):
+        raise ValueError(
+            f'{where} input: found shape {tuple(x.shape)}, expected (N, {channels}, H, W); '
+            f'a single image needs a batch axis: x.unsqueeze(0)')
+
+
+def guard_input(conv: nn.Conv2d, min_size: int) -> None:
+    """Make a network's first convolution refuse what its network cannot take, before anything is computed.
+
+    The guard is a forward pre-hook, because the first convolution is the host's own; it also runs in TorchScript.
+
+    Args:
+        conv: The convolution that sees the images.
+        min_size: Smallest height and width, the stride of the whole network.
+    """
+    conv.min_input_size = min_size
+    conv.register_forward_pre_hook(_guard_input)
+
+
+def _guard_input(self, input: Tuple[torch.Tensor]) -> None:
+    x = input[0]
+    _check_images(x, self.in_channels, 'images')
+    if not torch.jit.is_scripting():
+        if isinstance(x, torch.Tensor) and min(x.shape[2:]) < self.min_input_size:
+            raise ValueError(
+                f'images input: found {x.shape[2]} x {x.shape[3]} pixels, expected at least '
+                f'{self.min_input_size} x {self.min_input_size}, the stride of the network; resize the images')
+
+
+def _is_uneven(conv: nn.Conv2d) -> bool:
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    return left != right or top != bottom
+

@@ -1,0 +1,96 @@
+"""Binarized ResNets: timm's own ResNet, converted by `binarize`.
+
+`el_resnet*` follow Elastic-Link (AAAI 2022): the shortcut of a stage's first block is a 2x2 average pool, a float 1x1
+convolution and a norm, the stride of a bottleneck sits on its first 1x1 (paper, section "The role of the gamma factor",
+which speaks of gammas of channel-reduction convolutions "in which downsampling occurred"), and no activation is left.
+"""
+from typing import Any, Dict, Union
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models._builder import build_model_with_cfg
+from timm.models._registry import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from ..convert import binarize
+from ..recipes import Recipe
+
+__all__ = ['BinarizedResNet']
+
+
+class BinarizedResNet(ResNet):
+    """timm's ResNet, binarized.
+
+    Args:
+        recipe, real_weights: As for `timm_el.binarize`.
+        stride_first: Put a bottleneck's stride on its first 1x1. If False it stays on the 3x3, as in timm.
+        zero_init_last: As in timm, but False by default: with True a fresh network would not depend on the last
+            convolution of any block.
+        args, kwargs: As for timm's ResNet.
+    """
+
+    def __init__(
+            self,
+            *args,
+            recipe: Union[str, Recipe, Dict[str, Any]] = 'el',
+            real_weights: bool = False,
+            stride_first: bool = True,
+            zero_init_last: bool = False,
+            **kwargs,
+    ) -> None:
+        super().__init__(*args, zero_init_last=zero_init_last, **kwargs)
+        if stride_first:
+            for module in self.modules():
+                if isinstance(module, Bottleneck):
+                    module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+        binarize(self, recipe, real_weights=real_weights)
+
+
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc', 'paper_ids': 'arXiv:2112.10149', 'license': 'apache-2.0',
+        **kwargs
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'el_resnet18.untrained': _cfg(),
+    'el_resnet26.untrained': _cfg(),
+    'el_resnet34.untrained': _cfg(),
+    'el_resnet50.untrained': _cfg(),
+})
+
+
+def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> BinarizedResNet:
+    return build_model_with_cfg(BinarizedResNet, variant, pretrained, **kwargs)
+
+
+@register_model
+def el_resnet18(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+    """Elastic-Link ResNet-18: on basic blocks one shortcut per convolution."""
+    model_args = dict(block=BasicBlock, layers=[2, 2, 2, 2], avg_down=True)
+    return _create_resnet('el_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def el_resnet26(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+    """Elastic-Link ResNet-26 (bottleneck)."""
+    model_args = dict(block=Bottleneck, layers=[2, 2, 2, 2], avg_down=True)
+    return _create_resnet('el_resnet26', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def el_resnet34(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+    """Elastic-Link ResNet-34: on basic blocks one shortcut per convolution."""
+    model_args = dict(block=BasicBlock, layers=[3, 4, 6, 3], avg_down=True)
+    return _create_resnet('el_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def el_resnet50(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+    """Elastic-Link ResNet-50 (bottleneck)."""
+    model_args = dict(block=Bottleneck, layers=[3, 4, 6, 3], avg_down=True)
+    return _create_resnet('el_resnet50', pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,204 @@
+"""summarize(): bits, bytes and operations of any network, layer by layer.
+
+OPs follow Bi-Real Net and ReActNet: OPs = float MACs + binary MACs / 64, one MAC counted once, convolutions and linear
+layers only. What the links add (one fused multiply-add for each value that a link adds) stands in a column of its own.
+"""
+import copy
+from dataclasses import asdict, dataclass
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+
+from .layers import BinaryConv2d, BinaryLinear, BinaryUnit
+
+__all__ = ['summarize', 'Summary', 'LayerSummary']
+
+BINARY_MACS_PER_OP = 64
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One convolution, linear layer, link or other holder of parameters, for one image.
+
+    Args:
+        path: Module path.
+        kind: Class name.
+        output: Shape of its output without the batch axis; None if it did not run.
+        bit_params: Parameters that are stored in one bit.
+        real_params: Parameters that are stored in 32 bits.
+        binary_macs: Multiply-accumulates of a binary input with a binary weight.
+        real_macs: All other multiply-accumulates.
+        link_ops: Values that a link adds.
+    """
+    path: str
+    kind: str
+    output: Optional[Tuple[int, ...]]
+    bit_params: int = 0
+    real_params: int = 0
+    binary_macs: int = 0
+    real_macs: int = 0
+    link_ops: int = 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Layers and totals. Prints as a table; `to_dict` gives the same as data."""
+    input_size: Tuple[int, int, int]
+    layers: Tuple[LayerSummary, ...]
+
+    def _sum(self, name: str) -> int:
+        return sum(getattr(layer, name) for layer in self.layers)
+
+    @property
+    def bit_params(self) -> int:
+        """Parameters stored in one bit."""
+        return self._sum('bit_params')
+
+    @property
+    def real_params(self) -> int:
+        """Parameters stored in 32 bits."""
+        return self._sum('real_params')
+
+    @property
+    def params(self) -> int:
+        """All parameters."""
+        return self.bit_params + self.real_params
+
+    @property
+    def mbit(self) -> float:
+        """Size of the parameters in 10^6 bits: one bit per binary weight, 32 per other parameter."""
+        return (self.bit_params + 32 * self.real_params) / 1e6
+
+    @property
+    def binary_macs(self) -> int:
+        """Multiply-accumulates of binary inputs with binary weights."""
+        return self._sum('binary_macs')
+
+    @property
+    def real_macs(self) -> int:
+        """All other multiply-accumulates of convolutions and linear layers."""
+        return self._sum('real_macs')
+
+    @property
+    def link_ops(self) -> int:
+        """Values that links add."""
+        return self._sum('link_ops')
+
+    @property
+    def ops(self) -> float:
+        """real_macs + binary_macs / 64."""
+        return self.real_macs + self.binary_macs / BINARY_MACS_PER_OP
+
+    @property
+    def binary_share(self) -> float:
+        """Share of the multiply-accumulates that are binary, 0 to 1."""
+        return self.binary_macs / max(self.binary_macs + self.real_macs, 1)
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Plain data for JSON."""
+        totals = ('params', 'bit_params', 'real_params', 'mbit', 'binary_macs', 'real_macs', 'ops', 'link_ops')
+        return {
+            'input_size': list(self.input_size),
+            'total': {name: getattr(self, name) for name in totals},
+            'layers': [asdict(layer) for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        width = max([len(layer.path) for layer in self.layers] + [len('total')])
+        head = (
+            f'{"layer":{width}} {"kind":15} {"output":>15} {"1-bit params":>13} {"32-bit params":>13} '
+            f'{"binary MACs":>14} {"float MACs":>13} {"link ops":>10}')
+        lines = [head, '-' * len(head)]
+        rows = [
+            (layer.path, layer.kind, 'x'.join(map(str, layer.output)) if layer.output else '-', layer)
+            for layer in self.layers]
+        for path, kind, output, row in [*rows, ('total', '', '', self)]:
+            lines.append(
+                f'{path:{width}} {kind[:15]:15} {output:>15} {row.bit_params:>13,} {row.real_params:>13,} '
+                f'{row.binary_macs:>14,} {row.real_macs:>13,} {row.link_ops:>10,}')
+        size = 'x'.join(map(str, self.input_size))
+        lines.append(
+            f'{size} input: {self.ops / 1e6:.1f} M OPs ({self.real_macs / 1e6:.1f} M float MACs + '
+            f'{self.binary_macs / 1e6:.1f} M binary MACs / {BINARY_MACS_PER_OP}), {self.link_ops / 1e6:.2f} M link ops; '
+            f'{self.params:,} parameters in {self.mbit:.1f} Mbit ({self.mbit / 8:.2f} MB, '
+            f'{self.params * 32 / 1e6 / self.mbit:.1f}x smaller than float)')
+        return '\n'.join(lines)
+
+
+def summarize(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = None) -> Summary:
+    """Count bits, bytes and operations of a network for one image. The model is not changed and nothing is computed.
+
+    Args:
+        model: Any network; binarized or not.
+        input_size: (channels, height, width); the model's own `default_cfg` if None, else (3, 224, 224).
+
+    Raises:
+        ValueError: `input_size` is not three positive integers, or too small for the model.
+    """
+    if input_size is None:
+        input_size = _own_input_size(model)
+    input_size = tuple(input_size)
+    if len(input_size) != 3 or any(not isinstance(n, int) or n <= 0 for n in input_size):
+        raise ValueError(f'input_size: found {input_size}, expected (channels, height, width)')
+    # On the meta device shapes are computed, values are not. Parameters are swapped before the copy is made.
+    twin = _meta_copy(model).eval()
+    paths = {module: path for path, module in twin.named_modules()}
+    outputs: Dict[str, Tuple[int, ...]] = {}
+    macs: Dict[str, int] = {}
+
+    def record(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        path = paths[module]
+        outputs[path] = tuple(output.shape[1:])
+        if isinstance(module, nn.Conv2d):
+            macs[path] = macs.get(path, 0) + output.numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            macs[path] = macs.get(path, 0) + output.numel() * module.in_features
+        else:
+            macs[path] = macs.get(path, 0) + output.numel()
+
+    links = {f'{p}.link' if p else 'link' for m, p in paths.items()
+             if isinstance(m, BinaryUnit) and m.link is not None and m.conv is not None}
+    for module, path in paths.items():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) or path in links:
+            module.register_forward_hook(record)
+    with torch.no_grad():
+        twin(torch.zeros((1, *input_size), device='meta', dtype=_float_dtype(twin)))
+
+    layers: List[LayerSummary] = []
+    seen = set()
+    for module, path in paths.items():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen.update(id(p) for p in own)
+        real_params, bit_params = sum(p.numel() for p in own), 0
+        kind = dict(binary_macs=0, real_macs=macs.get(path, 0), link_ops=0)
+        if isinstance(module, (BinaryConv2d, BinaryLinear)):
+            if module.weight_quantizer is not None:
+                bit_params = module.weight.numel()
+            if module.is_binary:
+                kind = dict(binary_macs=macs.get(path, 0), real_macs=0, link_ops=0)
+        elif path in links:
+            kind = dict(binary_macs=0, real_macs=0, link_ops=macs.get(path, 0))
+        if real_params or path in macs:
+            layers.append(LayerSummary(
+                path, type(module).__name__, outputs.get(path), bit_params, real_params - bit_params, **kind))
+    return Summary(input_size, tuple(layers))
+
+
+def _own_input_size(model: nn.Module) -> Tuple[int, int, int]:
+    cfg = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
+    size = cfg.get('input_size', (3, 224, 224))
+    return (getattr(model, 'in_chans', size[0]), *size[1:])
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device, made without copying a tensor."""
+    memo: Dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        twin = torch.empty_like(tensor, device='meta')
+        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+    return copy.deepcopy(model, memo).to('meta')
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
