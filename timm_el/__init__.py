@@ -6,7 +6,6 @@ from . import models
 from .convert import binarize
 from .recipes import RECIPES, Recipe
 from .summary import summarize
+from .version import __version__
 
-__version__ = '0.1.0'
-
-__all__ = ['binarize', 'models', 'Recipe', 'RECIPES', 'summarize']
+__all__ = ['__version__', 'binarize', 'models', 'Recipe', 'RECIPES', 'summarize']

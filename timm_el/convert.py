@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type, Union
 
+import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d
 from timm.models import efficientnet, resnet
@@ -58,7 +59,7 @@ class ReportRow:
 
 @dataclass
 class Report:
-    """What `binarize` did: the recipe in use, one row a layer, and notes. Prints as a table; `to_dict` gives the data."""
+    """What `binarize` did: the recipe, one row a layer, and notes. Prints as a table; `to_dict` gives the data."""
     recipe: Recipe
     rows: List[ReportRow] = field(default_factory=list)
     notes: List[str] = field(default_factory=list)
@@ -222,12 +223,37 @@ def _split_norm_act(norm: Optional[nn.Module]) -> Tuple[Optional[nn.Module], Opt
     """A fused norm-and-activation as two modules that share its tensors; other norms as they are."""
     if not isinstance(norm, BatchNormAct2d):
         return norm, None
-    plain = nn.BatchNorm2d(
+    act = norm.act if isinstance(norm.drop, nn.Identity) else nn.Sequential(norm.drop, norm.act)
+    return _twin_norm(norm), None if isinstance(act, nn.Identity) else act
+
+
+def _twin_norm(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """A plain batch norm that shares the tensors of another."""
+    twin = nn.BatchNorm2d(
         norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device='meta')
     for name, tensor in [*norm._parameters.items(), *norm._buffers.items()]:
-        setattr(plain, name, tensor)
-    act = norm.act if isinstance(norm.drop, nn.Identity) else nn.Sequential(norm.drop, norm.act)
-    return plain.train(norm.training), None if isinstance(act, nn.Identity) else act
+        setattr(twin, name, tensor)
+    return twin.train(norm.training)
+
+
+@torch.no_grad()
+def _norm_after_act(norm: nn.Module, act: nn.Module, conv: nn.Module) -> nn.Module:
+    """The norm for conv -> act -> norm, where the host had conv -> norm -> act.
+
+    The host's running statistics describe another tensor, and used here in eval mode they leave every sign at +1. The
+    twin starts from the expectation for inputs of unit variance: act(z), z ~ N(0, sum of squared weights).
+    """
+    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
+        return norm
+    weight = conv.quantized_weight() if isinstance(conv, BinaryConv2d) else conv.weight
+    dd = {'device': weight.device, 'dtype': torch.float32}
+    normal = torch.special.ndtri((torch.arange(256, **dd) + 0.5) / 256)
+    std = weight.detach().float().flatten(1).square().sum(1).sqrt()
+    values = act((std[:, None] * normal).to(weight.dtype)[None, :, :, None]).float().flatten(2)[0]
+    twin = _twin_norm(norm)
+    twin.running_mean = values.mean(1).to(norm.running_mean.dtype)
+    twin.running_var = values.var(1).to(norm.running_var.dtype)
+    return twin
 
 
 class _Plan:
@@ -289,6 +315,7 @@ class _Plan:
         """A float convolution outside any unit, unless its activation has to move."""
         conv, norm, act, fate = self._parts(chain)
         if self.recipe.act == 'branch' and act is not None:
+            norm = _norm_after_act(norm, act, conv)
             self._put_unit(chain, BinaryUnit(conv, norm, act, act_first=True))
         elif self.recipe.act == 'drop' and chain.norm and norm is not _get(self.model, chain.norm):
             self.edits[chain.norm] = norm
@@ -330,6 +357,8 @@ class _Plan:
                 if _get(self.model, path) is not None:
                     self.edits[path] = nn.Identity()
         branch_act = act if recipe.act == 'branch' and status != 'omitted' else None
+        if branch_act is not None:
+            norm = _norm_after_act(norm, branch_act, conv)
         self._put_unit(chain, BinaryUnit(conv, norm, branch_act, link, tail=tail, act_first=branch_act is not None))
         self._row(
             chain.conv, status, reason, role=role, link=kind or (link.kind if link is not None else None),

@@ -4,8 +4,8 @@ One mechanism serves every method: a `BinaryUnit` computes the paper's equation 
 
     unit(x) = post( branch(x) + link(x) )        branch = pre -> conv -> norm and act, in the recipe's order
 
-where `conv` is usually a `BinaryConv2d`, which signs its input and its weight, and `link` an `ElasticLink`, which carries
-the real-valued input around it. Binarization adds no other wrapper to a network.
+where `conv` is usually a `BinaryConv2d`, which signs its input and its weight, and `link` an `ElasticLink`, which
+carries the real-valued input around it. Binarization adds no other wrapper to a network.
 """
 import math
 from typing import Optional, Tuple, Union
@@ -208,7 +208,7 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
         return y if bias is None else y + bias.reshape(-1, 1, 1)
 
     def scale_of_input(self, x: torch.Tensor) -> torch.Tensor:
-        """K for this convolution, one plane for all output channels, or one plane a group repeated over its channels."""
+        """K for this convolution, one plane for all channels, or one a group repeated over its channels."""
         x = x if self.input_scale_grad else x.detach()
         if self.pad_first:
             x = F.pad(x, self.pad_sides)
@@ -277,8 +277,8 @@ class ElasticLink(nn.Module):
 
     With r from eq. 5, r = ceil(C_in / C_out) if C_in >= C_out else ceil(C_out / C_in):
 
-    * Squeeze (C_in > C_out): zero-pad the channels to r * C_out, cut them into r groups of C_out *consecutive* channels,
-      sum the groups: y[c] = sum_j x[j * C_out + c].
+    * Squeeze (C_in > C_out): zero-pad the channels to r * C_out, cut them into r groups of C_out *consecutive*
+      channels, sum the groups: y[c] = sum_j x[j * C_out + c].
     * Expand (C_in < C_out): tile all channels r times and cut to C_out: y[c] = x[c mod C_in].
     * Identity: y = x.
 
@@ -412,7 +412,7 @@ class Shift(nn.Module):
 
 
 class RSign(Shift):
-    """ReActNet's RSign: y = Sign(x + bias), a sign with a learnable threshold -bias per channel (ReActNet, section 4.2).
+    """ReActNet's RSign: y = Sign(x + bias), with a learnable threshold -bias per channel (ReActNet, section 4.2).
 
     For use by itself. Inside a `BinaryUnit` the convolution takes the sign, so `Shift` as `pre` is all that is needed.
 

@@ -95,7 +95,7 @@ class Recipe:
                 raise ValueError(f'{field}: found {getattr(self, field)!r}, expected one of {known}')
         missing = set(self.omit) - set(self.link)
         if missing:
-            raise ValueError(f'omit: {sorted(missing)} would leave nothing in place of the convolution, name it in link')
+            raise ValueError(f'omit: {sorted(missing)} would leave nothing at all, name it in link too')
         if self.version != 1:
             raise ValueError(f'version: found {self.version!r}, expected 1; a newer timm_el wrote this recipe')
 

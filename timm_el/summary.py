@@ -120,9 +120,9 @@ class Summary:
         size = 'x'.join(map(str, self.input_size))
         lines.append(
             f'{size} input: {self.ops / 1e6:.1f} M OPs ({self.real_macs / 1e6:.1f} M float MACs + '
-            f'{self.binary_macs / 1e6:.1f} M binary MACs / {BINARY_MACS_PER_OP}), {self.link_ops / 1e6:.2f} M link ops; '
-            f'{self.params:,} parameters in {self.mbit:.1f} Mbit ({self.mbit / 8:.2f} MB, '
-            f'{self.params * 32 / 1e6 / self.mbit:.1f}x smaller than float)')
+            f'{self.binary_macs / 1e6:.1f} M binary MACs / {BINARY_MACS_PER_OP}), '
+            f'{self.link_ops / 1e6:.2f} M link ops; {self.params:,} parameters in {self.mbit:.1f} Mbit '
+            f'({self.mbit / 8:.2f} MB, {self.params * 32 / 1e6 / self.mbit:.1f}x smaller than float)')
         return '\n'.join(lines)
 
 

@@ -1,8 +1,8 @@
 """ReActNet: a binary MobileNet whose depthwise convolutions are full 3x3 ones (Liu et al., ECCV 2020).
 
 `reactnet_a` is the net of the official checkpoints. In `reactnet_c` the 1x1 convolutions of the five reduction blocks,
-those that double the channels, are real-valued. `el_reactnet_c` is the paper's integration (section "Comparison with the
-state-of-the-art"): the duplicated shortcut of the reduction blocks becomes Expand / gamma.
+those that double the channels, are real-valued. `el_reactnet_c` is Elastic-Link's integration (its section "Comparison
+with the state-of-the-art"): the duplicated shortcut of the reduction blocks becomes Expand / gamma.
 
 The official net writes a reduction 1x1 as two convolutions C -> C with a norm and the same shortcut each, and joins the
 halves. That equals one convolution C -> 2C with one norm of 2C channels and a tiling Expand without gamma, as here.

@@ -1,0 +1,25 @@
+"""python -m timm_el VERB: the shell verbs, one module of `timm_el.cli` each."""
+import importlib
+import sys
+from typing import List, Optional
+
+from .cli import VERBS
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run a verb; without one, print which there are. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ('-h', '--help'):
+        print('usage: python -m timm_el VERB [-h] ...\n\nverbs:')
+        for verb, line in VERBS.items():
+            print(f'  {verb:10} {line}')
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        print(f'timm_el: unknown verb {verb!r}, expected one of {", ".join(VERBS)}', file=sys.stderr)
+        return 2
+    return importlib.import_module(f'timm_el.cli.{verb}').main(rest) or 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

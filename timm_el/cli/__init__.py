@@ -1,0 +1,5 @@
+"""Shell verbs. Each is a module of this package with a function `main(argv)`, imported when it is called."""
+VERBS = {
+    'demo': 'train a binarized network on real images, offline, in under three minutes',
+    'summary': 'bits, bytes and operations of a model, layer by layer',
+}
