@@ -421,8 +421,10 @@ class _Plan:
     def apply(self) -> None:
         """Put the planned modules in their places."""
         for path, module in self.edits.items():
-            parent, _, name = path.rpartition('.')
-            setattr(self.model.get_submodule(parent), name, module)
+            parent_path, _, name = path.rpartition('.')
+            parent = self.model.get_submodule(parent_path)
+            module.training = parent.training
+            setattr(parent, name, module)
         guard_input(self.convs[self.first_conv], network_stride(self.model))
 
 

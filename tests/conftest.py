@@ -1,0 +1,65 @@
+"""Shared helpers: real photographs, randomised batch norms, and the models that this package registers."""
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import timm_el
+
+MODELS = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('timm_el.')]
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random norm statistics and affine, gammas, shifts and slopes: no test may pass because they are 0 or 1."""
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor: torch.Tensor, low: float, high: float) -> None:
+        tensor.data.copy_(torch.rand(tensor.shape, generator=g) * (high - low) + low)
+
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            uniform(module.weight, 0.5, 1.5)
+            uniform(module.bias, -0.5, 0.5)
+            uniform(module.running_mean, -0.5, 0.5)
+            uniform(module.running_var, 0.5, 2.0)
+        elif isinstance(module, timm_el.layers.ElasticLink) and module.gamma is not None:
+            uniform(module.gamma, 1.5, 3.0)
+        elif isinstance(module, timm_el.layers.Shift):
+            uniform(module.bias, -0.5, 0.5)
+        elif isinstance(module, timm_el.layers.RPReLU):
+            uniform(module.shift_in, -0.5, 0.5)
+            uniform(module.slope, 0.1, 0.9)
+            uniform(module.shift_out, -0.5, 0.5)
+    return model
+
+
+@pytest.fixture(scope='session')
+def photos() -> torch.Tensor:
+    """Eight crops of scikit-learn's two photographs, 224 px, normalised: (8, 3, 224, 224)."""
+    from sklearn.datasets import load_sample_images
+    crops = []
+    for image in load_sample_images().images:
+        x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+        crops += [x[:, :, i:i + 320, j:j + 320] for i in (0, 107) for j in (0, 320)]
+    x = F.interpolate(torch.cat(crops), size=224, mode='bilinear', antialias=True)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return (x - mean[:, None, None]) / std[:, None, None]
+
+
+def positive_shares(model: nn.Module, x: torch.Tensor) -> dict:
+    """Share of +1 that the sign of each binary layer gives, by module path."""
+    shares = {}
+
+    def hook(path):
+        return lambda module, args: shares.__setitem__(path, (args[0] >= 0).float().mean().item())
+
+    kinds = (timm_el.layers.BinaryConv2d, timm_el.layers.BinaryLinear)
+    handles = [
+        m.register_forward_pre_hook(hook(p)) for p, m in model.named_modules()
+        if isinstance(m, kinds) and m.input_quantizer is not None]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return shares

@@ -1,0 +1,196 @@
+"""binarize() on timm's and torchvision's nets: what it keeps, reports and refuses, and that it is atomic."""
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torchvision
+from conftest import positive_shares, randomise
+
+import timm_el
+from timm_el.layers import BinaryConv2d, BinaryUnit
+
+TIMM_HOSTS = [
+    'resnet18', 'resnet26', 'resnet50', 'resnet18d', 'resnet26t', 'resnext26ts', 'seresnet50', 'ecaresnet26t',
+    'resnetblur18', 'wide_resnet50_2', 'mobilenetv1_100', 'mobilenetv1_100h']
+TIMM_HOSTS = [name for name in TIMM_HOSTS if name != 'resnext26ts']
+TV_HOSTS = ['resnet18', 'resnet50', 'resnext50_32x4d']
+
+
+def host(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name.startswith('tv:'):
+        return torchvision.models.get_model(name[3:])
+    return timm.create_model(name)
+
+
+HOSTS = [*TIMM_HOSTS, *(f'tv:{name}' for name in TV_HOSTS)]
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_host_recipe_gives_the_hosts_own_outputs(name):
+    """Proves the pairing of convolutions with norms, and that the comparison can fail."""
+    model = randomise(host(name)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        timm_el.binarize(model, 'host')
+        units = [m for m in model.modules() if isinstance(m, BinaryUnit)]
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+        for unit in (units[0], units[-1]):
+            unit.norm.running_mean.add_(1)
+            assert (model(x) - expected).abs().max() > 1e-3 * expected.abs().max()
+            unit.norm.running_mean.sub_(1)
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_every_weight_of_the_host_survives(name):
+    model = host(name)
+    weights = {m.weight.data_ptr(): m.weight.clone() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    modes = {m.training for m in model.eval().modules()}
+    timm_el.binarize(model)
+    after = {m.weight.data_ptr(): m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[k], weights[k]) for k in weights)
+    assert {m.training for m in model.modules()} == modes == {False}
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_converted_net_trains_and_no_sign_is_dead(name, photos):
+    model = timm_el.binarize(host(name))
+    for mode in (True, False):
+        shares = positive_shares(model.train(mode), photos[:4])
+        assert shares and all(0.01 < share < 0.99 for share in shares.values()), (mode, shares)
+    model.train()(photos[:2, :, :96, :96]).square().mean().backward()
+    assert [k for k, p in model.named_parameters() if p.grad is None] == []
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_report_accounts_for_every_layer(name):
+    model = host(name)
+    layers = {p: m.weight.numel() for p, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    report = timm_el.binarize(model).binarize_report
+    assert {row.path: row.params for row in report.rows} == layers
+    binary = {p: m for p, m in model.named_modules() if isinstance(m, BinaryConv2d)}
+    assert {row.path + '.conv' for row in report.rows if row.status == 'binarized'} == set(binary)
+    kept = {row.path: row.reason for row in report.rows if row.status == 'kept'}
+    assert all(kept.values())
+    assert next(iter(kept.values())) == 'first convolution'
+    assert report.binarized_share == sum(m.weight.numel() for m in binary.values()) / sum(layers.values())
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+    text = str(report)
+    assert all(path in text for path in layers) and report.recipe.name in text
+
+
+def test_el_on_a_depthwise_separable_host_is_el_mobilenet_and_the_report_says_so():
+    report = timm_el.binarize(timm.create_model('mobilenetv1_100')).binarize_report
+    assert report.recipe.name == 'el_mobilenet' and any('el_mobilenet' in note for note in report.notes)
+    own = timm_el.RECIPES['el']
+    assert timm_el.binarize(timm.create_model('mobilenetv1_100'), own).binarize_report.recipe is own
+    assert timm_el.binarize(timm.create_model('resnet18')).binarize_report.recipe.name == 'el'
+
+
+def test_roles_that_a_host_lacks_are_named_in_the_report():
+    notes = timm_el.binarize(timm.create_model('resnet18')).binarize_report.notes
+    assert any('recipe.scale_input' in note and 'reduce' in note for note in notes)
+
+
+def test_no_activation_is_left_in_a_resnet_and_none_precedes_a_sign_in_a_mobilenet():
+    for name in ('resnet50', 'tv:resnet50', 'resnet26t'):
+        model = timm_el.binarize(host(name))
+        assert not [m for m in model.modules() if isinstance(m, (nn.ReLU, nn.SiLU))]
+    model = timm_el.binarize(host('mobilenetv1_100'))
+    acts = [m for m in model.modules() if isinstance(m, (nn.ReLU, nn.ReLU6))]
+    units = [m for m in model.modules() if isinstance(m, BinaryUnit)]
+    assert len(acts) == len(units) == 27 and all(u.act_first and u.act in acts for u in units)
+
+
+def test_registered_resnet_with_stride_on_the_3x3_equals_the_converted_timm_resnet():
+    ours = randomise(timm.create_model('el_resnet50', stride_first=False), seed=1).eval()
+    theirs = timm_el.binarize(timm.create_model('resnet50', avg_down=True)).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))
+        assert not torch.equal(ours(x), timm.create_model('el_resnet50').eval()(x))
+
+
+def test_keep_takes_paths_and_patterns():
+    model = timm_el.binarize(timm.create_model('resnet26'), keep=('layer1', '*.0.conv3'))
+    rows = {row.path: row for row in model.binarize_report.rows}
+    assert rows['layer1.1.conv2'].reason == "keep='layer1'" and rows['layer3.0.conv3'].reason == "keep='*.0.conv3'"
+    assert isinstance(model.layer1[0].conv1, nn.Conv2d) and isinstance(model.layer2[0].conv1, BinaryUnit)
+    assert rows['layer2.0.conv2'].status == 'binarized'
+
+
+def test_kept_convolutions_of_a_basic_block_leave_its_shortcut_alone():
+    model = timm_el.binarize(timm.create_model('resnet18'), keep=('layer2.0.conv1',))
+    assert isinstance(model.layer2[0].downsample[0], nn.Conv2d)
+    assert model.layer2[0].conv2.link is None
+
+
+def snapshot(model: nn.Module):
+    return [(p, id(m), m.training, len(m._forward_pre_hooks)) for p, m in model.named_modules()], {
+        k: v.clone() for k, v in model.state_dict().items()}
+
+
+def hooked() -> nn.Module:
+    model = timm.create_model('resnet18')
+    model.layer3[0].conv2.register_forward_hook(lambda *args: None)
+    return model
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize('build, kwargs, error, message', [
+    (lambda: timm.create_model('resnet18'), dict(recipe='foo'), ValueError, "recipe: unknown name 'foo', expected one"),
+    (lambda: timm.create_model('resnet18'), dict(recipe=7), TypeError, 'recipe: found a int'),
+    (Mlp, {}, ValueError, 'model: Mlp has no Conv2d'),
+    (lambda: timm_el.binarize(timm.create_model('resnet18')), {}, ValueError, r'layer1.0.conv1: .* already binarized'),
+    (lambda: timm.create_model('el_resnet18'), dict(recipe='host'), ValueError, 'already binarized'),
+    (hooked, {}, ValueError, r'layer3.0.conv2: the Conv2d carries hooks \(_forward_hooks\)'),
+    (lambda: timm.create_model('resnet18'), dict(keep=('layer9',)), ValueError, "keep: 'layer9' matches no"),
+    (lambda: timm.create_model('resnet18'), dict(keep='layer1'), TypeError, "keep: found the string 'layer1'"),
+])
+def test_refusals_name_the_argument_and_leave_the_model_as_it_was(build, kwargs, error, message):
+    model = build()
+    modules, tensors = snapshot(model)
+    with pytest.raises(error, match=message):
+        timm_el.binarize(model, **kwargs)
+    modules_after, tensors_after = snapshot(model)
+    assert modules_after == modules
+    assert tensors_after.keys() == tensors.keys() and all(torch.equal(tensors[k], tensors_after[k]) for k in tensors)
+
+
+def test_strict_refuses_what_cannot_be_binarized():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    with pytest.raises(ValueError, match=r"1: Conv2d \(8, 8, 3, 3\) cannot be binarized .* pass keep=\('1', ...\)"):
+        timm_el.binarize(model, strict=True)
+    assert all(type(m) is nn.Conv2d for m in model)
+    with pytest.raises(TypeError, match='model: found a str'):
+        timm_el.binarize('resnet18')
+
+
+@pytest.mark.parametrize('x, error, message', [
+    (torch.zeros(3, 64, 64), ValueError, r'images input: found shape \(3, 64, 64\), expected \(N, 3, H, W\)'),
+    (torch.zeros(1, 1, 64, 64), ValueError, r'expected \(N, 3, H, W\)'),
+    (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), TypeError, r'images input: found dtype torch.uint8.*\.float\(\)'),
+    (torch.zeros(1, 3, 31, 64), ValueError, r'images input: found 31 x 64 pixels, expected at least 32 x 32'),
+])
+@pytest.mark.parametrize('name', ['el_resnet26', 'el_mobilenet_v1', 'reactnet_a', 'converted', 'torchvision'])
+def test_bad_images_are_refused_by_name(name, x, error, message):
+    if name == 'converted':
+        model = timm_el.binarize(timm.create_model('resnet18'))
+    elif name == 'torchvision':
+        model = timm_el.binarize(torchvision.models.resnet18())
+    else:
+        model = timm.create_model(name)
+    with pytest.raises(error, match=message):
+        model.eval()(x)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)

@@ -1,0 +1,183 @@
+"""Every registered model, as timm's users drive it."""
+import copy
+
+import pytest
+import timm
+import torch
+from conftest import MODELS, positive_shares, randomise
+
+import timm_el
+from timm_el.models.reactnet import checkpoint_filter_fn
+
+
+def test_registered_names():
+    assert MODELS == [
+        'el_mobilenet_v1', 'el_reactnet_c', 'el_resnet18', 'el_resnet26', 'el_resnet34', 'el_resnet50', 'reactnet_a',
+        'reactnet_c']
+
+
+@pytest.mark.parametrize('size', [224, 225, 193])
+@pytest.mark.parametrize('name', MODELS)
+def test_forward_backward(name, size):
+    model = timm.create_model(name, num_classes=5)
+    y = model(torch.randn(2, 3, size, size))
+    assert y.shape == (2, 5) and torch.isfinite(y).all()
+    y.square().mean().backward()
+    assert [k for k, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_variants(name):
+    x = torch.randn(1, 3, 64, 64)
+    model = timm.create_model(name, in_chans=1, num_classes=0).eval()
+    assert model(x[:, :1]).shape == (1, model.num_features)
+    features = timm.create_model(name, features_only=True).eval()
+    maps = features(x)
+    assert len(maps) == 5
+    assert [m.shape[1] for m in maps] == features.feature_info.channels()
+    assert [64 // m.shape[2] for m in maps] == features.feature_info.reduction()
+    meta = timm.create_model(name, device='meta')
+    assert {p.device.type for p in [*meta.parameters(), *meta.buffers()]} == {'meta'}
+    assert meta(x.to('meta')).shape == (1, 1000)
+    with pytest.raises(TypeError):
+        timm.create_model(name, no_such_argument=1)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_memory_format_and_dtype(name):
+    torch.manual_seed(0)
+    model = randomise(timm.create_model(name, num_classes=7)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        seen = []
+        for module in last.modules():
+            if isinstance(module, timm_el.layers.BinaryUnit):
+                module.register_forward_hook(
+                    lambda m, a, y: seen.append(y.is_contiguous(memory_format=torch.channels_last)))
+        assert last(x.to(memory_format=torch.channels_last)).shape == (2, 7)
+        assert seen and all(seen)
+        assert copy.deepcopy(model).to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_no_sign_is_dead_on_real_images_at_initialisation(name, photos):
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    for mode in (True, False):
+        shares = positive_shares(model.train(mode), photos)
+        assert all(0.01 < share < 0.99 for share in shares.values()), (mode, shares)
+
+
+@pytest.mark.parametrize('name, count', [('el_resnet26', 16), ('el_resnet50', 32), ('el_reactnet_c', 5)])
+def test_gammas(name, count):
+    model = timm.create_model(name)
+    gammas = {k: p for k, p in model.named_parameters() if k.endswith('gamma')}
+    assert len(gammas) == count and all(p.dim() == 0 for p in gammas.values())
+    for key, gamma in gammas.items():
+        unit = model.get_submodule(key[:-len('.link.gamma')])
+        wide, narrow = sorted((unit.in_channels, unit.out_channels), reverse=True)
+        assert gamma.item() == -(-wide // narrow)
+
+
+def test_float_twins_are_untouched():
+    """Registering and converting changes no class of timm."""
+    timm_el.binarize(timm.create_model('resnet18'))
+    assert not any(isinstance(m, timm_el.layers.BinaryUnit) for m in timm.create_model('resnet18').modules())
+
+
+# ------------------------------------------------------------------------------------- official ReActNet-A checkpoints
+
+def official_state(layout: str, prefix: str = 'module.') -> dict:
+    """A random state dict under the official names: layout 'step1' (4-D `.weight`) or 'step2' ((N, 1) `.weights`)."""
+    g = torch.Generator().manual_seed(0)
+    state = {}
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g)
+
+    def bn(name, c):
+        state.update({f'{name}.weight': rand(c), f'{name}.bias': rand(c), f'{name}.running_mean': rand(c),
+                      f'{name}.running_var': rand(c).abs() + 0.1, f'{name}.num_batches_tracked': torch.tensor(3)})
+
+    def conv(name, *shape):
+        w = rand(*shape)
+        state.update({f'{name}.weight': w} if layout == 'step1' else {f'{name}.weights': w.reshape(-1, 1)})
+
+    state['feature.0.conv1.weight'] = rand(32, 3, 3, 3)
+    bn('feature.0.bn1', 32)
+    widths = [32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024]
+    for i, (c, d) in enumerate(zip(widths, widths[1:]), 1):
+        f = f'feature.{i}'
+        for name, width in (('move11', c), ('move12', c), ('move13', c), ('move21', c), ('move22', d), ('move23', d)):
+            state[f'{f}.{name}.bias'] = rand(1, width, 1, 1)
+        conv(f'{f}.binary_3x3', c, c, 3, 3)
+        bn(f'{f}.bn1', c)
+        state[f'{f}.prelu1.weight'], state[f'{f}.prelu2.weight'] = rand(c), rand(d)
+        if c == d:
+            conv(f'{f}.binary_pw', c, c, 1, 1)
+            bn(f'{f}.bn2', c)
+        else:
+            for half in (1, 2):
+                conv(f'{f}.binary_pw_down{half}', c, c, 1, 1)
+                bn(f'{f}.bn2_{half}', c)
+    state['fc.weight'], state['fc.bias'] = rand(1000, 1024), rand(1000)
+    return {prefix + k: v for k, v in state.items()}
+
+
+@pytest.mark.parametrize('layout', ['step1', 'step2'])
+def test_official_reactnet_checkpoint_loads_strictly(layout, tmp_path):
+    official = official_state(layout)
+    file = tmp_path / 'reactnet.pth.tar'
+    torch.save({'epoch': 1, 'state_dict': official, 'best_top1_acc': 0.0}, file)
+    model = timm.create_model('reactnet_a', pretrained=True, pretrained_cfg_overlay=dict(file=str(file))).eval()
+    direct = timm.create_model('reactnet_a').eval()
+    direct.load_state_dict(checkpoint_filter_fn({'state_dict': official}, direct), strict=True)
+    state = model.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in direct.state_dict().items())
+    # A reduction block: block 12 of the official list is the first of our last stage.
+    o = {k[len('module.feature.12.'):]: v for k, v in official.items() if k.startswith('module.feature.12.')}
+    w1, w2 = (o[f'binary_pw_down{h}.weight' + 's' * (layout == 'step2')].reshape(512, 512, 1, 1) for h in (1, 2))
+    assert torch.equal(state['stages.4.0.conv_1x1.conv.weight'], torch.cat([w1, w2]))
+    assert torch.equal(state['stages.4.0.conv_1x1.norm.running_var'],
+                       torch.cat([o['bn2_1.running_var'], o['bn2_2.running_var']]))
+    assert torch.equal(state['stages.4.0.conv_3x3.post.shift_out'], o['move13.bias'].flatten())
+    assert torch.equal(state['stages.4.0.conv_3x3.pre.bias'], o['move11.bias'].flatten())
+
+
+def test_official_checkpoint_gives_the_official_blocks_outputs():
+    """The official reduction block as two convolutions that are joined, spelled out, on its own keys."""
+    import torch.nn.functional as F
+    official = official_state('step1', prefix='')
+    model = timm.create_model('reactnet_a').eval()
+    model.load_state_dict(checkpoint_filter_fn(official, model))
+    o = {k[len('feature.12.'):]: v for k, v in official.items() if k.startswith('feature.12.')}
+
+    def bn(name, x):
+        return F.batch_norm(x, *(o[f'{name}.{k}'] for k in ('running_mean', 'running_var', 'weight', 'bias')))
+
+    def conv(name, x, **kwargs):
+        w = o[f'{name}.weight']
+        return F.conv2d(torch.where(x >= 0, 1., -1.), w.abs().mean((1, 2, 3), keepdim=True) * w.sign(), **kwargs)
+
+    x = torch.randn(2, 512, 8, 8)
+    y = bn('bn1', conv('binary_3x3', x + o['move11.bias'], stride=2, padding=1)) + F.avg_pool2d(x, 2)
+    y = F.prelu(y + o['move12.bias'], o['prelu1.weight']) + o['move13.bias']
+    s = y + o['move21.bias']
+    z = torch.cat([bn(f'bn2_{h}', conv(f'binary_pw_down{h}', s)) + y for h in (1, 2)], 1)
+    z = F.prelu(z + o['move22.bias'], o['prelu2.weight']) + o['move23.bias']
+    torch.testing.assert_close(model.stages[4][0](x), z, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda s: s.pop('feature.3.bn1.weight'), r'feature.3.bn1.weight: missing'),
+    (lambda s: s.pop('feature.3.binary_pw.weight'), r'feature.3.binary_pw.weights: missing'),
+    (lambda s: s.update({'feature.3.extra': torch.zeros(1)}), 'feature.3.extra: unknown key'),
+    (lambda s: s.update({'feature.3.binary_pw.weight': torch.zeros(3, 1)}),
+     r'feature.3.binary_pw.weight: found shape \(3, 1\), expected \(128, 128, 1, 1\)'),
+])
+def test_bad_official_checkpoint_is_refused_by_key(change, message):
+    state = official_state('step1', prefix='')
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        checkpoint_filter_fn(state, timm.create_model('reactnet_a', device='meta'))
