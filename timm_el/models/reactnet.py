@@ -121,8 +121,8 @@ class ReActNet(nn.Module):
         self.bn_stem = nn.BatchNorm2d(stem_chs, **dd)
 
         chs, reduction = stem_chs, 2
-        stages: List[nn.Module] = []
-        self.feature_info: List[Dict[str, Any]] = []
+        stages = []
+        self.feature_info = []
         for i, depth in enumerate(depths):
             stride = 1 if i == 0 else 2
             reduction *= stride
