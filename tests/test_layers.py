@@ -352,3 +352,67 @@ def test_layers_can_be_copied_scripted_and_moved():
     assert torch.equal(copy.deepcopy(unit)(x), unit(x))
     assert unit.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
     assert unit.to('meta')(x.bfloat16().to('meta')).shape == x.shape
+
+
+# ------------------------------------------------------------------------------------- lean and spelled-out convolution
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('input_quantizer, weight_quantizer', [
+    ('ste', 'ste'), ('approx', 'ste'), ('ste', None), (None, 'ste'), ('approx', 'approx')])
+@pytest.mark.parametrize('stride, padding, dilation, groups', [(1, 1, 1, 1), (2, 1, 1, 2), (1, 2, 2, 4)])
+def test_lean_convolution_equals_the_one_spelled_out(
+        stride, padding, dilation, groups, input_quantizer, weight_quantizer, dtype):
+    torch.manual_seed(0)
+    conv = BinaryConv2d(
+        4, 8, 3, stride, padding, dilation, groups, bias=False, dtype=dtype,
+        input_quantizer=input_quantizer, weight_quantizer=weight_quantizer)
+    conv.weight.data.mul_(4)
+    conv.weight.data[0, 0] = torch.tensor([[0., -0., 1.], [-1., 1.5, -1.5], [0.5, -0.5, 0.]])
+    x = (torch.randn(2, 4, 9, 9) * 1.2).to(dtype)
+    x[0, 0, 0, :7] = torch.tensor([0., -0., 1., -1., 1.5, -1.5, math.inf if input_quantizer else 2.])
+    upstream = torch.randn(conv(x).shape).to(dtype)
+    results = []
+    for f in (conv.convolve, conv.convolve_lean):
+        a = x.clone().requires_grad_()
+        conv.weight.grad = None
+        y = f(a)
+        y.backward(upstream)
+        results.append((y.detach(), a.grad, conv.weight.grad.clone()))
+    for ours, spelled in zip(*results):
+        torch.testing.assert_close(ours, spelled, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+
+
+def test_lean_convolution_under_autocast():
+    torch.manual_seed(0)
+    conv = BinaryConv2d(8, 8, 3, padding=1, bias=False)
+    x = torch.randn(2, 8, 6, 6)
+    grads = []
+    for f in (conv.convolve, conv.convolve_lean):
+        a = x.clone().requires_grad_()
+        conv.weight.grad = None
+        with torch.autocast('cpu', torch.bfloat16):
+            y = f(a)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        assert a.grad.dtype == conv.weight.grad.dtype == torch.float32
+        grads.append((a.grad, conv.weight.grad.clone()))
+    for ours, spelled in zip(*grads):
+        torch.testing.assert_close(ours, spelled, rtol=2e-2, atol=2e-2 * spelled.abs().max().item())
+
+
+def test_convolution_keeps_one_byte_of_each_input_value_for_backward():
+    conv = BinaryConv2d(8, 8, 3, padding=1, bias=False)
+    saved = []
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        conv(x)
+    saved = [t for t in saved if t.data_ptr() != conv.weight.data_ptr()]
+    assert sum(t.numel() * t.element_size() for t in saved) == x.numel() + 4 * 8  # codes and alpha
+
+
+def test_frozen_weight_or_input_gets_no_gradient():
+    conv = BinaryConv2d(4, 4, 1)
+    conv.weight.requires_grad_(False)
+    x = torch.randn(1, 4, 3, 3, requires_grad=True)
+    conv(x).sum().backward()
+    assert conv.weight.grad is None and x.grad is not None

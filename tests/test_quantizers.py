@@ -109,6 +109,7 @@ def test_lean_ste_saves_one_byte_a_value():
     assert sum(t.numel() * t.element_size() for t in saved) == 1000
 
 
+@pytest.mark.filterwarnings('ignore:There is a performance drop')
 def test_estimators_work_under_function_transforms():
     x = torch.randn(4, 5)
     grads = torch.func.vmap(torch.func.grad(lambda v: (ste_sign(v) * v.detach()).sum()))(x)

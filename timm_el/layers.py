@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .quantizers import get_quantizer
+from .quantizers import ESTIMATORS, get_quantizer, is_symbolic
 
 __all__ = [
     'weight_scale', 'input_scale', 'BinaryConv2d', 'BinaryLinear', 'ElasticLink', 'BinaryUnit', 'Shift', 'RSign',
@@ -36,8 +36,7 @@ def weight_scale(weight: torch.Tensor) -> torch.Tensor:
     Returns:
         Tensor (O,) of the weight's dtype.
     """
-    alpha = weight.detach().abs().flatten(1).mean(1, dtype=_wide_float(weight))
-    return alpha.to(weight.dtype)
+    return weight.detach().abs().to(_wide_float(weight)).flatten(1).mean(1).to(weight.dtype)
 
 
 def input_scale(
@@ -108,6 +107,51 @@ class _Quantized(nn.Module):
         return (
             f'{super().extra_repr()}, input={self.input_quantizer}, weight={self.weight_quantizer}, '
             f'scales={"+".join(scales) or None}')
+
+
+def _quantized_weight(weight: torch.Tensor, alpha: Optional[torch.Tensor], quantizer: Optional[str]) -> torch.Tensor:
+    weight = ESTIMATORS[quantizer].quantize(weight)
+    return weight if alpha is None else weight * alpha
+
+
+class _QuantizedConv2d(torch.autograd.Function):
+    """conv2d of a quantized input with a quantized weight, in their lean forms.
+
+    Autograd would keep the signs of the input as floats, a mask, and the quantized weight. Here it keeps the
+    estimator's code of the input (one byte a value for 'ste') and the latent weight, which is a parameter anyway;
+    signs are taken again in backward.
+    """
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, alpha, input_quantizer, weight_quantizer, stride, padding, dilation, groups):
+        return F.conv2d(
+            ESTIMATORS[input_quantizer].quantize(x), _quantized_weight(weight, alpha, weight_quantizer), None,
+            stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, alpha, ctx.input_quantizer, ctx.weight_quantizer, *ctx.geometry = inputs
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(ESTIMATORS[ctx.input_quantizer].encode(x), weight, alpha)
+
+    @staticmethod
+    def backward(ctx, grad):
+        code, weight, alpha = ctx.saved_tensors
+        of_input, of_weight = ESTIMATORS[ctx.input_quantizer], ESTIMATORS[ctx.weight_quantizer]
+        stride, padding, dilation, groups = ctx.geometry
+        # Under autocast the convolution, and so its gradient, has another dtype than the input and the weight.
+        signed = of_input.decode(code, grad.dtype)
+        quantized = _quantized_weight(weight, alpha, ctx.weight_quantizer).to(grad.dtype)
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, signed, quantized, None, stride, padding, dilation, False, (0, 0), groups,
+            (ctx.needs_input_grad[0], ctx.needs_input_grad[1], False))
+        if grad_x is not None:
+            grad_x = of_input.gradient_of_code(code, grad_x.to(ctx.dtype))
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+            grad_weight = of_weight.gradient(weight, grad_weight if alpha is None else grad_weight * alpha)
+        return grad_x, grad_weight, None, None, None, None, None, None, None
 
 
 class BinaryConv2d(_Quantized, nn.Conv2d):
@@ -193,19 +237,33 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_images(x, self.in_channels, 'BinaryConv2d')
+        if torch.jit.is_scripting():
+            y = self.convolve(x)
+        else:
+            lean = torch.is_grad_enabled() and not self.pad_first and not is_symbolic(x)
+            y = self.convolve_lean(x) if lean else self.convolve(x)
+        if self.scale_input:
+            y = y * self.scale_of_input(x)
+        bias = self.bias  # TorchScript narrows None on locals only
+        return y if bias is None else y + bias.reshape(-1, 1, 1)
+
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        """( Sign(x) (*) Sign(W) ) . alpha, spelled out."""
         signed = self.quantize_input(x)
         if self.pad_first:
             mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
             value = float(self.pad_value) if mode == 'constant' else None
             signed = F.pad(signed, self.pad_sides, mode, value)
-        weight = self.quantized_weight()
-        if not self.scale_input:
-            return F.conv2d(
-                signed, weight, self.bias, self.stride, self.conv_padding, self.dilation, self.groups)
-        y = F.conv2d(signed, weight, None, self.stride, self.conv_padding, self.dilation, self.groups)
-        y = y * self.scale_of_input(x)
-        bias = self.bias  # TorchScript narrows None on locals only
-        return y if bias is None else y + bias.reshape(-1, 1, 1)
+        return F.conv2d(
+            signed, self.quantized_weight(), None, self.stride, self.conv_padding, self.dilation, self.groups)
+
+    @torch.jit.unused
+    def convolve_lean(self, x: torch.Tensor) -> torch.Tensor:
+        """The same as `convolve`, keeping one byte a value of the input for backward, and no copy of the weight."""
+        alpha = weight_scale(self.weight).reshape(self.scale_shape) if self.scale_weight else None
+        return _QuantizedConv2d.apply(
+            x, self.weight, alpha, self.input_quantizer, self.weight_quantizer,
+            self.stride, self.conv_padding, self.dilation, self.groups)
 
     def scale_of_input(self, x: torch.Tensor) -> torch.Tensor:
         """K for this convolution, one plane for all channels, or one a group repeated over its channels."""
@@ -378,12 +436,12 @@ class ElasticLink(nn.Module):
             x = groups[0]
             for i in range(1, self.ratio):
                 x = x + groups[i]
-        elif self.expand:
+        if self.gamma is not None:
+            x = x / self.gamma  # where there are fewest channels: autograd keeps x
+        if self.expand:
             x = torch.cat([x] * self.ratio, 1)
             if self.ratio * self.in_channels != self.out_channels:
                 x = x[:, :self.out_channels]
-        if self.gamma is not None:
-            x = x / self.gamma
         return x
 
     def extra_repr(self) -> str:
