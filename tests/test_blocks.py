@@ -150,7 +150,7 @@ def test_mobilenet_stem_has_its_activation_before_its_norm():
     model = randomise(timm.create_model('el_mobilenet_v1')).eval()
     sd = model.state_dict()
     x = torch.randn(2, 3, 32, 32)
-    expected = bn(sd, 'conv_stem.norm', F.relu(F.conv2d(x, sd['conv_stem.conv.weight'], stride=2, padding=1)))
+    expected = bn(sd, 'bn1.norm', F.relu(F.conv2d(x, sd['conv_stem.weight'], stride=2, padding=1)))
     torch.testing.assert_close(model.bn1(model.conv_stem(x)), expected)
 
 

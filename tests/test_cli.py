@@ -17,6 +17,17 @@ def test_no_verb_prints_help(capsys):
     assert "unknown verb 'foo'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('argv, message', [
+    (['summary', 'no_such_model'], 'Unknown model (no_such_model)'),
+    (['summary', 'resnet18', '--recipe', 'foo'], "recipe: unknown name 'foo'"),
+    (['demo', '--compare', 'foo'], "recipe: unknown name 'foo'"),
+])
+def test_errors_are_one_line(argv, message, capsys):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count('\n') == 1 and captured.out == ''
+
+
 @pytest.mark.parametrize('verb', VERBS)
 def test_every_verb_has_help(verb, capsys):
     with pytest.raises(SystemExit) as stop:

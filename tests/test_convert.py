@@ -104,7 +104,8 @@ def test_no_activation_is_left_in_a_resnet_and_none_precedes_a_sign_in_a_mobilen
     model = timm_el.binarize(host('mobilenetv1_100'))
     acts = [m for m in model.modules() if isinstance(m, (nn.ReLU, nn.ReLU6))]
     units = [m for m in model.modules() if isinstance(m, BinaryUnit)]
-    assert len(acts) == len(units) == 27 and all(u.act_first and u.act in acts for u in units)
+    assert len(units) == 26 and all(u.act_first and u.act in acts for u in units)
+    assert [type(m) for m in model.bn1] == [nn.ReLU6, type(model.blocks[0][0].conv_dw.norm)] and len(acts) == 27
 
 
 def test_registered_resnet_with_stride_on_the_3x3_equals_the_converted_timm_resnet():
@@ -149,14 +150,14 @@ class Mlp(nn.Module):
 
 
 @pytest.mark.parametrize('build, kwargs, error, message', [
-    (lambda: timm.create_model('resnet18'), dict(recipe='foo'), ValueError, "recipe: unknown name 'foo', expected one"),
+    (lambda: timm.create_model('resnet18'), dict(recipe='foo'), ValueError, "recipe: unknown name 'foo', expected"),
     (lambda: timm.create_model('resnet18'), dict(recipe=7), TypeError, 'recipe: found a int'),
     (Mlp, {}, ValueError, 'model: Mlp has no Conv2d'),
-    (lambda: timm_el.binarize(timm.create_model('resnet18')), {}, ValueError, r'layer1.0.conv1: .* already binarized'),
+    (lambda: timm_el.binarize(timm.create_model('resnet18')), {}, ValueError, 'model: the model is already binarized'),
     (lambda: timm.create_model('el_resnet18'), dict(recipe='host'), ValueError, 'already binarized'),
     (hooked, {}, ValueError, r'layer3.0.conv2: the Conv2d carries hooks \(_forward_hooks\)'),
     (lambda: timm.create_model('resnet18'), dict(keep=('layer9',)), ValueError, "keep: 'layer9' matches no"),
-    (lambda: timm.create_model('resnet18'), dict(keep='layer1'), TypeError, "keep: found the string 'layer1'"),
+    (lambda: timm.create_model('resnet18'), dict(keep='layer1'), TypeError, "keep: found 'layer1', expected a sequence"),
 ])
 def test_refusals_name_the_argument_and_leave_the_model_as_it_was(build, kwargs, error, message):
     model = build()
@@ -170,7 +171,7 @@ def test_refusals_name_the_argument_and_leave_the_model_as_it_was(build, kwargs,
 
 def test_strict_refuses_what_cannot_be_binarized():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
-    with pytest.raises(ValueError, match=r"1: Conv2d \(8, 8, 3, 3\) cannot be binarized .* pass keep=\('1', ...\)"):
+    with pytest.raises(ValueError, match=r"0: Conv2d \(8, 3, 3, 3\) cannot be binarized .* pass keep=\('0', ...\)"):
         timm_el.binarize(model, strict=True)
     assert all(type(m) is nn.Conv2d for m in model)
     with pytest.raises(TypeError, match='model: found a str'):
@@ -194,3 +195,157 @@ def test_bad_images_are_refused_by_name(name, x, error, message):
     with pytest.raises(error, match=message):
         model.eval()(x)
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+
+
+# ------------------------------------------------------------------------------------- hosts that are not as they were
+
+def test_nothing_is_touched_where_nothing_can_be_binarized():
+    """Unknown blocks between known ones: an activation in them would leave a sign at +1."""
+    for name in ('res2net50_26w_4s', 'resnest14d', 'hrnet_w18_small', 'vgg11'):
+        model = timm.create_model(name).eval()
+        modules, _ = snapshot(model)
+        x = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            expected = model(x)
+            report = timm_el.binarize(model).binarize_report
+            assert torch.equal(model(x), expected)
+        assert snapshot(model)[0] == modules and report.count('binarized') == 0
+        assert any('as it was' in note for note in report.notes)
+
+
+def test_a_net_that_is_kept_whole_keeps_its_activations():
+    model = timm.create_model('resnet26').eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    timm_el.binarize(model, keep=('layer1', 'layer2', 'layer3', 'layer4'))
+    assert torch.equal(model(x), expected)
+
+
+def test_activations_stay_between_float_convolutions_and_go_before_signs():
+    model = timm_el.binarize(timm.create_model('resnet26'), keep=('layer1.1',))
+    assert isinstance(model.layer1[1].act1, nn.ReLU) and isinstance(model.layer1[1].act2, nn.ReLU)
+    assert isinstance(model.layer1[1].act3, nn.Identity)  # layer2.0.conv1 is binary
+    assert isinstance(model.act1, nn.Identity)
+
+
+@pytest.mark.parametrize('build', [
+    lambda: timm.create_model('resnetrs50'), lambda: timm.create_model('el_resnet26', replace_stem_pool=True),
+    lambda: timm.layers.freeze_batch_norm_2d(timm.create_model('mobilenetv1_100')),
+    lambda: timm.layers.convert_sync_batchnorm(timm.create_model('mobilenetv1_100')),
+], ids=['resnetrs', 'stem pool', 'frozen norm', 'sync norm'])
+def test_no_sign_is_dead_on_unusual_stems_and_norms(build, photos):
+    model = build()
+    if not hasattr(model, 'binarize_report'):
+        timm_el.binarize(model)
+    assert model.binarize_report.count('binarized') > 20
+    for share in positive_shares(model.eval(), photos[:4]).values():
+        assert 0.01 < share < 0.99
+
+
+@pytest.mark.parametrize('change', ['stem', 'pool', 'pool stride'])
+def test_cifar_stems_set_the_smallest_image(change):
+    model = torchvision.models.resnet18()
+    if change == 'stem':
+        model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    model.maxpool = nn.MaxPool2d(3, (2, 2), 1) if change == 'pool stride' else nn.Identity()
+    stride = {'stem': 8, 'pool': 16, 'pool stride': 32}[change]
+    timm_el.binarize(model).eval()
+    assert model(torch.zeros(1, 3, stride, stride)).shape == (1, 1000)
+    with pytest.raises(ValueError, match=f'expected at least {stride} x {stride}'):
+        model(torch.zeros(1, 3, stride - 1, stride))
+
+
+def test_convolutions_with_a_forward_of_their_own_are_kept_and_named():
+    model = timm.create_model('resnet26')
+    model.layer2[0].conv2 = timm.layers.StdConv2d(128, 128, 3, stride=2, padding=1, bias=False)
+    report = timm_el.binarize(model).binarize_report
+    row = next(row for row in report.rows if row.path == 'layer2.0.conv2')
+    assert row.status == 'kept' and row.reason == 'StdConv2d has a forward of its own' and not row.possible
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_frozen_norms_stay_frozen(fails):
+    model = timm.create_model('resnet26').train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    if fails:
+        model.layer4[1].conv3 = timm.layers.StdConv2d(512, 2048, 1, bias=False)
+        with pytest.raises(ValueError, match='layer4.1.conv3'):
+            timm_el.binarize(model, strict=True)
+    else:
+        timm_el.binarize(model)
+    assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_each_network_in_a_model_has_a_first_convolution_of_its_own():
+    class Segmenter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Conv2d(512, 2, 1)
+            self.backbone = torchvision.models.resnet18()
+
+    model = timm_el.binarize(Segmenter())
+    rows = {row.path: row for row in model.binarize_report.rows}
+    assert rows['backbone.conv1'].reason == 'first convolution' and type(model.head) is nn.Conv2d
+    assert rows['backbone.layer1.0.conv1'].status == 'binarized' and rows['head'].reason == 'no known block holds it'
+
+
+def test_report_tells_removed_layers_stage_one_and_missing_links():
+    rows = {row.path: row for row in timm_el.binarize(timm.create_model('resnet26'), 'el_4').binarize_report.rows}
+    assert rows['layer1.0.downsample.0'].status == 'removed'
+    report = timm_el.binarize(timm.create_model('resnet26'), real_weights=True).binarize_report
+    assert report.count('binary inputs') == 24 and report.binarized_share == 0
+    report = timm_el.binarize(timm.create_model('resnet18'), 'el_2').binarize_report
+    assert report.count('binarized') == 16
+    report = timm_el.binarize(timm.create_model('resnet18'), 'first_float').binarize_report
+    assert any('recipe.real' in note and 'reduce' in note for note in report.notes)
+    report = timm_el.binarize(timm.create_model('mobilenetv1_100')).binarize_report
+    assert any('running statistics of 27 norms start anew' in note for note in report.notes)
+
+
+def shared() -> nn.Module:
+    model = timm.create_model('resnet26')
+    model.layer1[1].conv2 = model.layer1[0].conv2
+    return model
+
+
+def parametrized() -> nn.Module:
+    model = timm.create_model('resnet26')
+    torch.nn.utils.parametrizations.weight_norm(model.layer1[0].conv1)
+    return model
+
+
+def act_hooked() -> nn.Module:
+    model = timm.create_model('resnet26')
+    model.layer1[0].act2.register_forward_hook(lambda *args: None)
+    return model
+
+
+@pytest.mark.parametrize('build, kwargs, error, message', [
+    (shared, {}, ValueError, 'layer1.1.conv2: the Conv2d is used at layer1.0.conv2 too'),
+    (parametrized, {}, ValueError, 'layer1.0.conv1: the weight of the .* is parametrized'),
+    (act_hooked, {}, ValueError, 'layer1.0.act2: the ReLU carries hooks'),
+    (lambda: timm.create_model('resnet26'), dict(keep=None), TypeError, 'keep: found None'),
+    (lambda: timm.create_model('resnet26'), dict(keep=[5]), TypeError, r'keep: found \[5\]'),
+    (lambda: timm.create_model('resnet26'),
+     dict(recipe=timm_el.Recipe('x', link=('reduce',), omit=('reduce',), elastic=False)), ValueError,
+     "layer1.1.conv1: recipe 'x' omits it and gives it no link"),
+])
+def test_unfit_hosts_are_refused_by_name_and_left_as_they_were(build, kwargs, error, message):
+    model = build()
+    modules, _ = snapshot(model)
+    with pytest.raises(error, match=message):
+        timm_el.binarize(model, **kwargs)
+    assert snapshot(model)[0] == modules
+
+
+@pytest.mark.parametrize('name, kwargs, message', [
+    ('el_resnet18', dict(in_chans=0), 'in_chans: found 0'), ('reactnet_a', dict(in_chans=-1), 'in_chans: found -1'),
+    ('el_mobilenet_v1', dict(num_classes=-1), 'num_classes: found -1'),
+    ('el_resnet26', dict(aa_layer=nn.AvgPool2d), 'stride_first: .* anti-aliasing'),
+])
+def test_bad_counts_of_a_registered_model(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, **kwargs)

@@ -91,12 +91,16 @@ def test_role_of_a_shape(shape, role):
 
 @pytest.mark.parametrize('kwargs, message', [
     (dict(link=('foo',)), r"link: unknown role 'foo', expected some of \('reduce'"),
-    (dict(scale_input='reduce'), r"scale_input: found the string 'reduce', expected a sequence of roles"),
+    (dict(scale_input='reduce'), r"scale_input: found 'reduce', expected a sequence of roles"),
     (dict(input_quantizer='relu'), "input_quantizer: unknown quantizer 'relu'"),
     (dict(gamma='no'), "gamma: found 'no', expected one of"),
     (dict(act='relu'), "act: found 'relu', expected one of"),
     (dict(omit=('reduce',)), r"omit: \['reduce'\] would leave nothing"),
     (dict(version=2), 'version: found 2, expected 1'),
+    (dict(version=True), 'version: found True, expected an integer'),
+    (dict(residual='no'), "residual: found 'no', expected True or False"),
+    (dict(link=5), 'link: found 5, expected a sequence of roles'),
+    (dict(input_quantizer=['ste']), r"input_quantizer: found \['ste'\]"),
 ])
 def test_bad_recipe_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -110,5 +114,8 @@ def test_bad_recipe_argument_is_refused():
         get_recipe({'name': 'x', 'links': []})
     with pytest.raises(ValueError, match="the field 'name' is missing"):
         get_recipe({})
+    for text in ('{', 'null', '[]'):
+        with pytest.raises(ValueError, match='recipe: '):
+            Recipe.from_json(text)
     with pytest.raises(TypeError, match='recipe: found a int'):
         get_recipe(3)

@@ -79,6 +79,6 @@ def test_stage_one_and_weight_only_nets_have_no_binary_macs():
 def test_input_size_defaults_to_the_models_own_and_is_checked():
     model = timm.create_model('el_resnet18', in_chans=1, device='meta')
     assert timm_el.summarize(model).input_size == (1, 224, 224)
-    for bad in ((3, 224), (3, 224, -1), (3, 224, 22.5)):
+    for bad in ((3, 224), (3, 224, -1), (3, 224, 22.5), 224, (3, True, 224)):
         with pytest.raises(ValueError, match='input_size: found'):
             timm_el.summarize(model, bad)

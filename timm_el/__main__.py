@@ -1,5 +1,6 @@
 """python -m timm_el VERB: the shell verbs, one module of `timm_el.cli` each."""
 import importlib
+import os
 import sys
 from typing import List, Optional
 
@@ -18,7 +19,16 @@ def main(argv: Optional[List[str]] = None) -> int:
     if verb not in VERBS:
         print(f'timm_el: unknown verb {verb!r}, expected one of {", ".join(VERBS)}', file=sys.stderr)
         return 2
-    return importlib.import_module(f'timm_el.cli.{verb}').main(rest) or 0
+    command = importlib.import_module(f'timm_el.cli.{verb}')
+    if verb == 'run':  # the script's own errors keep their tracebacks
+        return command.main(rest) or 0
+    try:
+        return command.main(rest) or 0
+    except (TypeError, ValueError, RuntimeError) as e:  # timm raises RuntimeError for a model that it does not know
+        if os.environ.get('TIMM_EL_TRACEBACK'):
+            raise
+        print(f'timm_el {verb}: {e}', file=sys.stderr)
+        return 2
 
 
 if __name__ == '__main__':

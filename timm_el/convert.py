@@ -7,14 +7,15 @@ are: a unit stands where the convolution stood, and Identity where its norm and 
 import copy
 import fnmatch
 import math
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-from timm.layers import BatchNormAct2d
 from timm.models import efficientnet, resnet
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv
+from torch.nn.utils import parametrize
 from torchvision.models import resnet as tv_resnet
 
 from .layers import BinaryConv2d, BinaryUnit, ElasticLink, ZeroShortcut, guard_input
@@ -33,9 +34,10 @@ class ReportRow:
     Args:
         path: Where the layer stood in the host.
         kind: Class name of the host's layer.
-        status: 'binarized', 'real' (in a unit, with float weights and inputs as the recipe says), 'omitted', 'kept'
-            (as it was).
-        reason: Why, where it was not binarized.
+        status: 'binarized' (weights and inputs), 'binary inputs' or 'binary weights' (only these), 'real' (in a unit,
+            but float), 'omitted' (left out, its link stands alone), 'removed' (with the shortcut that it was on),
+            'kept' (float, outside any unit).
+        reason: Why, where it was not binarized or got no link.
         role: Its role (`recipes.ROLES`), None if kept.
         link: What goes around it: 'identity', 'squeeze', 'expand', 'host shortcut', or None.
         scale_input: True if it has K.
@@ -59,10 +61,18 @@ class ReportRow:
 
 @dataclass
 class Report:
-    """What `binarize` did: the recipe, one row a layer, and notes. Prints as a table; `to_dict` gives the data."""
+    """What `binarize` did. Prints as a table; `to_dict` gives the data.
+
+    Args:
+        recipe: The recipe in use.
+        rows: One row for each convolution and linear layer.
+        notes: What does not belong to one layer.
+        moved: Where the host's modules went, old path to new path.
+    """
     recipe: Recipe
     rows: List[ReportRow] = field(default_factory=list)
     notes: List[str] = field(default_factory=list)
+    moved: Dict[str, str] = field(default_factory=dict)
 
     def count(self, status: str) -> int:
         """Number of layers with a status."""
@@ -70,20 +80,21 @@ class Report:
 
     @property
     def binarized_share(self) -> float:
-        """Share of the weights of all convolutions and linear layers that became binary, 0 to 1."""
-        total = sum(row.params for row in self.rows)
+        """Share of the weights of all convolutions and linear layers that are binary, with binary inputs, 0 to 1."""
+        total = sum(row.params for row in self.rows if row.status not in ('omitted', 'removed'))
         return sum(row.params for row in self.rows if row.status == 'binarized') / max(total, 1)
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain data for JSON."""
         rows = [{k: v for k, v in row.__dict__.items()} for row in self.rows]
-        return {'recipe': self.recipe.to_dict(), 'rows': rows, 'notes': list(self.notes)}
+        return {
+            'recipe': self.recipe.to_dict(), 'rows': rows, 'notes': list(self.notes), 'moved': dict(self.moved)}
 
     def __str__(self) -> str:
-        lines = [f'{"layer":44} {"role":10} {"status":10} {"link":14} {"K":2} {"act":10} {"weights":>10}  reason']
+        lines = [f'{"layer":44} {"role":10} {"status":14} {"link":14} {"K":2} {"act":10} {"weights":>10}  reason']
         for row in self.rows:
             lines.append(
-                f'{row.path:44} {row.role or "-":10} {row.status:10} {row.link or "-":14} '
+                f'{row.path:44} {row.role or "-":10} {row.status:14} {row.link or "-":14} '
                 f'{"K" if row.scale_input else "-":2} {row.act or "-":10} {row.params:>10,}  {row.reason}'.rstrip())
         lines.append(
             f'recipe {self.recipe.name}: {self.count("binarized")} of {len(self.rows)} layers binarized, '
@@ -98,8 +109,8 @@ class Report:
 class Chain:
     """A convolution with the norm and activation that belong to it, as paths; `act` may stand behind an addition.
 
-    `tail` names what the host applies between this norm and the next addition or convolution (squeeze-excite, drop
-    path, blur). It moves into the unit where the host's shortcut does.
+    `tail` names what the host applies behind the norm (squeeze-excite, drop path, drop block, blur). If the unit has a
+    link, it moves into the branch, so that the real-valued signal is neither gated nor dropped.
     """
     conv: str
     norm: Optional[str] = None
@@ -109,9 +120,12 @@ class Chain:
 
     def under(self, prefix: str) -> 'Chain':
         """The same chain inside the module `prefix`."""
-        def full(name: Optional[str]) -> Optional[str]:
-            return f'{prefix}.{name}' if prefix and name else name
-        return Chain(full(self.conv), full(self.norm), full(self.act), self.role, tuple(full(t) for t in self.tail))
+        names = [_join(prefix, name) for name in (self.conv, self.norm, self.act)]
+        return Chain(*names, self.role, tuple(_join(prefix, name) for name in self.tail))
+
+
+def _join(prefix: str, name: Optional[str]) -> Optional[str]:
+    return f'{prefix}.{name}' if prefix and name else name
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,10 @@ class Block:
     """How a known block class runs: its chains in order, and its shortcut.
 
     Args:
-        chains: The chains, relative to the block.
+        chains: The chains, relative to the block. The chains of a root come before those of its blocks, but for `last`.
+        root: The class is a whole network, made of known blocks in sequence.
+        last: Chains of a root that come after its blocks.
+        ignore: Attributes that hold small float side branches (squeeze-excite).
         shortcut: Attribute of the module on the shortcut (None in it means identity); None if the block has no
             shortcut that can be taken away.
         per_conv: The block has one shortcut around its two convolutions. With links on spatial convolutions it gets
@@ -128,23 +145,26 @@ class Block:
     chains: Tuple[Chain, ...]
     shortcut: Optional[str] = None
     per_conv: bool = False
+    root: bool = False
+    last: Tuple[Chain, ...] = ()
+    ignore: Tuple[str, ...] = ()
 
 
 KNOWN_BLOCKS: Dict[Type[nn.Module], Block] = {
     # timm
     resnet.BasicBlock: Block((
-        Chain('conv1', 'bn1', 'act1', tail=('aa',)),
+        Chain('conv1', 'bn1', 'act1', tail=('drop_block', 'aa')),
         Chain('conv2', 'bn2', 'act2', tail=('se', 'drop_path')),
-    ), 'downsample', per_conv=True),
+    ), 'downsample', per_conv=True, ignore=('se',)),
     resnet.Bottleneck: Block((
         Chain('conv1', 'bn1', 'act1', 'reduce'),
-        Chain('conv2', 'bn2', 'act2', 'spatial'),
-        Chain('conv3', 'bn3', 'act3', 'expand'),
-    ), 'downsample'),
-    resnet.ResNet: Block((Chain('conv1', 'bn1', 'act1'),)),
-    DepthwiseSeparableConv: Block((Chain('conv_dw', 'bn1'), Chain('conv_pw', 'bn2'))),
-    efficientnet.EfficientNet: Block((Chain('conv_stem', 'bn1'), Chain('conv_head', 'bn2'))),
-    efficientnet.EfficientNetFeatures: Block((Chain('conv_stem', 'bn1'),)),
+        Chain('conv2', 'bn2', 'act2', 'spatial', tail=('drop_block',)),
+        Chain('conv3', 'bn3', 'act3', 'expand', tail=('se', 'drop_path')),
+    ), 'downsample', ignore=('se',)),
+    resnet.ResNet: Block((Chain('conv1', 'bn1', 'act1'), Chain('maxpool')), root=True),
+    DepthwiseSeparableConv: Block((Chain('conv_dw', 'bn1'), Chain('conv_pw', 'bn2')), ignore=('se',)),
+    efficientnet.EfficientNet: Block((Chain('conv_stem', 'bn1'),), root=True, last=(Chain('conv_head', 'bn2'),)),
+    efficientnet.EfficientNetFeatures: Block((Chain('conv_stem', 'bn1'),), root=True),
     # torchvision
     tv_resnet.BasicBlock: Block((
         Chain('conv1', 'bn1', 'relu'),
@@ -155,7 +175,7 @@ KNOWN_BLOCKS: Dict[Type[nn.Module], Block] = {
         Chain('conv2', 'bn2', 'relu', 'spatial'),
         Chain('conv3', 'bn3', 'relu', 'expand'),
     ), 'downsample'),
-    tv_resnet.ResNet: Block((Chain('conv1', 'bn1', 'relu'),)),
+    tv_resnet.ResNet: Block((Chain('conv1', 'bn1', 'relu'),), root=True),
 }
 
 
@@ -176,36 +196,73 @@ class FoundBlock:
     block: Block
     chains: Tuple[Chain, ...]
 
+    @property
+    def shortcut(self) -> Optional[str]:
+        """Path of the shortcut module."""
+        return _join(self.path, self.block.shortcut)
 
-def find_blocks(model: nn.Module) -> List[FoundBlock]:
-    """All known blocks of a network, in registration order."""
-    found = []
+
+@dataclass(frozen=True)
+class Network:
+    """A known root with its blocks in the order in which they run; what a binarized network is made of."""
+    path: str
+    blocks: Tuple[FoundBlock, ...]
+
+    @property
+    def chains(self) -> List[Chain]:
+        """All chains, in the order in which they run."""
+        return [chain for found in self.blocks for chain in found.chains]
+
+
+def find_networks(model: nn.Module) -> Tuple[List[Network], Dict[str, str]]:
+    """Known networks in a model, and for the convolutions that none of them holds, why not.
+
+    A network is taken only if every convolution in it belongs to a chain, a shortcut or a side branch: nothing is known
+    about what comes between blocks that are not known, and a ReLU there would leave a sign at +1.
+    """
+    networks, strangers = [], {}
     for path, module in model.named_modules():
         block = known_block(module)
-        if block is None:
+        if block is None or not block.root:
             continue
-        chains: List[Chain] = []
-        for chain in block.chains:
-            chain = chain.under(path)
-            conv = _get(model, chain.conv)
-            if isinstance(conv, nn.Sequential):  # a deep stem
-                chains.extend(_sequential_chains(chain, conv))
-            elif isinstance(conv, nn.Conv2d):
-                chains.append(chain)
-        found.append(FoundBlock(path, block, tuple(chains)))
-    return found
-
-
-def _sequential_chains(last: Chain, convs: nn.Sequential) -> Iterator[Chain]:
-    """Chains of a conv, norm, act, conv, ... sequence that stands where `last` has its convolution."""
-    paths = [f'{last.conv}.{name}' for name, _ in convs.named_children()]
-    starts = [i for i, module in enumerate(convs) if isinstance(module, nn.Conv2d)]
-    for start, stop in zip(starts, starts[1:] + [len(paths)]):
-        followers = paths[start + 1:stop]
-        if followers:
-            yield Chain(paths[start], *followers)
+        blocks = [FoundBlock(path, block, tuple(_expand_chains(model, path, block.chains)))]
+        side = []
+        for name, inner in module.named_modules(prefix=path):
+            known = known_block(inner)
+            if inner is not module and known is not None:
+                blocks.append(FoundBlock(name, known, tuple(_expand_chains(model, name, known.chains))))
+                side += [_join(name, part) for part in (known.shortcut, *known.ignore) if part]
+        blocks.append(FoundBlock(path, Block(block.last), tuple(_expand_chains(model, path, block.last))))
+        network = Network(path, tuple(blocks))
+        held = {chain.conv for chain in network.chains}
+        foreign = [
+            name for name, inner in module.named_modules(prefix=path) if isinstance(inner, nn.Conv2d)
+            and name not in held and not any(name == part or name.startswith(f'{part}.') for part in side)]
+        if foreign:
+            reason = f'{type(module).__name__} holds blocks that are not known, at {foreign[0]}'
+            strangers.update({
+                name: reason for name, inner in module.named_modules(prefix=path) if isinstance(inner, nn.Conv2d)})
         else:
-            yield Chain(paths[start], last.norm, last.act)
+            networks.append(network)
+    return networks, strangers
+
+
+def _expand_chains(model: nn.Module, path: str, chains: Sequence[Chain]) -> Iterator[Chain]:
+    """Chains as full paths; a Sequential in place of a convolution (a deep stem) becomes its own chains."""
+    for chain in chains:
+        chain = chain.under(path)
+        conv = _get(model, chain.conv)
+        if isinstance(conv, nn.Conv2d):
+            yield chain
+        elif isinstance(conv, nn.Sequential):
+            parts = [(f'{chain.conv}.{name}', module) for name, module in conv.named_children()]
+            starts = [i for i, (_, module) in enumerate(parts) if isinstance(module, nn.Conv2d)]
+            for start, stop in zip(starts, starts[1:] + [len(parts)]):
+                followers = parts[start + 1:stop]
+                norm = next((p for p, m in followers if hasattr(m, 'running_mean') or hasattr(m, 'num_groups')), None)
+                act = next((p for p, m in followers if p != norm and not any(True for _ in m.parameters())
+                            and 'torch.nn.modules.activation' in type(m).__module__), None)
+                yield Chain(parts[start][0], norm, act) if followers else Chain(parts[start][0], chain.norm, chain.act)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,37 +277,37 @@ def _get(model: nn.Module, path: Optional[str]) -> Optional[nn.Module]:
 
 
 def _split_norm_act(norm: Optional[nn.Module]) -> Tuple[Optional[nn.Module], Optional[nn.Module]]:
-    """A fused norm-and-activation as two modules that share its tensors; other norms as they are."""
-    if not isinstance(norm, BatchNormAct2d):
+    """A fused norm-and-activation of timm as two modules that share its tensors; other norms as they are."""
+    if not isinstance(getattr(norm, 'act', None), nn.Module):
         return norm, None
-    act = norm.act if isinstance(norm.drop, nn.Identity) else nn.Sequential(norm.drop, norm.act)
-    return _twin_norm(norm), None if isinstance(act, nn.Identity) else act
+    twin = _twin(norm)
+    twin.act = nn.Identity().train(norm.training)
+    return twin, None if isinstance(norm.act, nn.Identity) else norm.act
 
 
-def _twin_norm(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
-    """A plain batch norm that shares the tensors of another."""
-    twin = nn.BatchNorm2d(
-        norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device='meta')
-    for name, tensor in [*norm._parameters.items(), *norm._buffers.items()]:
-        setattr(twin, name, tensor)
-    return twin.train(norm.training)
+def _twin(module: nn.Module) -> nn.Module:
+    """A module of the same class that shares the tensors and children of another, but not its slots for them."""
+    twin = copy.copy(module)
+    for slots in ('_parameters', '_buffers', '_modules'):
+        twin.__dict__[slots] = dict(module.__dict__[slots])
+    return twin
 
 
 @torch.no_grad()
-def _norm_after_act(norm: nn.Module, act: nn.Module, conv: nn.Module) -> nn.Module:
+def _norm_after_act(norm: Optional[nn.Module], act: nn.Module, conv: nn.Module) -> Optional[nn.Module]:
     """The norm for conv -> act -> norm, where the host had conv -> norm -> act.
 
     The host's running statistics describe another tensor, and used here in eval mode they leave every sign at +1. The
     twin starts from the expectation for inputs of unit variance: act(z), z ~ N(0, sum of squared weights).
     """
-    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
+    if getattr(norm, 'running_mean', None) is None or getattr(norm, 'running_var', None) is None:
         return norm
     weight = conv.quantized_weight() if isinstance(conv, BinaryConv2d) else conv.weight
     dd = {'device': weight.device, 'dtype': torch.float32}
     normal = torch.special.ndtri((torch.arange(256, **dd) + 0.5) / 256)
     std = weight.detach().float().flatten(1).square().sum(1).sqrt()
     values = act((std[:, None] * normal).to(weight.dtype)[None, :, :, None]).float().flatten(2)[0]
-    twin = _twin_norm(norm)
+    twin = _twin(norm)
     twin.running_mean = values.mean(1).to(norm.running_mean.dtype)
     twin.running_var = values.var(1).to(norm.running_var.dtype)
     return twin
@@ -263,19 +320,28 @@ class _Plan:
         self.model = model
         self.recipe = recipe
         self.edits: Dict[str, nn.Module] = {}
+        self.moved: Dict[str, str] = {}
         self.rows: Dict[str, ReportRow] = {}
-        self.convs = {p: m for p, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-        self.first_conv = next(iter(self.convs))
+        self.notes: List[str] = []
+        self.renewed_norms = 0
         self.kept = self._match(keep)
-        self.blocks = find_blocks(model)
-        for found in self.blocks:
-            self._plan_block(found)
+        self.networks, self.strangers = find_networks(model)
+        self.units = 0
+        self.guards: List[Tuple[nn.Conv2d, int]] = []
+        for network in self.networks:
+            self._plan_network(network)
+        if self.units == 0:  # nothing to binarize: then nothing is touched
+            self.edits.clear()
+            self.moved.clear()
+            self.guards.clear()
+            self.rows = {p: replace(row, act='kept' if row.act else None) for p, row in self.rows.items()}
+            self.notes.append('no convolution was converted, the model is as it was')
         self._plan_rest()
 
     def _match(self, keep: Sequence[str]) -> Dict[str, str]:
         """Paths to keep float, each with the pattern that says so."""
-        if isinstance(keep, str):
-            raise TypeError(f'keep: found the string {keep!r}, expected a sequence of module paths or patterns')
+        if isinstance(keep, str) or not isinstance(keep, Sequence) or not all(isinstance(k, str) for k in keep):
+            raise TypeError(f'keep: found {keep!r}, expected a sequence of module paths or patterns')
         layers = [p for p, m in self.model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         kept = {}
         for pattern in keep:
@@ -285,147 +351,226 @@ class _Plan:
             kept.update({p: pattern for p in hits})
         return kept
 
-    def _why_kept(self, path: str) -> Optional[str]:
-        if path in self.kept:
-            return f'keep={self.kept[path]!r}'
-        return 'first convolution' if path == self.first_conv else None
+    def _plan_network(self, network: Network) -> None:
+        chains = network.chains
+        for chain in chains:
+            for path in (chain.conv, chain.norm, chain.act):
+                _refuse_hooks(path, _get(self.model, path))
+        reasons = {chain.conv: self._why_kept(chain, first=chain is chains[0]) for chain in chains}
+        followers = {a.conv: b.conv for a, b in zip(chains, chains[1:])}
+        for found in network.blocks:
+            self._plan_block(found, reasons, followers)
+        if self.recipe.binarizes:
+            self.guards.append((_get(self.model, chains[0].conv), self._stride(network)))
 
-    def _plan_block(self, found: FoundBlock) -> None:
-        recipe, block = self.recipe, found.block
-        shortcut = f'{found.path}.{block.shortcut}' if block.shortcut else None
+    def _why_kept(self, chain: Chain, first: bool) -> Optional[Tuple[str, bool]]:
+        """Why a chain's convolution stays as it is, and whether it could be converted; None if it is converted."""
+        conv = _get(self.model, chain.conv)
+        if first:
+            return 'first convolution', True
+        if chain.conv in self.kept:
+            return f'keep={self.kept[chain.conv]!r}', True
+        if type(conv) is not nn.Conv2d:
+            return f'{type(conv).__name__} has a forward of its own', False
+        return None
+
+    def _plan_block(
+            self, found: FoundBlock, reasons: Dict[str, Optional[Tuple[str, bool]]], followers: Dict[str, str]) -> None:
+        recipe = self.recipe
+        convs = [_get(self.model, chain.conv) for chain in found.chains]
         per_conv = (
-            block.per_conv and 'spatial' in recipe.link and len(found.chains) == 2
-            and not any(chain.conv in self.kept for chain in found.chains)
-            and self.convs[found.chains[0].conv].out_channels == self.convs[found.chains[1].conv].out_channels)
-        links: List[Optional[nn.Module]] = [None, None]
+            found.block.per_conv and 'spatial' in recipe.link
+            and not any(reasons[chain.conv] for chain in found.chains)
+            and convs[0].out_channels == convs[1].out_channels)
+        links: List[Optional[nn.Module]] = [None] * len(convs)
         if per_conv:
-            second = self.convs[found.chains[1].conv]
-            host_link = _get(self.model, shortcut)
-            links = [host_link or _identity_link(second), _identity_link(second)]
-        for i, chain in enumerate(found.chains):
-            reason = self._why_kept(chain.conv)
+            host_link = _get(self.model, found.shortcut)
+            links = [_identity_link(convs[1]) if host_link is None else host_link, _identity_link(convs[1])]
+            if host_link is not None:
+                self.moved[found.shortcut] = f'{found.chains[0].conv}.link'
+        for chain, link in zip(found.chains, links):
+            reason = reasons[chain.conv]
             if reason:
-                self._plan_kept(chain, reason)
+                # Its activation may stay if no sign comes next.
+                follower = followers.get(chain.conv)
+                self._plan_kept(chain, *reason, keep_act=follower is None or reasons[follower] is not None)
             else:
-                self._plan_unit(chain, links[i] if per_conv else None, per_conv, block.per_conv and not per_conv)
-        if per_conv or (shortcut and not recipe.residual):
-            self.edits[shortcut] = ZeroShortcut()
+                self._plan_unit(chain, link, host_skip=found.block.per_conv and not per_conv)
+        if per_conv or (found.shortcut and not recipe.residual):
+            if not per_conv:
+                shortcut = _get(self.model, found.shortcut)
+                for name, module in shortcut.named_modules(prefix=found.shortcut) if shortcut is not None else ():
+                    if isinstance(module, nn.Conv2d):
+                        self._row(name, 'removed', 'the recipe keeps no residual shortcut')
+            self.edits[found.shortcut] = ZeroShortcut()
 
-    def _plan_kept(self, chain: Chain, reason: str) -> None:
-        """A float convolution outside any unit, unless its activation has to move."""
-        conv, norm, act, fate = self._parts(chain)
-        if self.recipe.act == 'branch' and act is not None:
-            norm = _norm_after_act(norm, act, conv)
-            self._put_unit(chain, BinaryUnit(conv, norm, act, act_first=True))
-        elif self.recipe.act == 'drop' and chain.norm and norm is not _get(self.model, chain.norm):
+    def _plan_kept(self, chain: Chain, reason: str, possible: bool, keep_act: bool) -> None:
+        """A float convolution outside any unit; only its activation may move."""
+        norm, act, fate = self._norm_and_act(chain, keep_act)
+        if act is not None and self.recipe.act == 'branch':
+            norm = self._renew(norm, act, _get(self.model, chain.conv))
+            norm = nn.Sequential(OrderedDict(act=act, norm=norm))
+            self.moved[chain.norm] = f'{chain.norm}.norm'
+        if chain.norm and norm is not _get(self.model, chain.norm):
             self.edits[chain.norm] = norm
-        self._row(chain.conv, 'kept', reason, norm=chain.norm, act=fate)
+        role = self._role(chain)
+        self._row(chain.conv, 'kept', reason, role=role, norm=chain.norm, act=fate, possible=possible)
 
-    def _plan_unit(self, chain: Chain, link: Optional[nn.Module], per_conv: bool, host_skip: bool) -> None:
+    def _plan_unit(self, chain: Chain, link: Optional[nn.Module], host_skip: bool) -> None:
         """A unit in place of a chain.
 
         Args:
             chain: The chain.
             link: The link of a block with one shortcut a convolution.
-            per_conv: The block is such a block: its tails move into the units.
             host_skip: The block keeps its own shortcut around both convolutions: no links.
         """
         recipe = self.recipe
-        host = self.convs[chain.conv]
-        conv, norm, act, fate = self._parts(chain)
-        role = chain.role or role_of_shape(
-            host.in_channels, host.out_channels, host.kernel_size, host.stride, host.groups)
-        kind = 'host shortcut' if link is not None and not isinstance(link, ElasticLink) else None
-        if link is None and not host_skip and role in recipe.link and (
-                recipe.elastic or host.in_channels == host.out_channels):
-            link = ElasticLink.for_conv(host, recipe.gamma)
-        status, reason = 'binarized', ''
+        host = _get(self.model, chain.conv)
+        role = self._role(chain)
+        kind, why = 'host shortcut', ''
+        if link is None and role in recipe.link:
+            if host_skip:
+                why = 'no link: the block keeps its own shortcut'
+            elif not recipe.elastic and host.in_channels != host.out_channels:
+                why = 'no link: the recipe\'s links keep the channel count'
+            else:
+                link = ElasticLink.for_conv(host, recipe.gamma)
+                why = '' if link is not None else 'no link: no pooling has its output size'
+        if link is None:
+            kind = None
+        elif isinstance(link, ElasticLink):
+            kind = link.kind
+            link.train(host.training)
+        norm, act, fate = self._norm_and_act(chain)
+        conv: Optional[nn.Module] = host
         if role in recipe.omit:
-            status, reason, conv, norm = 'omitted', f'recipe.omit has {role!r}', None, None
+            status, why, conv, norm, act = 'omitted', f'recipe.omit has {role!r}', None, None, None
+            if link is None:
+                raise ValueError(f'{chain.conv}: recipe {recipe.name!r} omits it and gives it no link, nothing is left')
         elif role in recipe.real or not recipe.binarizes:
-            status, reason = 'real', f'recipe.real has {role!r}' if recipe.binarizes else 'the recipe binarizes nothing'
+            status, why = 'real', f'recipe.real has {role!r}' if recipe.binarizes else 'the recipe binarizes nothing'
         else:
             conv = BinaryConv2d.from_conv(
                 host, input_quantizer=recipe.input_quantizer, weight_quantizer=recipe.weight_quantizer,
                 scale_weight=recipe.scale_weight, scale_input=role in recipe.scale_input)
-        tail = None
-        if per_conv:
-            tails = [_get(self.model, path) for path in chain.tail]
-            tails = [module for module in tails if module is not None and not isinstance(module, nn.Identity)]
-            tail = nn.Sequential(*tails) if len(tails) > 1 else tails[0] if tails else None
-            for path in chain.tail:
-                if _get(self.model, path) is not None:
-                    self.edits[path] = nn.Identity()
-        branch_act = act if recipe.act == 'branch' and status != 'omitted' else None
-        if branch_act is not None:
-            norm = _norm_after_act(norm, branch_act, conv)
-        self._put_unit(chain, BinaryUnit(conv, norm, branch_act, link, tail=tail, act_first=branch_act is not None))
-        self._row(
-            chain.conv, status, reason, role=role, link=kind or (link.kind if link is not None else None),
-            scale_input=status == 'binarized' and conv.scale_input, norm=chain.norm, act=fate)
-
-    def _parts(self, chain: Chain) -> Tuple[nn.Module, Optional[nn.Module], Optional[nn.Module], Optional[str]]:
-        """Convolution, norm and activation of a chain as the unit shall hold them, and the activation's fate."""
-        for path in (chain.conv, chain.norm):
-            _refuse_hooks(path, _get(self.model, path))
-        norm = _get(self.model, chain.norm)
-        if self.recipe.act == 'keep':  # the activation stays where it stands, or inside a fused norm
-            return self.convs[chain.conv], norm, None, 'kept' if chain.act or isinstance(norm, BatchNormAct2d) else None
-        norm, act = _split_norm_act(norm)
-        if act is None and chain.act:
-            act = _get(self.model, chain.act)
-            if isinstance(act, nn.Identity):
-                act = None
-            self.edits[chain.act] = nn.Identity()
-        if act is not None and self.recipe.act == 'branch' and chain.act:
-            act = copy.deepcopy(act)  # hosts share one activation between several chains
-        fate = None if act is None else 'dropped' if self.recipe.act == 'drop' else 'in branch'
-        return self.convs[chain.conv], norm, act, fate
-
-    def _put_unit(self, chain: Chain, unit: BinaryUnit) -> None:
-        unit.train(self.convs[chain.conv].training)
+            status = (
+                'binarized' if conv.is_binary else 'binary inputs' if recipe.input_quantizer else 'binary weights')
+        if act is not None:
+            norm = self._renew(norm, act, conv)
+        tail = self._take_tail(chain) if link is not None else None
+        unit = BinaryUnit(conv, norm, act, link, tail=tail, act_first=act is not None)
+        unit.training = host.training
+        self.units += 1
         self.edits[chain.conv] = unit
+        self.moved[chain.conv] = f'{chain.conv}.conv'
         if chain.norm:
             self.edits[chain.norm] = nn.Identity()
+            self.moved[chain.norm] = f'{chain.conv}.norm'
+        self._row(
+            chain.conv, status, why, role=role, link=kind, scale_input=bool(getattr(conv, 'scale_input', False)),
+            norm=chain.norm, act=fate)
+
+    def _role(self, chain: Chain) -> str:
+        conv = _get(self.model, chain.conv)
+        return chain.role or role_of_shape(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.groups)
+
+    def _norm_and_act(
+            self, chain: Chain, keep_act: bool = False,
+    ) -> Tuple[Optional[nn.Module], Optional[nn.Module], Optional[str]]:
+        """Norm and branch activation of a chain as they shall be, and the activation's fate."""
+        norm = _get(self.model, chain.norm)
+        plain, act = _split_norm_act(norm)
+        separate = act is None and chain.act is not None
+        if separate:
+            act = _get(self.model, chain.act)
+        if act is None or isinstance(act, nn.Identity):
+            return norm, None, None
+        if keep_act or self.recipe.act == 'keep':
+            return norm, None, 'kept'
+        if separate:
+            self.edits[chain.act] = nn.Identity()
+        if self.recipe.act == 'drop':
+            return plain, None, 'dropped'
+        # Hosts share one activation between several chains.
+        return plain, copy.deepcopy(act) if separate else act, 'in branch'
+
+    def _renew(self, norm: Optional[nn.Module], act: nn.Module, conv: nn.Module) -> Optional[nn.Module]:
+        renewed = _norm_after_act(norm, act, conv)
+        self.renewed_norms += renewed is not norm
+        return renewed
+
+    def _take_tail(self, chain: Chain) -> Optional[nn.Module]:
+        """What moves into the branch, with Identity in its place."""
+        present = [(path, _get(self.model, path)) for path in chain.tail]
+        present = [(path, m) for path, m in present if m is not None and not isinstance(m, nn.Identity)]
+        for path, _ in present:
+            self.edits[path] = nn.Identity()
+            self.moved[path] = f'{chain.conv}.tail' + (f'.{path.rpartition(".")[2]}' if len(present) > 1 else '')
+        if len(present) > 1:
+            tail = nn.Sequential(OrderedDict((path.rpartition('.')[2], m) for path, m in present))
+            tail.training = present[0][1].training
+            return tail
+        return present[0][1] if present else None
+
+    def _stride(self, network: Network) -> int:
+        """Stride of the last features to the image: every chain of a known network is on its one path."""
+        strides = [max(_get(self.model, chain.conv).stride) for chain in network.chains]
+        pools = [getattr(_get(self.model, network.path) if network.path else self.model, 'maxpool', None)]
+        pools += [_get(self.model, path) for chain in network.chains for path in chain.tail if path.endswith('.aa')]
+        for pool in pools:
+            for module in pool.modules() if pool is not None else ():
+                stride = getattr(module, 'stride', 1)
+                if not isinstance(module, nn.Conv2d):  # convolutions are in chains
+                    strides.append(max(stride) if isinstance(stride, (tuple, list)) else stride)
+        return math.prod(strides)
 
     def _plan_rest(self) -> None:
         """Rows for all layers outside the chains."""
-        shortcuts = tuple(
-            f'{found.path}.{found.block.shortcut}.' for found in self.blocks if found.block.shortcut)
+        blocks = [found for network in self.networks for found in network.blocks]
+        shortcuts = tuple(f'{found.shortcut}.' for found in blocks if found.shortcut)
+        sides = tuple(f'{_join(found.path, name)}.' for found in blocks for name in found.block.ignore)
         for path, module in self.model.named_modules():
             if path in self.rows or not isinstance(module, (nn.Conv2d, nn.Linear)):
                 continue
-            if self._why_kept(path):
-                self._row(path, 'kept', self._why_kept(path))
+            if path in self.kept:
+                self._row(path, 'kept', f'keep={self.kept[path]!r}')
             elif path.startswith(shortcuts):
                 self._row(path, 'kept', 'residual downsample')
+            elif path.startswith(sides):
+                self._row(path, 'kept', 'side branch')
             elif isinstance(module, nn.Linear):
                 self._row(path, 'kept', 'linear layer')
             else:
-                self._row(path, 'kept', 'no known block holds it', possible=False)
+                self._row(path, 'kept', self.strangers.get(path, 'no known block holds it'), possible=False)
 
     def _row(self, path: str, status: str, reason: str, **facts: Any) -> None:
-        layer = self.model.get_submodule(path)
+        layer = _get(self.model, path) if path else self.model
         self.rows[path] = ReportRow(path, type(layer).__name__, status, reason, params=layer.weight.numel(), **facts)
 
     def report(self) -> Report:
         order = [p for p, m in self.model.named_modules() if p in self.rows]
-        notes = []
-        for name in ('scale_input', 'link', 'omit'):
-            roles = {row.role for row in self.rows.values()}
+        notes = list(self.notes)
+        roles = {row.role for row in self.rows.values()}
+        for name in ('scale_input', 'link', 'real', 'omit'):
             absent = [role for role in getattr(self.recipe, name) if role not in roles]
-            if absent:
+            if absent and self.units:
                 notes.append(f'recipe.{name}: the host has no convolution of role {", ".join(absent)}')
-        return Report(self.recipe, [self.rows[p] for p in order], notes)
+        if self.renewed_norms:
+            notes.append(
+                f'running statistics of {self.renewed_norms} norms start anew, because their activation moved in front')
+        return Report(self.recipe, [self.rows[p] for p in order], notes, self.moved)
 
     def apply(self) -> None:
         """Put the planned modules in their places."""
         for path, module in self.edits.items():
             parent_path, _, name = path.rpartition('.')
             parent = self.model.get_submodule(parent_path)
-            module.training = parent.training
+            if not isinstance(module, BinaryUnit):
+                module.training = parent.training
             setattr(parent, name, module)
-        guard_input(self.convs[self.first_conv], network_stride(self.model))
+        for conv, stride in self.guards:
+            guard_input(conv, stride)
 
 
 def _identity_link(conv: nn.Conv2d) -> ElasticLink:
@@ -433,8 +578,6 @@ def _identity_link(conv: nn.Conv2d) -> ElasticLink:
 
 
 def _refuse_hooks(path: Optional[str], module: Optional[nn.Module]) -> None:
-    if module is None:
-        return
     for name in ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'):
         if getattr(module, name, None):
             raise ValueError(
@@ -442,17 +585,27 @@ def _refuse_hooks(path: Optional[str], module: Optional[nn.Module]) -> None:
                 f'remove them first and register them again on the unit that takes its place')
 
 
-def network_stride(model: nn.Module) -> int:
-    """Stride of the last features to the image, 1 if unknown."""
-    info = getattr(model, 'feature_info', None)
-    if info is not None:
-        info = info if isinstance(info, list) else info.info
-        return max((int(level.get('reduction', 1)) for level in info), default=1)
-    if isinstance(model, tv_resnet.ResNet):
-        stages = (model.layer1, model.layer2, model.layer3, model.layer4)
-        strides = [model.conv1.stride[0], model.maxpool.stride, *(stage[0].stride for stage in stages)]
-        return math.prod(strides)
-    return 1
+def _refuse_unfit(model: nn.Module) -> None:
+    """Raise for modules that cannot be swapped without changing more than themselves."""
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        raise ValueError(f'model: {type(model).__name__} has no Conv2d, there is nothing to binarize')
+    seen: Dict[nn.Module, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (BinaryUnit, BinaryConv2d)) or hasattr(module, 'binarize_report'):
+            raise ValueError(
+                f'{path or "model"}: the model is already binarized (found a {type(module).__name__}); '
+                f'build a fresh float model to convert it with another recipe')
+        if not isinstance(module, nn.Conv2d):
+            continue
+        if parametrize.is_parametrized(module):
+            raise ValueError(
+                f'{path}: the weight of the {type(module).__name__} is parametrized; '
+                f'call torch.nn.utils.parametrize.remove_parametrizations first')
+        if module in seen:
+            raise ValueError(
+                f'{path}: the {type(module).__name__} is used at {seen[module]} too; '
+                f'give each place a convolution of its own (copy.deepcopy)')
+        seen[module] = path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,9 +621,10 @@ def binarize(
 ) -> nn.Module:
     """Binarize a network in place: every conv-norm-act chain of a known block becomes one `BinaryUnit`.
 
-    The tensors of the host are kept, so that a pretrained float network becomes the latent initialisation. The first
-    convolution, the classifier and the residual downsampling stay float. Afterwards `model.binarize_report` says what
-    became of each layer. If anything is refused, the model is as it was.
+    The parameters of the host are kept, so that a pretrained float network becomes the latent initialisation. (Where an
+    activation moves in front of its norm, that norm's running statistics start anew.) The first convolution, the
+    classifier and the residual downsampling stay float. Activations stay between layers that are kept float. Afterwards
+    `model.binarize_report` says what became of each layer. If anything is refused, the model is as it was.
 
     Args:
         model: The network; it is changed in place.
@@ -485,21 +639,17 @@ def binarize(
 
     Raises:
         TypeError: `model` is not a module, or `recipe` or `keep` have the wrong type.
-        ValueError: The recipe is unknown, the model has no convolutions, is already binarized, holds a hooked
-            convolution, `keep` matches nothing, or `strict` and a convolution could not be converted.
+        ValueError: The recipe is unknown; the model has no convolutions, is already binarized, or holds a convolution
+            that is hooked, parametrized or used twice; `keep` matches nothing; the recipe leaves nothing of a
+            convolution; or `strict` and a convolution could not be converted.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
-    for path, module in model.named_modules():
-        if isinstance(module, (BinaryUnit, BinaryConv2d)):
-            raise ValueError(
-                f'{path or "model"}: the model is already binarized (found a {type(module).__name__}); '
-                f'build a fresh float model to convert it with another recipe')
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        raise ValueError(f'model: {type(model).__name__} has no Conv2d, there is nothing to binarize')
+    _refuse_unfit(model)
     chosen = get_recipe(recipe)
     note = None
-    if recipe == 'el' and any(isinstance(module, DepthwiseSeparableConv) for module in model.modules()):
+    separable = any(isinstance(module, DepthwiseSeparableConv) for module in model.modules())
+    if isinstance(recipe, str) and recipe == 'el' and separable:
         chosen = get_recipe('el_mobilenet')
         note = "recipe 'el' on a depthwise-separable host is 'el_mobilenet': activations in the branches, no K"
     plan = _Plan(model, chosen.with_real_weights() if real_weights else chosen, keep)

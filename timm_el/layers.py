@@ -8,6 +8,7 @@ where `conv` is usually a `BinaryConv2d`, which signs its input and its weight, 
 carries the real-valued input around it. Binarization adds no other wrapper to a network.
 """
 import math
+import operator
 from typing import Optional, Tuple, Union
 
 import torch
@@ -376,7 +377,8 @@ class ElasticLink(nn.Module):
         self.squeeze = in_channels > out_channels
         self.expand = in_channels < out_channels
         self.ratio = math.ceil(max(in_channels, out_channels) / min(in_channels, out_channels))
-        strides = stride if isinstance(stride, tuple) else (stride, stride)
+        strides = tuple(stride) if isinstance(stride, (tuple, list)) else (stride, stride)
+        _check_positive(**{f'stride[{i}]': s for i, s in enumerate(strides)})
         if pool is None and strides != (1, 1):
             pool = nn.MaxPool2d(strides, strides, ceil_mode=True)
         self.pool = pool
@@ -425,6 +427,7 @@ class ElasticLink(nn.Module):
         return 'squeeze' if self.squeeze else 'expand' if self.expand else 'identity'
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_images(x, self.in_channels, 'ElasticLink')
         if self.pool is not None:
             x = self.pool(x)
         if self.squeeze:
@@ -484,7 +487,7 @@ class RSign(Shift):
         self.quantize = get_quantizer(quantizer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.quantize(x + self.bias.reshape(-1, 1, 1))
+        return self.quantize(super().forward(x))
 
 
 class RPReLU(nn.Module):
@@ -607,7 +610,11 @@ def _wide_float(x: torch.Tensor) -> torch.dtype:
 
 def _check_positive(**counts: int) -> None:
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        try:
+            positive = not isinstance(value, bool) and operator.index(value) > 0
+        except TypeError:
+            positive = False
+        if not positive:
             raise ValueError(f'{name}: found {value!r}, expected a positive integer')
 
 
@@ -650,7 +657,10 @@ def guard_input(conv: nn.Conv2d, min_size: int) -> None:
 def _guard_input(self, input: Tuple[torch.Tensor]) -> None:
     x = input[0]
     _check_images(x, self.in_channels, 'images')
-    if not torch.jit.is_scripting():
+    if torch.jit.is_scripting():
+        if min(x.shape[2], x.shape[3]) < self.min_input_size:
+            raise ValueError('images input: smaller than the stride of the network; resize the images')
+    else:
         if isinstance(x, torch.Tensor) and min(x.shape[2:]) < self.min_input_size:
             raise ValueError(
                 f'images input: found {x.shape[2]} x {x.shape[3]} pixels, expected at least '

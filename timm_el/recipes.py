@@ -39,6 +39,18 @@ def role_of_shape(
     return 'reduce' if in_channels > out_channels else 'expand'
 
 
+_ROLES = ((tuple, list), f'a sequence of roles from {ROLES}')
+_BOOL = ((bool,), 'True or False')
+_NAME = ((str,), 'a string')
+_QUANTIZER = ((str, type(None)), 'a name or None')
+_FIELD_TYPES = {
+    'name': _NAME, 'input_quantizer': _QUANTIZER, 'weight_quantizer': _QUANTIZER, 'scale_weight': _BOOL,
+    'scale_input': _ROLES, 'link': _ROLES, 'elastic': _BOOL, 'gamma': _NAME, 'residual': _BOOL, 'act': _NAME,
+    'real': _ROLES, 'omit': _ROLES, 'paper_top1': ((int, float, type(None)), 'a number or None'),
+    'version': ((int,), 'an integer'),
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to binarize a network. Immutable, validated, and equal to its JSON.
@@ -80,11 +92,10 @@ class Recipe:
     version: int = 1
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            self._check_type(field.name, getattr(self, field.name))
         for field in ('scale_input', 'link', 'real', 'omit'):
-            roles = getattr(self, field)
-            if isinstance(roles, str):
-                raise ValueError(f'{field}: found the string {roles!r}, expected a sequence of roles from {ROLES}')
-            object.__setattr__(self, field, tuple(roles))  # JSON gives lists
+            object.__setattr__(self, field, tuple(getattr(self, field)))  # JSON gives lists
             for role in self.__dict__[field]:
                 if role not in ROLES:
                     raise ValueError(f'{field}: unknown role {role!r}, expected some of {ROLES}')
@@ -98,6 +109,12 @@ class Recipe:
             raise ValueError(f'omit: {sorted(missing)} would leave nothing at all, name it in link too')
         if self.version != 1:
             raise ValueError(f'version: found {self.version!r}, expected 1; a newer timm_el wrote this recipe')
+
+    @staticmethod
+    def _check_type(field: str, value: Any) -> None:
+        types, expected = _FIELD_TYPES[field]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise ValueError(f'{field}: found {value!r}, expected {expected}')
 
     @property
     def binarizes(self) -> bool:
@@ -123,6 +140,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Dict[str, Any]) -> 'Recipe':
         """Inverse of `to_dict`. Raises ValueError for a field that is unknown."""
+        if not isinstance(data, dict):
+            raise ValueError(f'recipe: found a {type(data).__name__}, expected an object with the fields of Recipe')
         known = [f.name for f in dataclasses.fields(cls)]
         for key in data:
             if key not in known:
@@ -134,7 +153,11 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> 'Recipe':
         """Inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise ValueError(f'recipe: this is not JSON ({e})') from e
+        return cls.from_dict(data)
 
 
 SPATIAL = ('spatial', 'downsample')

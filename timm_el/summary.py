@@ -15,6 +15,8 @@ from .layers import BinaryConv2d, BinaryLinear, BinaryUnit
 __all__ = ['summarize', 'Summary', 'LayerSummary']
 
 BINARY_MACS_PER_OP = 64
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class LayerSummary:
         real_params: Parameters that are stored in 32 bits.
         binary_macs: Multiply-accumulates of a binary input with a binary weight.
         real_macs: All other multiply-accumulates.
-        link_ops: Values that a link adds.
+        link_ops: Values that a link gives to its unit's output.
     """
     path: str
     kind: str
@@ -122,24 +124,29 @@ class Summary:
             f'{size} input: {self.ops / 1e6:.1f} M OPs ({self.real_macs / 1e6:.1f} M float MACs + '
             f'{self.binary_macs / 1e6:.1f} M binary MACs / {BINARY_MACS_PER_OP}), '
             f'{self.link_ops / 1e6:.2f} M link ops; {self.params:,} parameters in {self.mbit:.1f} Mbit '
-            f'({self.mbit / 8:.2f} MB, {self.params * 32 / 1e6 / self.mbit:.1f}x smaller than float)')
+            f'({self.mbit / 8:.2f} MB, {self.params * 32 / 1e6 / max(self.mbit, 1e-9):.1f}x smaller than float)')
         return '\n'.join(lines)
 
 
 def summarize(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = None) -> Summary:
     """Count bits, bytes and operations of a network for one image. The model is not changed and nothing is computed.
 
+    Operations are counted in convolutions and linear layers; attention's own products are not.
+
     Args:
         model: Any network; binarized or not.
         input_size: (channels, height, width); the model's own `default_cfg` if None, else (3, 224, 224).
 
     Raises:
+        TypeError: `model` is not a module.
         ValueError: `input_size` is not three positive integers, or too small for the model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
     if input_size is None:
         input_size = _own_input_size(model)
-    input_size = tuple(input_size)
-    if len(input_size) != 3 or any(not isinstance(n, int) or n <= 0 for n in input_size):
+    input_size = tuple(input_size) if isinstance(input_size, (tuple, list)) else (input_size,)
+    if len(input_size) != 3 or any(not isinstance(n, int) or isinstance(n, bool) or n <= 0 for n in input_size):
         raise ValueError(f'input_size: found {input_size}, expected (channels, height, width)')
     # On the meta device shapes are computed, values are not. Parameters are swapped before the copy is made.
     twin = _meta_copy(model).eval()
@@ -150,7 +157,9 @@ def summarize(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = Non
     def record(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         path = paths[module]
         outputs[path] = tuple(output.shape[1:])
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, TRANSPOSED):
+            macs[path] = macs.get(path, 0) + args[0].numel() * module.weight[0].numel()
+        elif isinstance(module, CONVOLUTIONS):
             macs[path] = macs.get(path, 0) + output.numel() * module.weight[0].numel()
         elif isinstance(module, nn.Linear):
             macs[path] = macs.get(path, 0) + output.numel() * module.in_features
@@ -158,9 +167,12 @@ def summarize(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = Non
             macs[path] = macs.get(path, 0) + output.numel()
 
     links = {f'{p}.link' if p else 'link' for m, p in paths.items()
-             if isinstance(m, BinaryUnit) and m.link is not None and m.conv is not None}
+             if isinstance(m, BinaryUnit) and m.link is not None}
+    for module in paths:
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     for module, path in paths.items():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) or path in links:
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)) or path in links:
             module.register_forward_hook(record)
     with torch.no_grad():
         twin(torch.zeros((1, *input_size), device='meta', dtype=_float_dtype(twin)))
@@ -173,7 +185,7 @@ def summarize(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = Non
         real_params, bit_params = sum(p.numel() for p in own), 0
         kind = dict(binary_macs=0, real_macs=macs.get(path, 0), link_ops=0)
         if isinstance(module, (BinaryConv2d, BinaryLinear)):
-            if module.weight_quantizer is not None:
+            if module.weight_quantizer is not None and any(p is module.weight for p in own):
                 bit_params = module.weight.numel()
             if module.is_binary:
                 kind = dict(binary_macs=macs.get(path, 0), real_macs=0, link_ops=0)

@@ -2,5 +2,6 @@
 VERBS = {
     'bench': 'what training a binarized model costs beside its float host',
     'demo': 'train a binarized network on real images, offline, in under three minutes',
+    'run': "run one of timm's scripts with these models registered",
     'summary': 'bits, bytes and operations of a model, layer by layer',
 }

@@ -110,19 +110,24 @@ def main(argv: List[str]) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m timm_el demo', description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--model', default='el_resnet26', help='registered timm_el model that takes a recipe')
+    parser.add_argument('--recipe', default='el', help='how it is binarized')
     parser.add_argument('--compare', metavar='RECIPE', help='train a twin with this recipe beside it, e.g. bireal')
     parser.add_argument('--epochs', type=int, default=8)
     parser.add_argument('--size', type=int, default=32, help='pixels')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args(argv)
 
+    recipes = [args.recipe, *([args.compare] if args.compare and args.compare != args.recipe else [])]
+    for recipe in recipes:  # before any time is spent
+        timm.create_model(args.model, recipe=recipe, device='meta')
     results: Dict[str, Tuple[float, float, Summary]] = {}
-    model = None
-    for recipe in ['el', *([args.compare] if args.compare else [])]:
+    models: List[torch.nn.Module] = []
+    for recipe in recipes:
         trained, top1, seconds = train(args.model, recipe, args.epochs, args.size, args.seed)
         results[recipe] = top1, seconds, summarize(trained, (3, args.size, args.size))
-        model = model or trained
-    print(results['el'][2])
+        models.append(trained)
+    model = models[0]
+    print(results[args.recipe][2])
     show(model, load_digits(args.size, args.seed)[1])
     print(f'\nheld-out accuracy on {HELD_OUT} digits after {args.epochs} epochs, seed {args.seed}, '
           f'{torch.get_num_threads()} threads:')

@@ -16,6 +16,7 @@ from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 
 from ..convert import binarize
 from ..recipes import Recipe
+from ._arguments import check_arguments
 
 __all__ = ['BinarizedEfficientNet', 'BinarizedEfficientNetFeatures']
 
@@ -35,6 +36,7 @@ class BinarizedEfficientNet(EfficientNet):
             real_weights: bool = False,
             **kwargs,
     ) -> None:
+        check_arguments(EfficientNet, BinarizedEfficientNet, kwargs)
         super().__init__(*args, **kwargs)
         binarize(self, recipe, real_weights=real_weights)
 
@@ -54,6 +56,7 @@ class BinarizedEfficientNetFeatures(EfficientNetFeatures):
             real_weights: bool = False,
             **kwargs,
     ) -> None:
+        check_arguments(EfficientNetFeatures, BinarizedEfficientNetFeatures, kwargs)
         super().__init__(*args, **kwargs)
         # With feature_location='expansion' the features are read by hooks on the convolutions that are replaced.
         hooked = self.feature_hooks is not None
@@ -73,8 +76,7 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
         'crop_pct': 0.875, 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        # The stem is a unit too, because its ReLU moves before its norm.
-        'first_conv': 'conv_stem.conv', 'classifier': 'classifier',
+        'first_conv': 'conv_stem', 'classifier': 'classifier',
         'paper_ids': 'arXiv:2112.10149', 'license': 'apache-2.0',
         **kwargs
     }

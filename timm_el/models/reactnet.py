@@ -20,6 +20,7 @@ from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import generate_default_cfgs, register_model
 
 from ..layers import BinaryConv2d, BinaryUnit, ElasticLink, RPReLU, Shift, guard_input
+from ._arguments import check_counts
 
 __all__ = ['ReActNet', 'ReActBlock']
 
@@ -110,6 +111,7 @@ class ReActNet(nn.Module):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        check_counts(in_chans, num_classes)
         if output_stride != 32:
             raise ValueError(f'output_stride: found {output_stride}, ReActNet has 32 only')
         self.num_classes = num_classes

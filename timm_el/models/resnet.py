@@ -6,6 +6,7 @@ which speaks of gammas of channel-reduction convolutions "in which downsampling 
 """
 from typing import Any, Dict, Union
 
+import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._builder import build_model_with_cfg
 from timm.models._registry import generate_default_cfgs, register_model
@@ -13,6 +14,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..convert import binarize
 from ..recipes import Recipe
+from ._arguments import check_arguments
 
 __all__ = ['BinarizedResNet']
 
@@ -37,10 +39,15 @@ class BinarizedResNet(ResNet):
             zero_init_last: bool = False,
             **kwargs,
     ) -> None:
+        check_arguments(ResNet, BinarizedResNet, kwargs)
         super().__init__(*args, zero_init_last=zero_init_last, **kwargs)
         if stride_first:
-            for module in self.modules():
+            for path, module in self.named_modules():
                 if isinstance(module, Bottleneck):
+                    if not isinstance(module.aa, nn.Identity):
+                        raise ValueError(
+                            f'stride_first: the stride of {path} is in its anti-aliasing layer (aa_layer), it cannot '
+                            f'move to the first 1x1; pass stride_first=False')
                     module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
         binarize(self, recipe, real_weights=real_weights)
 
