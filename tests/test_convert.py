@@ -157,7 +157,8 @@ class Mlp(nn.Module):
     (lambda: timm.create_model('el_resnet18'), dict(recipe='host'), ValueError, 'already binarized'),
     (hooked, {}, ValueError, r'layer3.0.conv2: the Conv2d carries hooks \(_forward_hooks\)'),
     (lambda: timm.create_model('resnet18'), dict(keep=('layer9',)), ValueError, "keep: 'layer9' matches no"),
-    (lambda: timm.create_model('resnet18'), dict(keep='layer1'), TypeError, "keep: found 'layer1', expected a sequence"),
+    (lambda: timm.create_model('resnet18'), dict(keep='layer1'), TypeError,
+     "keep: found 'layer1', expected a sequence"),
 ])
 def test_refusals_name_the_argument_and_leave_the_model_as_it_was(build, kwargs, error, message):
     model = build()
