@@ -364,7 +364,7 @@ def test_lean_convolution_equals_the_one_spelled_out(
         stride, padding, dilation, groups, input_quantizer, weight_quantizer, dtype):
     torch.manual_seed(0)
     conv = BinaryConv2d(
-        4, 8, 3, stride, padding, dilation, groups, bias=False, dtype=dtype,
+        4, 8, 3, stride, padding, dilation, groups, dtype=dtype,
         input_quantizer=input_quantizer, weight_quantizer=weight_quantizer)
     conv.weight.data.mul_(4)
     conv.weight.data[0, 0] = torch.tensor([[0., -0., 1.], [-1., 1.5, -1.5], [0.5, -0.5, 0.]])
@@ -374,10 +374,10 @@ def test_lean_convolution_equals_the_one_spelled_out(
     results = []
     for f in (conv.convolve, conv.convolve_lean):
         a = x.clone().requires_grad_()
-        conv.weight.grad = None
-        y = f(a)
+        conv.weight.grad = conv.bias.grad = None
+        y = f(a, conv.bias)
         y.backward(upstream)
-        results.append((y.detach(), a.grad, conv.weight.grad.clone()))
+        results.append((y.detach(), a.grad, conv.weight.grad.clone(), conv.bias.grad.clone()))
     for ours, spelled in zip(*results):
         torch.testing.assert_close(ours, spelled, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
 

@@ -18,6 +18,7 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv
 from torch.nn.utils import parametrize
 from torchvision.models import resnet as tv_resnet
 
+from .checkpoints import guard_loading
 from .layers import BinaryConv2d, BinaryUnit, ElasticLink, ZeroShortcut, guard_input
 from .recipes import Recipe, get_recipe, role_of_shape
 
@@ -67,7 +68,7 @@ class Report:
         recipe: The recipe in use.
         rows: One row for each convolution and linear layer.
         notes: What does not belong to one layer.
-        moved: Where the host's modules went, old path to new path.
+        moved: Where the host's modules went, old path to new path, '' for those that are gone.
     """
     recipe: Recipe
     rows: List[ReportRow] = field(default_factory=list)
@@ -402,6 +403,7 @@ class _Plan:
                 for name, module in shortcut.named_modules(prefix=found.shortcut) if shortcut is not None else ():
                     if isinstance(module, nn.Conv2d):
                         self._row(name, 'removed', 'the recipe keeps no residual shortcut')
+                self.moved[found.shortcut] = ''
             self.edits[found.shortcut] = ZeroShortcut()
 
     def _plan_kept(self, chain: Chain, reason: str, possible: bool, keep_act: bool) -> None:
@@ -462,10 +464,11 @@ class _Plan:
         unit.training = host.training
         self.units += 1
         self.edits[chain.conv] = unit
-        self.moved[chain.conv] = f'{chain.conv}.conv'
+        omitted = conv is None
+        self.moved[chain.conv] = '' if omitted else f'{chain.conv}.conv'
         if chain.norm:
             self.edits[chain.norm] = nn.Identity()
-            self.moved[chain.norm] = f'{chain.conv}.norm'
+            self.moved[chain.norm] = '' if omitted else f'{chain.conv}.norm'
         self._row(
             chain.conv, status, why, role=role, link=kind, scale_input=bool(getattr(conv, 'scale_input', False)),
             norm=chain.norm, act=fate)
@@ -571,6 +574,8 @@ class _Plan:
             setattr(parent, name, module)
         for conv, stride in self.guards:
             guard_input(conv, stride)
+        if self.units:
+            guard_loading(self.model)
 
 
 def _identity_link(conv: nn.Conv2d) -> ElasticLink:

@@ -125,15 +125,16 @@ class _QuantizedConv2d(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, alpha, input_quantizer, weight_quantizer, stride, padding, dilation, groups):
+    def forward(x, weight, alpha, bias, input_quantizer, weight_quantizer, stride, padding, dilation, groups):
         return F.conv2d(
-            ESTIMATORS[input_quantizer].quantize(x), _quantized_weight(weight, alpha, weight_quantizer), None,
+            ESTIMATORS[input_quantizer].quantize(x), _quantized_weight(weight, alpha, weight_quantizer), bias,
             stride, padding, dilation, groups)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        x, weight, alpha, ctx.input_quantizer, ctx.weight_quantizer, *ctx.geometry = inputs
+        x, weight, alpha, bias, ctx.input_quantizer, ctx.weight_quantizer, *ctx.geometry = inputs
         ctx.dtype = x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(ESTIMATORS[ctx.input_quantizer].encode(x), weight, alpha)
 
     @staticmethod
@@ -144,15 +145,17 @@ class _QuantizedConv2d(torch.autograd.Function):
         # Under autocast the convolution, and so its gradient, has another dtype than the input and the weight.
         signed = of_input.decode(code, grad.dtype)
         quantized = _quantized_weight(weight, alpha, ctx.weight_quantizer).to(grad.dtype)
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, signed, quantized, None, stride, padding, dilation, False, (0, 0), groups,
-            (ctx.needs_input_grad[0], ctx.needs_input_grad[1], False))
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, signed, quantized, (weight.shape[0],), stride, padding, dilation, False, (0, 0), groups,
+            (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]))
         if grad_x is not None:
             grad_x = of_input.gradient_of_code(code, grad_x.to(ctx.dtype))
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
             grad_weight = of_weight.gradient(weight, grad_weight if alpha is None else grad_weight * alpha)
-        return grad_x, grad_weight, None, None, None, None, None, None, None
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(ctx.bias_dtype)
+        return grad_x, grad_weight, None, grad_bias, None, None, None, None, None, None
 
 
 class BinaryConv2d(_Quantized, nn.Conv2d):
@@ -238,32 +241,35 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_images(x, self.in_channels, 'BinaryConv2d')
+        bias = self.bias  # TorchScript narrows None on locals only
+        inner_bias = None if self.scale_input else bias  # K does not scale the bias
         if torch.jit.is_scripting():
-            y = self.convolve(x)
+            y = self.convolve(x, inner_bias)
         else:
             lean = torch.is_grad_enabled() and not self.pad_first and not is_symbolic(x)
-            y = self.convolve_lean(x) if lean else self.convolve(x)
+            y = self.convolve_lean(x, inner_bias) if lean else self.convolve(x, inner_bias)
         if self.scale_input:
             y = y * self.scale_of_input(x)
-        bias = self.bias  # TorchScript narrows None on locals only
-        return y if bias is None else y + bias.reshape(-1, 1, 1)
+            if bias is not None:
+                y = y + bias.reshape(-1, 1, 1)
+        return y
 
-    def convolve(self, x: torch.Tensor) -> torch.Tensor:
-        """( Sign(x) (*) Sign(W) ) . alpha, spelled out."""
+    def convolve(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """( Sign(x) (*) Sign(W) ) . alpha + bias, spelled out."""
         signed = self.quantize_input(x)
         if self.pad_first:
             mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
             value = float(self.pad_value) if mode == 'constant' else None
             signed = F.pad(signed, self.pad_sides, mode, value)
         return F.conv2d(
-            signed, self.quantized_weight(), None, self.stride, self.conv_padding, self.dilation, self.groups)
+            signed, self.quantized_weight(), bias, self.stride, self.conv_padding, self.dilation, self.groups)
 
     @torch.jit.unused
-    def convolve_lean(self, x: torch.Tensor) -> torch.Tensor:
+    def convolve_lean(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
         """The same as `convolve`, keeping one byte a value of the input for backward, and no copy of the weight."""
         alpha = weight_scale(self.weight).reshape(self.scale_shape) if self.scale_weight else None
         return _QuantizedConv2d.apply(
-            x, self.weight, alpha, self.input_quantizer, self.weight_quantizer,
+            x, self.weight, alpha, bias, self.input_quantizer, self.weight_quantizer,
             self.stride, self.conv_padding, self.dilation, self.groups)
 
     def scale_of_input(self, x: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from timm.models._features import FeatureHooks
 from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 
+from ..checkpoints import CheckedLoading, float_to_latent
 from ..convert import binarize
 from ..recipes import Recipe
 from ._arguments import check_arguments
@@ -21,7 +22,7 @@ from ._arguments import check_arguments
 __all__ = ['BinarizedEfficientNet', 'BinarizedEfficientNetFeatures']
 
 
-class BinarizedEfficientNet(EfficientNet):
+class BinarizedEfficientNet(CheckedLoading, EfficientNet):
     """timm's EfficientNet class (MobileNetV1 is one of its architectures), binarized.
 
     Args:
@@ -117,6 +118,7 @@ def _create_mobilenet_v1(
         pretrained,
         features_only=features_only and not as_features,
         pretrained_strict=not as_features,
+        pretrained_filter_fn=float_to_latent,
         kwargs_filter=('num_classes', 'num_features', 'head_conv', 'global_pool') if as_features else None,
         **model_args,
     )

@@ -19,6 +19,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import generate_default_cfgs, register_model
 
+from ..checkpoints import CheckedLoading
 from ..layers import BinaryConv2d, BinaryUnit, ElasticLink, RPReLU, Shift, guard_input
 from ._arguments import check_counts
 
@@ -75,7 +76,7 @@ class ReActBlock(nn.Module):
         return self.conv_1x1(self.conv_3x3(x))
 
 
-class ReActNet(nn.Module):
+class ReActNet(CheckedLoading, nn.Module):
     """ReActNet-A, ReActNet-C and EL-ReActNet-C.
 
     Args:

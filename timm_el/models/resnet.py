@@ -12,6 +12,7 @@ from timm.models._builder import build_model_with_cfg
 from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from ..checkpoints import CheckedLoading, float_to_latent
 from ..convert import binarize
 from ..recipes import Recipe
 from ._arguments import check_arguments
@@ -19,7 +20,7 @@ from ._arguments import check_arguments
 __all__ = ['BinarizedResNet']
 
 
-class BinarizedResNet(ResNet):
+class BinarizedResNet(CheckedLoading, ResNet):
     """timm's ResNet, binarized.
 
     Args:
@@ -72,7 +73,8 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> BinarizedResNet:
-    return build_model_with_cfg(BinarizedResNet, variant, pretrained, **kwargs)
+    return build_model_with_cfg(
+        BinarizedResNet, variant, pretrained, pretrained_filter_fn=float_to_latent, **kwargs)
 
 
 @register_model

@@ -1,0 +1,182 @@
+"""State dicts for binarized models: float checkpoints as latent initialisation, and checks before loading."""
+import re
+from collections import OrderedDict
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+
+__all__ = ['CheckpointError', 'CheckedLoading', 'check_state_dict', 'float_to_latent', 'load_float', 'guard_loading']
+
+
+class CheckpointError(ValueError, RuntimeError):
+    """A state dict does not fit a model. Nothing was loaded."""
+
+
+class CheckedLoading:
+    """Mixin of the registered models: `load_state_dict` refuses what does not fit before the first tensor is copied."""
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Dict[str, Any], strict: bool = True, assign: bool = False):
+        """As torch's; raises `CheckpointError` and loads nothing if the state dict does not fit."""
+        check_state_dict(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def guard_loading(model: nn.Module) -> None:
+    """Make a converted host refuse float checkpoints and wrong shapes before the first tensor is copied.
+
+    A hook is not told whether the call is strict, so what is missing or unknown stays torch's business.
+    """
+    model.register_load_state_dict_pre_hook(_before_loading)
+
+
+def _before_loading(module: nn.Module, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
+    check_state_dict(module, state_dict, False, prefix)
+
+
+def _moved(model: nn.Module) -> Dict[str, str]:
+    report = getattr(model, 'binarize_report', None)
+    return report.moved if report is not None else {}
+
+
+def _new_name(key: str, moved: Dict[str, str]) -> Optional[str]:
+    """Name of a host's tensor in the binarized model; None if it has no place there."""
+    path, leaf = key, ''
+    while path:
+        if path in moved:
+            return moved[path] + leaf if moved[path] else None
+        path, _, last = path.rpartition('.')
+        leaf = f'.{last}{leaf}'
+    return key
+
+
+def _is_float(state_dict: Dict[str, Any], model: nn.Module) -> Optional[str]:
+    """The first key that only the float host has, None if there is no such key."""
+    own = model.state_dict()
+    return next((f'{path}.weight' for path in _moved(model)
+                 if f'{path}.weight' in state_dict and f'{path}.weight' not in own), None)
+
+
+def float_to_latent(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Rename the tensors of a model's float host; a checkpoint of the model itself passes through.
+
+    The signature is that of timm's `pretrained_filter_fn`. What the host does not have (gammas) gets the model's own
+    value, and so do the running statistics of norms whose activation moved in front of them. Shortcuts
+    without average pooling (conv, norm) are read into ones with it (pool, conv, norm).
+
+    Args:
+        state_dict: Checkpoint of the float host (timm's or torchvision's names) or of the model.
+        model: The binarized model.
+
+    Returns:
+        A state dict with the model's keys.
+    """
+    state_dict = state_dict.get('state_dict', state_dict)
+    if _is_float(state_dict, model) is None:
+        return state_dict
+    own, moved = model.state_dict(), _moved(model)
+    renamed = OrderedDict()
+    for key, tensor in state_dict.items():
+        name = _new_name(key, moved)
+        if name is not None:
+            renamed[name] = tensor
+    # A plain shortcut has its convolution at 0 and its norm at 1, one with average pooling at 1 and 2.
+    plain = [k[:-len('0.weight')] for k in renamed if k.endswith('.0.weight') and k not in own]
+    for prefix in plain:
+        for index in (1, 0):
+            for key in [k for k in renamed if k.startswith(f'{prefix}{index}.')]:
+                renamed[f'{prefix}{index + 1}.{key[len(prefix) + 2:]}'] = renamed.pop(key)
+    for key, value in own.items():
+        new = key.endswith(('.gamma', '.num_batches_tracked')) and key not in renamed
+        if new or (key.endswith(('.running_mean', '.running_var')) and _follows_act(model, key.rpartition('.')[0])):
+            renamed[key] = value
+    return renamed
+
+
+def _follows_act(model: nn.Module, norm_path: str) -> bool:
+    parent_path, _, name = norm_path.rpartition('.')
+    parent = model.get_submodule(parent_path)
+    names = [n for n, _ in parent.named_children()]
+    return name == 'norm' and 'act' in names and names.index('act') < names.index('norm')
+
+
+def load_float(model: nn.Module, checkpoint: Union[str, Dict[str, torch.Tensor]]) -> nn.Module:
+    """Load a checkpoint of a binarized model's float host: its weights become the latent initialisation.
+
+        model = timm_el.load_float(timm.create_model("el_resnet50"), "resnet50.safetensors")
+
+    Args:
+        model: The binarized model.
+        checkpoint: State dict, or path of a file that timm reads.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: A key is missing or unknown, or a shape differs. Nothing was loaded.
+    """
+    if not isinstance(checkpoint, dict):
+        from timm.models import load_state_dict
+        checkpoint = load_state_dict(checkpoint)
+    model.load_state_dict(float_to_latent(checkpoint, model), strict=True)
+    return model
+
+
+def check_state_dict(module: nn.Module, state_dict: Dict[str, Any], strict: bool = True, prefix: str = '') -> None:
+    """Raise unless a state dict fits a model.
+
+    Args:
+        module: The model.
+        state_dict: What is about to be loaded.
+        strict: Missing and unknown keys count too; a float checkpoint and wrong shapes always do.
+        prefix: Where the model's keys stand in the state dict.
+
+    Raises:
+        CheckpointError: It does not fit.
+    """
+    given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    own = module.state_dict()
+    float_key = _is_float(given, module)
+    if float_key is not None:
+        raise CheckpointError(
+            f'{prefix}{float_key}: this is a checkpoint of the float host, expected '
+            f'{prefix}{_new_name(float_key, _moved(module))}; '
+            f'timm_el.load_float(model, checkpoint) takes it as the latent initialisation')
+    missing = [k for k in own if k not in given and not k.endswith('.num_batches_tracked')]
+    unknown = [k for k in given if k not in own]
+    if strict and (missing or unknown):
+        _raise_mismatch(module, missing, unknown, prefix)
+    for key, value in own.items():
+        if key in given and tuple(given[key].shape) != tuple(value.shape):
+            hint = _shape_hint(key, tuple(given[key].shape), tuple(value.shape), module)
+            raise CheckpointError(
+                f'{prefix}{key}: found shape {tuple(given[key].shape)}, expected {tuple(value.shape)}{hint}')
+
+
+def _raise_mismatch(module: nn.Module, missing: List[str], unknown: List[str], prefix: str) -> None:
+    parts = [f'{name} {prefix}{keys[0]}' + (f' and {len(keys) - 1} more' if len(keys) > 1 else '')
+             for name, keys in (('missing', missing), ('unknown', unknown)) if keys]
+    first = prefix + (missing + unknown)[0]
+    report = getattr(module, 'binarize_report', None)
+    if report is not None and all(_belongs_to_recipe(key) for key in missing + unknown):
+        raise CheckpointError(
+            f'{first}: this is a checkpoint of another recipe than {report.recipe.name!r} ({"; ".join(parts)}); '
+            f'create the model with the recipe that it was trained with (recipe=...)')
+    raise CheckpointError(
+        f'{first}: this is a checkpoint of another model ({"; ".join(parts)}); '
+        f'create the model that it was saved from, or pass strict=False to load what fits')
+
+
+def _belongs_to_recipe(key: str) -> bool:
+    """True for tensors that some recipes have and others have not."""
+    return re.search(r'\.(link|pre|post|conv|norm|downsample)\.', key) is not None
+
+
+def _shape_hint(key: str, found: Tuple[int, ...], expected: Tuple[int, ...], model: nn.Module) -> str:
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    if key.startswith(f'{cfg.get("classifier", "fc")}.') and found[1:] == expected[1:]:
+        return '; create the model with num_classes= of the checkpoint'
+    if key.startswith(f'{cfg.get("first_conv", "conv1")}.') and found[2:] == expected[2:]:
+        return '; create the model with in_chans= of the checkpoint'
+    return '; this is a checkpoint of another model'
