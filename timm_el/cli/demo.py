@@ -112,7 +112,7 @@ def main(argv: List[str]) -> None:
     parser.add_argument('--model', default='el_resnet26', help='registered timm_el model that takes a recipe')
     parser.add_argument('--recipe', default='el', help='how it is binarized')
     parser.add_argument('--compare', metavar='RECIPE', help='train a twin with this recipe beside it, e.g. bireal')
-    parser.add_argument('--epochs', type=int, default=8)
+    parser.add_argument('--epochs', type=int, default=10)
     parser.add_argument('--size', type=int, default=32, help='pixels')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args(argv)
