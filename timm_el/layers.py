@@ -629,7 +629,7 @@ def _check_float(x: torch.Tensor, where: str) -> None:
     if torch.jit.is_scripting():
         if not x.is_floating_point():
             raise TypeError('input: expected a float tensor; convert images with .float() and normalise them')
-    elif isinstance(x, torch.Tensor) and not x.is_floating_point():
+    elif not is_symbolic(x) and not x.is_floating_point():
         raise TypeError(
             f'{where} input: found dtype {x.dtype}, expected a float tensor; '
             f'convert images with .float() and normalise them')
@@ -641,7 +641,7 @@ def _check_images(x: torch.Tensor, channels: int, where: str) -> None:
     if torch.jit.is_scripting():
         if x.dim() != 4 or x.shape[1] != channels:
             raise ValueError('input: expected a 4-D tensor (N, C, H, W) with the channels of the layer')
-    elif isinstance(x, torch.Tensor) and (x.dim() != 4 or x.shape[1] != channels):
+    elif not is_symbolic(x) and (x.dim() != 4 or x.shape[1] != channels):
         raise ValueError(
             f'{where} input: found shape {tuple(x.shape)}, expected (N, {channels}, H, W); '
             f'a single image needs a batch axis: x.unsqueeze(0)')
@@ -667,7 +667,7 @@ def _guard_input(self, input: Tuple[torch.Tensor]) -> None:
         if min(x.shape[2], x.shape[3]) < self.min_input_size:
             raise ValueError('images input: smaller than the stride of the network; resize the images')
     else:
-        if isinstance(x, torch.Tensor) and min(x.shape[2:]) < self.min_input_size:
+        if not is_symbolic(x) and min(x.shape[2:]) < self.min_input_size:
             raise ValueError(
                 f'images input: found {x.shape[2]} x {x.shape[3]} pixels, expected at least '
                 f'{self.min_input_size} x {self.min_input_size}, the stride of the network; resize the images')

@@ -29,9 +29,14 @@ def sign(x: torch.Tensor) -> torch.Tensor:
     return x.clone().ge_(0).mul_(2).sub_(1)
 
 
+def _sign_definition(x: torch.Tensor) -> torch.Tensor:
+    """`sign` out of place, as graph formats want it: ONNX has no comparison in place."""
+    return (x >= 0).to(x.dtype) * 2 - 1
+
+
 def ste_sign_definition(x: torch.Tensor) -> torch.Tensor:
     """`ste_sign` spelled out in tensor arithmetic."""
-    hard = sign(x)
+    hard = _sign_definition(x)
     soft = torch.where(x.abs() <= 1, x, hard)
     # soft has hard's sign and abs(soft) <= 1, so the sum below is exactly -1 or +1 in every float format.
     return soft + (hard - soft).detach()
@@ -39,7 +44,7 @@ def ste_sign_definition(x: torch.Tensor) -> torch.Tensor:
 
 def approx_sign_definition(x: torch.Tensor) -> torch.Tensor:
     """`approx_sign` spelled out in tensor arithmetic."""
-    hard = sign(x)
+    hard = _sign_definition(x)
     inside = x.abs() <= 1
     # The curve sees only values inside its support: an inf or NaN there would turn a zero gradient into NaN.
     clipped = torch.where(inside, x, torch.zeros_like(x))

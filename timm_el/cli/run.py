@@ -28,7 +28,8 @@ def through_launcher(args: List[str]) -> List[str]:
     """Arguments of bulk_runner.py with the child script started through this launcher."""
     for i, arg in enumerate(args):
         if arg.endswith('.py'):
-            return [*args[:i], '--module', 'timm_el', 'run', *args[i:]]
+            # Its --module takes a value and only asks whether there is one.
+            return [*args[:i], '--module', 'yes', 'timm_el', 'run', *args[i:]]
     return args
 
 
