@@ -1,23 +1,22 @@
 """binarize(): swap the conv-norm-act chains of a network for `BinaryUnit`s, in place, all or nothing.
 
-Three steps, in this order in the file: *find* the chains (a table of known blocks), *plan* what replaces which module
-(nothing is changed yet, every error comes from here), and *apply* the plan. The host's class and forward stay as they
-are: a unit stands where the convolution stood, and Identity where its norm and activation stood.
+Three steps: *find* the chains (blocks.py), *plan* what replaces which module (nothing is changed yet, every error comes
+from here), and *apply* the plan. The host's class and forward stay as they are: a unit stands where the convolution
+stood, and Identity where its norm and activation stood.
 """
 import copy
 import fnmatch
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
-from timm.models import efficientnet, resnet
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv
 from torch.nn.utils import parametrize
-from torchvision.models import resnet as tv_resnet
 
+from .blocks import Chain, FoundBlock, Network, find_networks, get_module, join_path
 from .checkpoints import guard_loading
 from .layers import BinaryConv2d, BinaryUnit, ElasticLink, ZeroShortcut, guard_input
 from .recipes import Recipe, get_recipe, role_of_shape
@@ -104,178 +103,7 @@ class Report:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Find: known blocks
-
-@dataclass(frozen=True)
-class Chain:
-    """A convolution with the norm and activation that belong to it, as paths; `act` may stand behind an addition.
-
-    `tail` names what the host applies behind the norm (squeeze-excite, drop path, drop block, blur). If the unit has a
-    link, it moves into the branch, so that the real-valued signal is neither gated nor dropped.
-    """
-    conv: str
-    norm: Optional[str] = None
-    act: Optional[str] = None
-    role: Optional[str] = None
-    tail: Tuple[str, ...] = ()
-
-    def under(self, prefix: str) -> 'Chain':
-        """The same chain inside the module `prefix`."""
-        names = [_join(prefix, name) for name in (self.conv, self.norm, self.act)]
-        return Chain(*names, self.role, tuple(_join(prefix, name) for name in self.tail))
-
-
-def _join(prefix: str, name: Optional[str]) -> Optional[str]:
-    return f'{prefix}.{name}' if prefix and name else name
-
-
-@dataclass(frozen=True)
-class Block:
-    """How a known block class runs: its chains in order, and its shortcut.
-
-    Args:
-        chains: The chains, relative to the block. The chains of a root come before those of its blocks, but for `last`.
-        root: The class is a whole network, made of known blocks in sequence.
-        last: Chains of a root that come after its blocks.
-        ignore: Attributes that hold small float side branches (squeeze-excite).
-        shortcut: Attribute of the module on the shortcut (None in it means identity); None if the block has no
-            shortcut that can be taken away.
-        per_conv: The block has one shortcut around its two convolutions. With links on spatial convolutions it gets
-            one a convolution in its place, as in Bi-Real Net: the host's shortcut module goes around the first.
-    """
-    chains: Tuple[Chain, ...]
-    shortcut: Optional[str] = None
-    per_conv: bool = False
-    root: bool = False
-    last: Tuple[Chain, ...] = ()
-    ignore: Tuple[str, ...] = ()
-
-
-KNOWN_BLOCKS: Dict[Type[nn.Module], Block] = {
-    # timm
-    resnet.BasicBlock: Block((
-        Chain('conv1', 'bn1', 'act1', tail=('drop_block', 'aa')),
-        Chain('conv2', 'bn2', 'act2', tail=('se', 'drop_path')),
-    ), 'downsample', per_conv=True, ignore=('se',)),
-    resnet.Bottleneck: Block((
-        Chain('conv1', 'bn1', 'act1', 'reduce'),
-        Chain('conv2', 'bn2', 'act2', 'spatial', tail=('drop_block',)),
-        Chain('conv3', 'bn3', 'act3', 'expand', tail=('se', 'drop_path')),
-    ), 'downsample', ignore=('se',)),
-    resnet.ResNet: Block((Chain('conv1', 'bn1', 'act1'), Chain('maxpool')), root=True),
-    DepthwiseSeparableConv: Block((Chain('conv_dw', 'bn1'), Chain('conv_pw', 'bn2')), ignore=('se',)),
-    efficientnet.EfficientNet: Block((Chain('conv_stem', 'bn1'),), root=True, last=(Chain('conv_head', 'bn2'),)),
-    efficientnet.EfficientNetFeatures: Block((Chain('conv_stem', 'bn1'),), root=True),
-    # torchvision
-    tv_resnet.BasicBlock: Block((
-        Chain('conv1', 'bn1', 'relu'),
-        Chain('conv2', 'bn2', 'relu'),
-    ), 'downsample', per_conv=True),
-    tv_resnet.Bottleneck: Block((
-        Chain('conv1', 'bn1', 'relu', 'reduce'),
-        Chain('conv2', 'bn2', 'relu', 'spatial'),
-        Chain('conv3', 'bn3', 'relu', 'expand'),
-    ), 'downsample'),
-    tv_resnet.ResNet: Block((Chain('conv1', 'bn1', 'relu'),), root=True),
-}
-
-
-def known_block(module: nn.Module) -> Optional[Block]:
-    """The description of a block whose class, or a base class with the same forward, is known."""
-    cls = type(module)
-    for base in cls.__mro__:
-        if base in KNOWN_BLOCKS and all(
-                getattr(cls, name, None) is getattr(base, name, None) for name in ('forward', 'forward_features')):
-            return KNOWN_BLOCKS[base]
-    return None
-
-
-@dataclass(frozen=True)
-class FoundBlock:
-    """A known block in a network: its path, its description, and its chains as full paths."""
-    path: str
-    block: Block
-    chains: Tuple[Chain, ...]
-
-    @property
-    def shortcut(self) -> Optional[str]:
-        """Path of the shortcut module."""
-        return _join(self.path, self.block.shortcut)
-
-
-@dataclass(frozen=True)
-class Network:
-    """A known root with its blocks in the order in which they run; what a binarized network is made of."""
-    path: str
-    blocks: Tuple[FoundBlock, ...]
-
-    @property
-    def chains(self) -> List[Chain]:
-        """All chains, in the order in which they run."""
-        return [chain for found in self.blocks for chain in found.chains]
-
-
-def find_networks(model: nn.Module) -> Tuple[List[Network], Dict[str, str]]:
-    """Known networks in a model, and for the convolutions that none of them holds, why not.
-
-    A network is taken only if every convolution in it belongs to a chain, a shortcut or a side branch: nothing is known
-    about what comes between blocks that are not known, and a ReLU there would leave a sign at +1.
-    """
-    networks, strangers = [], {}
-    for path, module in model.named_modules():
-        block = known_block(module)
-        if block is None or not block.root:
-            continue
-        blocks = [FoundBlock(path, block, tuple(_expand_chains(model, path, block.chains)))]
-        side = []
-        for name, inner in module.named_modules(prefix=path):
-            known = known_block(inner)
-            if inner is not module and known is not None:
-                blocks.append(FoundBlock(name, known, tuple(_expand_chains(model, name, known.chains))))
-                side += [_join(name, part) for part in (known.shortcut, *known.ignore) if part]
-        blocks.append(FoundBlock(path, Block(block.last), tuple(_expand_chains(model, path, block.last))))
-        network = Network(path, tuple(blocks))
-        held = {chain.conv for chain in network.chains}
-        foreign = [
-            name for name, inner in module.named_modules(prefix=path) if isinstance(inner, nn.Conv2d)
-            and name not in held and not any(name == part or name.startswith(f'{part}.') for part in side)]
-        if foreign:
-            reason = f'{type(module).__name__} holds blocks that are not known, at {foreign[0]}'
-            strangers.update({
-                name: reason for name, inner in module.named_modules(prefix=path) if isinstance(inner, nn.Conv2d)})
-        else:
-            networks.append(network)
-    return networks, strangers
-
-
-def _expand_chains(model: nn.Module, path: str, chains: Sequence[Chain]) -> Iterator[Chain]:
-    """Chains as full paths; a Sequential in place of a convolution (a deep stem) becomes its own chains."""
-    for chain in chains:
-        chain = chain.under(path)
-        conv = _get(model, chain.conv)
-        if isinstance(conv, nn.Conv2d):
-            yield chain
-        elif isinstance(conv, nn.Sequential):
-            parts = [(f'{chain.conv}.{name}', module) for name, module in conv.named_children()]
-            starts = [i for i, (_, module) in enumerate(parts) if isinstance(module, nn.Conv2d)]
-            for start, stop in zip(starts, starts[1:] + [len(parts)]):
-                followers = parts[start + 1:stop]
-                norm = next((p for p, m in followers if hasattr(m, 'running_mean') or hasattr(m, 'num_groups')), None)
-                act = next((p for p, m in followers if p != norm and not any(True for _ in m.parameters())
-                            and 'torch.nn.modules.activation' in type(m).__module__), None)
-                yield Chain(parts[start][0], norm, act) if followers else Chain(parts[start][0], chain.norm, chain.act)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Plan
-
-def _get(model: nn.Module, path: Optional[str]) -> Optional[nn.Module]:
-    """The module at a path, None where the path is None or names an attribute that is None."""
-    module: Optional[nn.Module] = model
-    for name in path.split('.') if path else ():
-        module = getattr(module, name)
-    return module if path else None
-
 
 def _split_norm_act(norm: Optional[nn.Module]) -> Tuple[Optional[nn.Module], Optional[nn.Module]]:
     """A fused norm-and-activation of timm as two modules that share its tensors; other norms as they are."""
@@ -356,17 +184,17 @@ class _Plan:
         chains = network.chains
         for chain in chains:
             for path in (chain.conv, chain.norm, chain.act):
-                _refuse_hooks(path, _get(self.model, path))
+                _refuse_hooks(path, get_module(self.model, path))
         reasons = {chain.conv: self._why_kept(chain, first=chain is chains[0]) for chain in chains}
         followers = {a.conv: b.conv for a, b in zip(chains, chains[1:])}
         for found in network.blocks:
             self._plan_block(found, reasons, followers)
         if self.recipe.binarizes:
-            self.guards.append((_get(self.model, chains[0].conv), self._stride(network)))
+            self.guards.append((get_module(self.model, chains[0].conv), self._stride(network)))
 
     def _why_kept(self, chain: Chain, first: bool) -> Optional[Tuple[str, bool]]:
         """Why a chain's convolution stays as it is, and whether it could be converted; None if it is converted."""
-        conv = _get(self.model, chain.conv)
+        conv = get_module(self.model, chain.conv)
         if first:
             return 'first convolution', True
         if chain.conv in self.kept:
@@ -378,14 +206,14 @@ class _Plan:
     def _plan_block(
             self, found: FoundBlock, reasons: Dict[str, Optional[Tuple[str, bool]]], followers: Dict[str, str]) -> None:
         recipe = self.recipe
-        convs = [_get(self.model, chain.conv) for chain in found.chains]
+        convs = [get_module(self.model, chain.conv) for chain in found.chains]
         per_conv = (
             found.block.per_conv and 'spatial' in recipe.link
             and not any(reasons[chain.conv] for chain in found.chains)
             and convs[0].out_channels == convs[1].out_channels)
         links: List[Optional[nn.Module]] = [None] * len(convs)
         if per_conv:
-            host_link = _get(self.model, found.shortcut)
+            host_link = get_module(self.model, found.shortcut)
             links = [_identity_link(convs[1]) if host_link is None else host_link, _identity_link(convs[1])]
             if host_link is not None:
                 self.moved[found.shortcut] = f'{found.chains[0].conv}.link'
@@ -399,7 +227,7 @@ class _Plan:
                 self._plan_unit(chain, link, host_skip=found.block.per_conv and not per_conv)
         if per_conv or (found.shortcut and not recipe.residual):
             if not per_conv:
-                shortcut = _get(self.model, found.shortcut)
+                shortcut = get_module(self.model, found.shortcut)
                 for name, module in shortcut.named_modules(prefix=found.shortcut) if shortcut is not None else ():
                     if isinstance(module, nn.Conv2d):
                         self._row(name, 'removed', 'the recipe keeps no residual shortcut')
@@ -410,10 +238,10 @@ class _Plan:
         """A float convolution outside any unit; only its activation may move."""
         norm, act, fate = self._norm_and_act(chain, keep_act)
         if act is not None and self.recipe.act == 'branch':
-            norm = self._renew(norm, act, _get(self.model, chain.conv))
+            norm = self._renew(norm, act, get_module(self.model, chain.conv))
             norm = nn.Sequential(OrderedDict(act=act, norm=norm))
             self.moved[chain.norm] = f'{chain.norm}.norm'
-        if chain.norm and norm is not _get(self.model, chain.norm):
+        if chain.norm and norm is not get_module(self.model, chain.norm):
             self.edits[chain.norm] = norm
         role = self._role(chain)
         self._row(chain.conv, 'kept', reason, role=role, norm=chain.norm, act=fate, possible=possible)
@@ -427,7 +255,7 @@ class _Plan:
             host_skip: The block keeps its own shortcut around both convolutions: no links.
         """
         recipe = self.recipe
-        host = _get(self.model, chain.conv)
+        host = get_module(self.model, chain.conv)
         role = self._role(chain)
         kind, why = 'host shortcut', ''
         if link is None and role in recipe.link:
@@ -474,7 +302,7 @@ class _Plan:
             norm=chain.norm, act=fate)
 
     def _role(self, chain: Chain) -> str:
-        conv = _get(self.model, chain.conv)
+        conv = get_module(self.model, chain.conv)
         return chain.role or role_of_shape(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.groups)
 
@@ -482,11 +310,11 @@ class _Plan:
             self, chain: Chain, keep_act: bool = False,
     ) -> Tuple[Optional[nn.Module], Optional[nn.Module], Optional[str]]:
         """Norm and branch activation of a chain as they shall be, and the activation's fate."""
-        norm = _get(self.model, chain.norm)
+        norm = get_module(self.model, chain.norm)
         plain, act = _split_norm_act(norm)
         separate = act is None and chain.act is not None
         if separate:
-            act = _get(self.model, chain.act)
+            act = get_module(self.model, chain.act)
         if act is None or isinstance(act, nn.Identity):
             return norm, None, None
         if keep_act or self.recipe.act == 'keep':
@@ -505,7 +333,7 @@ class _Plan:
 
     def _take_tail(self, chain: Chain) -> Optional[nn.Module]:
         """What moves into the branch, with Identity in its place."""
-        present = [(path, _get(self.model, path)) for path in chain.tail]
+        present = [(path, get_module(self.model, path)) for path in chain.tail]
         present = [(path, m) for path, m in present if m is not None and not isinstance(m, nn.Identity)]
         for path, _ in present:
             self.edits[path] = nn.Identity()
@@ -518,9 +346,10 @@ class _Plan:
 
     def _stride(self, network: Network) -> int:
         """Stride of the last features to the image: every chain of a known network is on its one path."""
-        strides = [max(_get(self.model, chain.conv).stride) for chain in network.chains]
-        pools = [getattr(_get(self.model, network.path) if network.path else self.model, 'maxpool', None)]
-        pools += [_get(self.model, path) for chain in network.chains for path in chain.tail if path.endswith('.aa')]
+        strides = [max(get_module(self.model, chain.conv).stride) for chain in network.chains]
+        pools = [getattr(get_module(self.model, network.path) if network.path else self.model, 'maxpool', None)]
+        blurs = [path for chain in network.chains for path in chain.tail if path.endswith('.aa')]
+        pools += [get_module(self.model, path) for path in blurs]
         for pool in pools:
             for module in pool.modules() if pool is not None else ():
                 stride = getattr(module, 'stride', 1)
@@ -532,7 +361,7 @@ class _Plan:
         """Rows for all layers outside the chains."""
         blocks = [found for network in self.networks for found in network.blocks]
         shortcuts = tuple(f'{found.shortcut}.' for found in blocks if found.shortcut)
-        sides = tuple(f'{_join(found.path, name)}.' for found in blocks for name in found.block.ignore)
+        sides = tuple(f'{join_path(found.path, name)}.' for found in blocks for name in found.block.ignore)
         for path, module in self.model.named_modules():
             if path in self.rows or not isinstance(module, (nn.Conv2d, nn.Linear)):
                 continue
@@ -548,7 +377,7 @@ class _Plan:
                 self._row(path, 'kept', self.strangers.get(path, 'no known block holds it'), possible=False)
 
     def _row(self, path: str, status: str, reason: str, **facts: Any) -> None:
-        layer = _get(self.model, path) if path else self.model
+        layer = get_module(self.model, path) if path else self.model
         self.rows[path] = ReportRow(path, type(layer).__name__, status, reason, params=layer.weight.numel(), **facts)
 
     def report(self) -> Report:
