@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from .blocks import Chain, FoundBlock, Network, find_networks, get_module, join_path
 from .checkpoints import guard_loading
+from .graph import GraphNetwork, trace_network
 from .layers import BinaryConv2d, BinaryUnit, ElasticLink, ZeroShortcut, guard_input
 from .recipes import Recipe, get_recipe, role_of_shape
 
@@ -153,8 +154,11 @@ class _Plan:
         self.rows: Dict[str, ReportRow] = {}
         self.notes: List[str] = []
         self.renewed_norms = 0
+        self.new_norms: List[nn.BatchNorm2d] = []
         self.kept = self._match(keep)
         self.networks, self.strangers = find_networks(model)
+        if self.strangers or not self.networks:
+            self.networks = self._trace()
         self.units = 0
         self.guards: List[Tuple[nn.Conv2d, int]] = []
         for network in self.networks:
@@ -166,6 +170,16 @@ class _Plan:
             self.rows = {p: replace(row, act='kept' if row.act else None) for p, row in self.rows.items()}
             self.notes.append('no convolution was converted, the model is as it was')
         self._plan_rest()
+
+    def _trace(self) -> List[Network]:
+        """The network as torch.fx sees it, none if it cannot."""
+        try:
+            return [trace_network(self.model)]
+        except Exception as e:  # whatever a foreign forward raises under tracing
+            reason = f'torch.fx cannot trace the model ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""})'
+            self.notes.append(reason)
+            self.strangers = {p: reason for p, m in self.model.named_modules() if isinstance(m, nn.Conv2d)}
+            return []
 
     def _match(self, keep: Sequence[str]) -> Dict[str, str]:
         """Paths to keep float, each with the pattern that says so."""
@@ -185,26 +199,40 @@ class _Plan:
         for chain in chains:
             for path in (chain.conv, chain.norm, chain.act):
                 _refuse_hooks(path, get_module(self.model, path))
-        reasons = {chain.conv: self._why_kept(chain, first=chain is chains[0]) for chain in chains}
-        followers = {a.conv: b.conv for a, b in zip(chains, chains[1:])}
+        traced = isinstance(network, GraphNetwork)
+        known = dict(network.reasons) if traced else {chains[0].conv: 'first convolution'}
+        reasons = {chain.conv: self._why_kept(chain, known.get(chain.conv)) for chain in chains}
+        # Which convolution comes next is known for networks of one path; a traced one names the activations that go.
+        followers = {a.conv: a.conv if traced else b.conv for a, b in zip(chains, [*chains[1:], chains[-1]])}
+        if not traced:
+            followers.pop(chains[-1].conv)
         for found in network.blocks:
-            self._plan_block(found, reasons, followers)
-        if self.recipe.binarizes:
-            self.guards.append((get_module(self.model, chains[0].conv), self._stride(network)))
+            self._plan_block(found, reasons, followers, traced)
+        for path in network.acts if traced and self.recipe.act != 'keep' else ():
+            module = get_module(self.model, path)
+            self.edits.setdefault(path, _split_norm_act(module)[0] if _split_norm_act(module)[1] else nn.Identity())
+        images = network.image_conv if traced else chains[0].conv
+        if self.recipe.binarizes and images is not None:
+            self.guards.append((get_module(self.model, images), 1 if traced else self._stride(network)))
 
-    def _why_kept(self, chain: Chain, first: bool) -> Optional[Tuple[str, bool]]:
+    def _why_kept(self, chain: Chain, reason: Optional[str]) -> Optional[Tuple[str, bool]]:
         """Why a chain's convolution stays as it is, and whether it could be converted; None if it is converted."""
         conv = get_module(self.model, chain.conv)
-        if first:
-            return 'first convolution', True
         if chain.conv in self.kept:
             return f'keep={self.kept[chain.conv]!r}', True
+        if reason is not None:
+            return reason, reason in ('first convolution', 'squeeze-excite', 'classifier', 'residual downsample')
         if type(conv) is not nn.Conv2d:
             return f'{type(conv).__name__} has a forward of its own', False
         return None
 
     def _plan_block(
-            self, found: FoundBlock, reasons: Dict[str, Optional[Tuple[str, bool]]], followers: Dict[str, str]) -> None:
+            self,
+            found: FoundBlock,
+            reasons: Dict[str, Optional[Tuple[str, bool]]],
+            followers: Dict[str, str],
+            traced: bool,
+    ) -> None:
         recipe = self.recipe
         convs = [get_module(self.model, chain.conv) for chain in found.chains]
         per_conv = (
@@ -222,7 +250,8 @@ class _Plan:
             if reason:
                 # Its activation may stay if no sign comes next.
                 follower = followers.get(chain.conv)
-                self._plan_kept(chain, *reason, keep_act=follower is None or reasons[follower] is not None)
+                self._plan_kept(chain, *reason, keep_act=not traced and (
+                    follower is None or reasons[follower] is not None))
             else:
                 self._plan_unit(chain, link, host_skip=found.block.per_conv and not per_conv)
         if per_conv or (found.shortcut and not recipe.residual):
@@ -259,7 +288,9 @@ class _Plan:
         role = self._role(chain)
         kind, why = 'host shortcut', ''
         if link is None and role in recipe.link:
-            if host_skip:
+            if not chain.link:
+                why = 'no link: the shortcut of the host carries the same'
+            elif host_skip:
                 why = 'no link: the block keeps its own shortcut'
             elif not recipe.elastic and host.in_channels != host.out_channels:
                 why = 'no link: the recipe\'s links keep the channel count'
@@ -288,7 +319,13 @@ class _Plan:
         if act is not None:
             norm = self._renew(norm, act, conv)
         tail = self._take_tail(chain) if link is not None else None
-        unit = BinaryUnit(conv, norm, act, link, tail=tail, act_first=act is not None)
+        pre = None
+        if chain.shift and recipe.act != 'keep' and getattr(conv, 'input_quantizer', None) is not None:
+            pre = nn.BatchNorm2d(
+                host.in_channels, device=host.weight.device, dtype=host.weight.dtype).train(host.training)
+            why = why or 'an activation that cannot be moved comes before it: a new norm shifts the input of the sign'
+            self.new_norms.append(pre)
+        unit = BinaryUnit(conv, norm, act, link, pre, tail=tail, act_first=act is not None)
         unit.training = host.training
         self.units += 1
         self.edits[chain.conv] = unit
@@ -393,7 +430,7 @@ class _Plan:
                 f'running statistics of {self.renewed_norms} norms start anew, because their activation moved in front')
         return Report(self.recipe, [self.rows[p] for p in order], notes, self.moved)
 
-    def apply(self) -> None:
+    def apply(self, example_input: Optional[torch.Tensor]) -> None:
         """Put the planned modules in their places."""
         for path, module in self.edits.items():
             parent_path, _, name = path.rpartition('.')
@@ -405,6 +442,75 @@ class _Plan:
             guard_input(conv, stride)
         if self.units:
             guard_loading(self.model)
+        if any(isinstance(network, GraphNetwork) for network in self.networks) and self.recipe.act != 'keep':
+            self._revive(_example(self.model) if example_input is None else example_input)
+
+    def _revive(self, x: torch.Tensor) -> None:
+        """Give a norm to units whose sign is the same almost everywhere on a batch, and centre the new norms on it."""
+        if x.device.type == 'meta':
+            return
+        modes = {module: module.training for module in self.model.modules()}
+        units = {m.conv: (p, m) for p, m in self.model.named_modules()
+                 if isinstance(m, BinaryUnit) and getattr(m.conv, 'input_quantizer', None) is not None}
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        revived = []
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                for _ in range(5):  # a new norm moves what comes after it
+                    shares = [*self._shares(units, x, False), *self._shares(units, x, True)]
+                    dead = {conv for conv, share in shares if not 0.05 < share < 0.95 and units[conv][1].pre is None}
+                    for conv in dead:
+                        norm = nn.BatchNorm2d(conv.in_channels, device=conv.weight.device, dtype=conv.weight.dtype)
+                        units[conv][1].pre = norm
+                        modes[norm] = conv.training
+                        self.new_norms.append(norm)
+                        revived.append(units[conv][0])
+                    if not dead:
+                        break
+        except Exception as e:  # the model may want another input than images of its own size
+            for name, buffer in self.model.named_buffers():
+                if name in buffers:
+                    buffer.copy_(buffers[name])
+            self.notes.append(
+                f'the signs could not be checked on a batch of shape {tuple(x.shape)} ({type(e).__name__}: {e}); '
+                f'pass example_input')
+        for module, mode in modes.items():
+            module.training = mode
+        if revived:
+            self.notes.append(f'a new norm shifts the input of the sign at {", ".join(sorted(revived))}')
+
+    def _shares(self, units: Dict[nn.Module, Any], x: torch.Tensor, training: bool) -> List[Tuple[nn.Module, float]]:
+        """Share of +1 at each sign; in eval mode the new norms take the statistics of the batch on the way."""
+        shares: List[Tuple[nn.Module, float]] = []
+
+        def centre(norm: nn.Module, args: Tuple[torch.Tensor]) -> None:
+            if not training:
+                norm.running_mean.copy_(args[0].mean((0, 2, 3)))
+                norm.running_var.copy_(args[0].var((0, 2, 3)))
+
+        handles = [norm.register_forward_pre_hook(centre) for norm in self.new_norms]
+        handles += [conv.register_forward_pre_hook(
+            lambda conv, args: shares.append((conv, (args[0] >= 0).float().mean().item()))) for conv in units]
+        self.model.train(training)
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        try:
+            self.model(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, buffer in self.model.named_buffers() if training else ():
+                buffer.copy_(buffers[name])
+        return shares
+
+
+def _example(model: nn.Module) -> torch.Tensor:
+    """A small batch of noise for a model."""
+    weight = next(model.parameters())
+    cfg = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
+    size = cfg.get('input_size', (3, 224, 224))
+    channels = getattr(model, 'in_chans', size[0])
+    noise = torch.randn((4, channels, *(min(n, 128) for n in size[1:])), generator=torch.Generator().manual_seed(0))
+    return noise.to(weight.device, weight.dtype)
 
 
 def _identity_link(conv: nn.Conv2d) -> ElasticLink:
@@ -450,10 +556,16 @@ def binarize(
         recipe: Union[str, Recipe, Dict[str, Any]] = 'el',
         *,
         keep: Sequence[str] = (),
+        example_input: Optional[torch.Tensor] = None,
         real_weights: bool = False,
         strict: bool = False,
 ) -> nn.Module:
-    """Binarize a network in place: every conv-norm-act chain of a known block becomes one `BinaryUnit`.
+    """Binarize a network in place: every conv-norm-act chain becomes one `BinaryUnit`.
+
+    ResNets of timm and torchvision and MobileNetV1 are converted by what is known about their blocks; every other
+    network by its data flow, as torch.fx traces it (not thread-safe: fx patches torch.nn while it traces). There a unit
+    whose sign would be the same almost everywhere, because an activation cannot be taken away, gets a new norm in
+    front, and this is checked on a batch of noise, or on `example_input`. What fx cannot trace is left as it is.
 
     The parameters of the host are kept, so that a pretrained float network becomes the latent initialisation. (Where an
     activation moves in front of its norm, that norm's running statistics start anew.) The first convolution, the
@@ -465,6 +577,7 @@ def binarize(
         recipe: Name of a recipe (`recipes.RECIPES`), a `Recipe`, or its dict. The name 'el' means 'el_mobilenet' on a
             depthwise-separable host; the report says which one was used.
         keep: Module paths or glob patterns of layers to keep float; a path keeps everything below it.
+        example_input: Images on which the norms that some networks need before a sign are centred; noise if None.
         real_weights: Stage one of two-stage training: binary inputs, real weights, the same state dict keys.
         strict: Raise if a convolution has to be kept because it could not be converted.
 
@@ -496,6 +609,7 @@ def binarize(
         raise ValueError(
             f'{row.path}: {row.kind} {tuple(model.get_submodule(row.path).weight.shape)} cannot be binarized '
             f'({row.reason}), nor can {len(impossible) - 1} others; pass keep=({row.path!r}, ...) to keep them float')
-    plan.apply()
+    plan.apply(example_input)
+    report.notes.extend(text for text in plan.notes if text not in report.notes)  # what apply found out
     model.binarize_report = report
     return model
