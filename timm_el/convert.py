@@ -509,7 +509,7 @@ def _example(model: nn.Module) -> torch.Tensor:
     cfg = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
     size = cfg.get('input_size', (3, 224, 224))
     channels = getattr(model, 'in_chans', size[0])
-    noise = torch.randn((4, channels, *(min(n, 128) for n in size[1:])), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn((2, channels, *(min(n, 96) for n in size[1:])), generator=torch.Generator().manual_seed(0))
     return noise.to(weight.device, weight.dtype)
 
 
