@@ -105,7 +105,8 @@ def known_block(module: nn.Module) -> Optional[Block]:
     cls = type(module)
     for base in cls.__mro__:
         if base in KNOWN_BLOCKS and all(
-                getattr(cls, name, None) is getattr(base, name, None) for name in ('forward', 'forward_features')):
+                getattr(cls, name, None) is getattr(base, name, None)
+                for name in ('forward', 'forward_features', '_forward_impl')):
             return KNOWN_BLOCKS[base]
     return None
 
@@ -135,11 +136,18 @@ class Network:
         return [chain for found in self.blocks for chain in found.chains]
 
 
+def is_activation(module: Optional[nn.Module]) -> bool:
+    """An activation of torch or timm."""
+    if module is None or isinstance(module, (nn.Identity, nn.Softmax, nn.MultiheadAttention)):
+        return False
+    return type(module).__module__.startswith(('torch.nn.modules.activation', 'timm.layers.activations'))
+
+
 def find_networks(model: nn.Module) -> Tuple[List[Network], Dict[str, str]]:
     """Known networks in a model, and for the convolutions that none of them holds, why not.
 
-    A network is taken only if every convolution in it belongs to a chain, a shortcut or a side branch: nothing is known
-    about what comes between blocks that are not known, and a ReLU there would leave a sign at +1.
+    A network is taken only if every convolution and activation in it belongs to a chain, a shortcut or a side branch:
+    nothing is known about what comes between blocks that are not known, and a ReLU there would leave a sign at +1.
     """
     networks, strangers = [], {}
     for path, module in model.named_modules():
@@ -159,6 +167,10 @@ def find_networks(model: nn.Module) -> Tuple[List[Network], Dict[str, str]]:
         foreign = [
             name for name, inner in module.named_modules(prefix=path) if isinstance(inner, nn.Conv2d)
             and name not in held and not any(name == part or name.startswith(f'{part}.') for part in side)]
+        acts = {chain.act for chain in network.chains}
+        foreign += [
+            name for name, inner in module.named_modules(prefix=path) if is_activation(inner) and name not in acts
+            and not any(name.startswith(f'{part}.') for part in [*side, *(c.norm for c in network.chains if c.norm)])]
         if foreign:
             reason = f'{type(module).__name__} holds blocks that are not known, at {foreign[0]}'
             strangers.update({

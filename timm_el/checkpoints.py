@@ -1,10 +1,15 @@
 """State dicts for binarized models: float checkpoints as latent initialisation, and checks before loading."""
+import os
 import re
 from collections import OrderedDict
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
+from timm.models import clean_state_dict, load_state_dict
+
+from .layers import expected_statistics, weight_scale
+from .quantizers import sign
 
 __all__ = ['CheckpointError', 'CheckedLoading', 'check_state_dict', 'float_to_latent', 'load_float', 'guard_loading']
 
@@ -54,7 +59,8 @@ def _new_name(key: str, moved: Dict[str, str]) -> Optional[str]:
 def _is_float(state_dict: Dict[str, Any], model: nn.Module) -> Optional[str]:
     """The first key that only the float host has, None if there is no such key."""
     own = model.state_dict()
-    return next((f'{path}.weight' for path in _moved(model)
+    units = (path for path, place in _moved(model).items() if place == f'{path}.conv')
+    return next((f'{path}.weight' for path in units
                  if f'{path}.weight' in state_dict and f'{path}.weight' not in own), None)
 
 
@@ -88,17 +94,18 @@ def float_to_latent(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Di
             for key in [k for k in renamed if k.startswith(f'{prefix}{index}.')]:
                 renamed[f'{prefix}{index + 1}.{key[len(prefix) + 2:]}'] = renamed.pop(key)
     for key, value in own.items():
-        new = key.endswith(('.gamma', '.num_batches_tracked')) and key not in renamed
-        if new or (key.endswith(('.running_mean', '.running_var')) and _follows_act(model, key.rpartition('.')[0])):
+        if key.endswith(('.gamma', '.num_batches_tracked')) and key not in renamed:
             renamed[key] = value
+    for row in model.binarize_report.rows:
+        if row.act == 'in branch':  # the host's statistics are those of another tensor
+            conv_path, norm_path = moved.get(row.path, row.path), moved[row.norm]
+            conv, act = model.get_submodule(conv_path), model.get_submodule(norm_path.rpartition('.')[0]).act
+            weight = renamed[f'{conv_path}.weight']
+            if getattr(conv, 'weight_quantizer', None) is not None:
+                weight = sign(weight) * weight_scale(weight).reshape(-1, 1, 1, 1)
+            mean, var = expected_statistics(weight, act)
+            renamed[f'{norm_path}.running_mean'], renamed[f'{norm_path}.running_var'] = mean, var
     return renamed
-
-
-def _follows_act(model: nn.Module, norm_path: str) -> bool:
-    parent_path, _, name = norm_path.rpartition('.')
-    parent = model.get_submodule(parent_path)
-    names = [n for n, _ in parent.named_children()]
-    return name == 'norm' and 'act' in names and names.index('act') < names.index('norm')
 
 
 def load_float(model: nn.Module, checkpoint: Union[str, Dict[str, torch.Tensor]]) -> nn.Module:
@@ -115,11 +122,22 @@ def load_float(model: nn.Module, checkpoint: Union[str, Dict[str, torch.Tensor]]
 
     Raises:
         CheckpointError: A key is missing or unknown, or a shape differs. Nothing was loaded.
+        ValueError: The model is not binarized.
+        TypeError: The checkpoint is neither a dict nor a path.
     """
-    if not isinstance(checkpoint, dict):
-        from timm.models import load_state_dict
-        checkpoint = load_state_dict(checkpoint)
-    model.load_state_dict(float_to_latent(checkpoint, model), strict=True)
+    if not _moved(model):
+        raise ValueError('model: it is not binarized, its own load_state_dict takes the checkpoint')
+    if isinstance(checkpoint, dict):
+        for key in ('state_dict', 'model'):
+            checkpoint = checkpoint.get(key, checkpoint)
+        checkpoint = clean_state_dict(checkpoint)
+    elif isinstance(checkpoint, (str, os.PathLike)):
+        checkpoint = load_state_dict(str(checkpoint))
+    else:
+        raise TypeError(f'checkpoint: found a {type(checkpoint).__name__}, expected a state dict or the path of a file')
+    checkpoint = float_to_latent(checkpoint, model)
+    check_state_dict(model, checkpoint)
+    model.load_state_dict(checkpoint, strict=True)
     return model
 
 
@@ -170,7 +188,7 @@ def _raise_mismatch(module: nn.Module, missing: List[str], unknown: List[str], p
 
 def _belongs_to_recipe(key: str) -> bool:
     """True for tensors that some recipes have and others have not."""
-    return re.search(r'\.(link|pre|post|conv|norm|downsample)\.', key) is not None
+    return re.search(r'(^|\.)(link|pre|post|conv|norm|downsample|bn\d*)\.', key) is not None
 
 
 def _shape_hint(key: str, found: Tuple[int, ...], expected: Tuple[int, ...], model: nn.Module) -> str:

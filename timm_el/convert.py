@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from .blocks import Chain, FoundBlock, Network, find_networks, get_module, join_path
 from .checkpoints import guard_loading
 from .graph import GraphNetwork, trace_network
-from .layers import BinaryConv2d, BinaryUnit, ElasticLink, ZeroShortcut, guard_input
+from .layers import BinaryConv2d, BinaryUnit, ElasticLink, ZeroShortcut, expected_statistics, guard_input
 from .recipes import Recipe, get_recipe, role_of_shape
 
 __all__ = ['binarize', 'Report', 'ReportRow']
@@ -133,13 +133,10 @@ def _norm_after_act(norm: Optional[nn.Module], act: nn.Module, conv: nn.Module) 
     if getattr(norm, 'running_mean', None) is None or getattr(norm, 'running_var', None) is None:
         return norm
     weight = conv.quantized_weight() if isinstance(conv, BinaryConv2d) else conv.weight
-    dd = {'device': weight.device, 'dtype': torch.float32}
-    normal = torch.special.ndtri((torch.arange(256, **dd) + 0.5) / 256)
-    std = weight.detach().float().flatten(1).square().sum(1).sqrt()
-    values = act((std[:, None] * normal).to(weight.dtype)[None, :, :, None]).float().flatten(2)[0]
+    mean, var = expected_statistics(weight, act)
     twin = _twin(norm)
-    twin.running_mean = values.mean(1).to(norm.running_mean.dtype)
-    twin.running_var = values.var(1).to(norm.running_var.dtype)
+    twin.running_mean = mean.to(norm.running_mean.dtype)
+    twin.running_var = var.to(norm.running_var.dtype)
     return twin
 
 
@@ -245,13 +242,16 @@ class _Plan:
             links = [_identity_link(convs[1]) if host_link is None else host_link, _identity_link(convs[1])]
             if host_link is not None:
                 self.moved[found.shortcut] = f'{found.chains[0].conv}.link'
+        def stays(chain: Chain) -> bool:
+            follower = followers.get(chain.conv)
+            return reasons[chain.conv] is not None and (follower is None or reasons[follower] is not None)
+
         for chain, link in zip(found.chains, links):
             reason = reasons[chain.conv]
             if reason:
-                # Its activation may stay if no sign comes next.
-                follower = followers.get(chain.conv)
-                self._plan_kept(chain, *reason, keep_act=not traced and (
-                    follower is None or reasons[follower] is not None))
+                # Its activation may stay if no sign comes next, where it is shared: after any of its places.
+                self._plan_kept(chain, *reason, keep_act=not traced and all(
+                    stays(other) for other in found.chains if other.act == chain.act))
             else:
                 self._plan_unit(chain, link, host_skip=found.block.per_conv and not per_conv)
         if per_conv or (found.shortcut and not recipe.residual):
@@ -318,7 +318,7 @@ class _Plan:
                 'binarized' if conv.is_binary else 'binary inputs' if recipe.input_quantizer else 'binary weights')
         if act is not None:
             norm = self._renew(norm, act, conv)
-        tail = self._take_tail(chain) if link is not None else None
+        tail = self._take_tail(chain) if link is not None and conv is not None else None
         pre = None
         if chain.shift and recipe.act != 'keep' and getattr(conv, 'input_quantizer', None) is not None:
             pre = nn.BatchNorm2d(
@@ -531,7 +531,7 @@ def _refuse_unfit(model: nn.Module) -> None:
         raise ValueError(f'model: {type(model).__name__} has no Conv2d, there is nothing to binarize')
     seen: Dict[nn.Module, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (BinaryUnit, BinaryConv2d)) or hasattr(module, 'binarize_report'):
+        if isinstance(module, (BinaryUnit, BinaryConv2d)):
             raise ValueError(
                 f'{path or "model"}: the model is already binarized (found a {type(module).__name__}); '
                 f'build a fresh float model to convert it with another recipe')
@@ -592,6 +592,8 @@ def binarize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
+    if not isinstance(real_weights, bool):
+        raise ValueError(f'real_weights: found {real_weights!r}, expected True or False')
     _refuse_unfit(model)
     chosen = get_recipe(recipe)
     note = None

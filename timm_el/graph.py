@@ -14,7 +14,7 @@ from timm.layers import DropBlock2d, DropPath
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torchvision.models.feature_extraction import NodePathTracer
 
-from .blocks import Block, Chain, FoundBlock, Network
+from .blocks import Block, Chain, FoundBlock, Network, is_activation
 
 __all__ = ['GraphNetwork', 'trace_network']
 
@@ -66,7 +66,7 @@ class _Finder:
     """Reads one traced graph."""
 
     def __init__(self, model: nn.Module) -> None:
-        acts = tuple({type(m) for m in model.modules() if _is_act(m)})
+        acts = tuple({type(m) for m in model.modules() if is_activation(m)})
         norms = tuple({type(m) for m in model.modules() if _is_norm(m)})
         tracer = NodePathTracer(
             leaf_modules=[*get_notrace_modules(), nn.Conv2d, *norms, *acts, DropPath, DropBlock2d],
@@ -128,7 +128,7 @@ class _Finder:
         if norm is None or not _is_norm(self.module(norm)) or self.uses[norm.target] > 1:
             return None, None
         act = norm if _fused_act(self.module(norm)) is not None else self.follower(norm)
-        if act is not norm and (act is None or not _is_act(self.module(act)) or self.uses[act.target] > 1):
+        if act is not norm and (act is None or not is_activation(self.module(act)) or self.uses[act.target] > 1):
             act = None
         return norm, act
 
@@ -142,7 +142,7 @@ class _Finder:
             return 'it runs more than once'
         if any(source.op == 'placeholder' for source in self.sources(conv.args[0])):
             return 'first convolution'
-        if norm is None and self.after_global_pool(conv):
+        if self.after_global_pool(conv):
             return 'squeeze-excite'
         if norm is None and self.reaches_output(conv):
             return 'classifier'
@@ -159,7 +159,7 @@ class _Finder:
                 continue
             seen.add(node)
             module = self.module(node)
-            if self.passes(node) or _is_act(module) or _is_norm(module) or _name(node) in ('cat', 'getitem'):
+            if self.passes(node) or is_activation(module) or _is_norm(module) or _name(node) in ('cat', 'getitem'):
                 stack.extend(node.all_input_nodes)
             else:
                 yield node
@@ -182,7 +182,7 @@ class _Finder:
             module = self.module(node)
             if 'Adaptive' in type(module).__name__ or _name(node) in ('mean', 'adaptive_avg_pool2d'):
                 return True
-            if self.passes(node) or _is_act(module) or _is_norm(module) or (
+            if self.passes(node) or is_activation(module) or _is_norm(module) or (
                     isinstance(module, nn.Conv2d) and max(module.kernel_size) == 1):
                 stack.extend(node.all_input_nodes)
         return False
@@ -195,7 +195,7 @@ class _Finder:
             if node.op == 'output':
                 return True
             module = self.module(node)
-            if not (self.passes(node) or _is_act(module) or 'Pool' in type(module).__name__):
+            if not (self.passes(node) or is_activation(module) or 'Pool' in type(module).__name__):
                 return False
         return False
 
@@ -248,9 +248,9 @@ class _Finder:
                     continue
                 seen.add(node)
                 module = self.module(node)
-                if _is_act(module) or _fused_act(module) is not None:
+                if is_activation(module) or _fused_act(module) is not None:
                     found.add(node.target)
-                if self.carries(node) or _is_act(module) or _is_norm(module):
+                if self.carries(node) or is_activation(module) or _is_norm(module):
                     stack.extend(self.signals(node))
         return found
 
@@ -287,7 +287,7 @@ class _Finder:
             return True
         if node.op == 'call_method' and node.target in ('relu', 'relu_', 'sigmoid'):
             return True
-        dropped_act = node.op == 'call_module' and node.target in dropped and _is_act(module)
+        dropped_act = node.op == 'call_module' and node.target in dropped and is_activation(module)
         if self.carries(node) or dropped_act:
             inputs = node.all_input_nodes
             return bool(inputs) and all(self.non_negative(n, dropped, depth + 1) for n in inputs)
@@ -345,13 +345,6 @@ class _Finder:
             if end in seen:
                 return True
         return end in binary and end is not conv and self.order[end] < self.order[conv] and end.args[0] in seen
-
-
-def _is_act(module: Optional[nn.Module]) -> bool:
-    if module is None or isinstance(module, (nn.Identity, nn.Softmax, nn.MultiheadAttention)):
-        return False
-    kind = type(module).__module__
-    return kind.startswith(('torch.nn.modules.activation', 'timm.layers.activations'))
 
 
 def _is_norm(module: Optional[nn.Module]) -> bool:

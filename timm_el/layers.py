@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .quantizers import ESTIMATORS, get_quantizer, is_symbolic
+from .quantizers import ESTIMATORS, get_quantizer, is_symbolic, lean
 
 __all__ = [
     'weight_scale', 'input_scale', 'BinaryConv2d', 'BinaryLinear', 'ElasticLink', 'BinaryUnit', 'Shift', 'RSign',
@@ -144,7 +144,8 @@ class _QuantizedConv2d(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.geometry
         # Under autocast the convolution, and so its gradient, has another dtype than the input and the weight.
         signed = of_input.decode(code, grad.dtype)
-        quantized = _quantized_weight(weight, alpha, ctx.weight_quantizer).to(grad.dtype)
+        quantized = lean(weight, ctx.weight_quantizer)  # with an estimator of its own, for gradients of gradients
+        quantized = (quantized if alpha is None else quantized * alpha).to(grad.dtype)
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad, signed, quantized, (weight.shape[0],), stride, padding, dilation, False, (0, 0), groups,
             (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]))
@@ -246,8 +247,8 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
         if torch.jit.is_scripting():
             y = self.convolve(x, inner_bias)
         else:
-            lean = torch.is_grad_enabled() and not self.pad_first and not is_symbolic(x)
-            y = self.convolve_lean(x, inner_bias) if lean else self.convolve(x, inner_bias)
+            spelled = self.pad_first or not torch.is_grad_enabled() or is_symbolic(x)
+            y = self.convolve_lean(x, inner_bias) if not spelled else self.convolve(x, inner_bias)
         if self.scale_input:
             y = y * self.scale_of_input(x)
             if bias is not None:
@@ -612,6 +613,16 @@ def _wide_float(x: torch.Tensor) -> torch.dtype:
         return torch.float64
     else:
         return torch.float32 if isinstance(x, torch.Tensor) and x.device.type == 'mps' else torch.float64
+
+
+@torch.no_grad()
+def expected_statistics(weight: torch.Tensor, act: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of act(z) per channel, z ~ N(0, sum of squared weights): unit-variance inputs."""
+    dd = {'device': weight.device, 'dtype': torch.float32}
+    normal = torch.special.ndtri((torch.arange(256, **dd) + 0.5) / 256)
+    std = weight.detach().float().flatten(1).square().sum(1).sqrt()
+    values = act((std[:, None] * normal).to(weight.dtype)[None, :, :, None]).float().flatten(2)[0]
+    return values.mean(1), values.var(1)
 
 
 def _check_positive(**counts: int) -> None:

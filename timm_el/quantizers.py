@@ -123,8 +123,8 @@ class _Quantize(torch.autograd.Function):
 
 
 def is_symbolic(x: torch.Tensor) -> bool:
-    """True where a tracer records Python: fx and jit.trace look through an autograd.Function, or choke on it."""
-    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing()
+    """True where a tracer records Python: fx, jit.trace, export look through an autograd.Function, or choke on it."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def ste_sign(x: torch.Tensor) -> torch.Tensor:
@@ -141,9 +141,9 @@ def ste_sign(x: torch.Tensor) -> torch.Tensor:
         Tensor of -1 and +1, same shape and dtype.
     """
     if torch.jit.is_scripting():
-        return ste_sign_definition(x)
+        return ste_sign_definition(x) if torch.is_grad_enabled() else _sign_definition(x.detach())
     else:
-        return ste_sign_definition(x) if is_symbolic(x) else _lean(x, 'ste')
+        return ste_sign_definition(x) if is_symbolic(x) else lean(x, 'ste')
 
 
 def approx_sign(x: torch.Tensor) -> torch.Tensor:
@@ -159,12 +159,13 @@ def approx_sign(x: torch.Tensor) -> torch.Tensor:
         Tensor of -1 and +1, same shape and dtype.
     """
     if torch.jit.is_scripting():
-        return approx_sign_definition(x)
+        return approx_sign_definition(x) if torch.is_grad_enabled() else _sign_definition(x.detach())
     else:
-        return approx_sign_definition(x) if is_symbolic(x) else _lean(x, 'approx')
+        return approx_sign_definition(x) if is_symbolic(x) else lean(x, 'approx')
 
 
-def _lean(x: torch.Tensor, name: str) -> torch.Tensor:
+def lean(x: torch.Tensor, name: Optional[str]) -> torch.Tensor:
+    """A quantizer by name in its lean form; without gradient mode, just its values."""
     return _Quantize.apply(x, name) if torch.is_grad_enabled() else ESTIMATORS[name].quantize(x)
 
 

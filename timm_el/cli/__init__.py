@@ -1,4 +1,9 @@
 """Shell verbs. Each is a module of this package with a function `main(argv)`, imported when it is called."""
+from typing import TYPE_CHECKING, Optional
+
+if TYPE_CHECKING:
+    import torch.nn as nn
+
 VERBS = {
     'bench': 'what training a binarized model costs beside its float host',
     'demo': 'train a binarized network on real images, offline, in under three minutes',
@@ -6,3 +11,15 @@ VERBS = {
     'sweep': 'binarize many nets and print what came of it',
     'summary': 'bits, bytes and operations of a model, layer by layer',
 }
+
+
+def create(name: str, recipe: Optional[str] = None) -> 'nn.Module':
+    """A timm model; with a recipe, a registered model of this package takes it and any other is converted by it."""
+    import timm
+
+    from ..convert import binarize
+    if recipe is None:
+        return timm.create_model(name)
+    if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm_el.'):
+        return timm.create_model(name, recipe=recipe)
+    return binarize(timm.create_model(name), recipe)

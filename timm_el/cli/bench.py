@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
-from ..convert import binarize
+from . import create
 
 # The float nets that the registered models stand for.
 FLOAT_HOSTS = {
@@ -59,11 +59,11 @@ def train_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, opt: str) -> 
 def bench_train(args: argparse.Namespace) -> Dict[str, Any]:
     """Times and saved bytes of a model and its float host."""
     host_name = args.host or FLOAT_HOSTS.get(args.model, args.model)
+    if host_name == args.model and not args.recipe:
+        raise ValueError(f'host: no float host of {args.model} is known, name one (--host) or a recipe (--recipe)')
     torch.manual_seed(0)
     host = timm.create_model(host_name)
-    model = timm.create_model(args.model)
-    if args.recipe:
-        binarize(model, args.recipe)
+    model = create(args.model, args.recipe)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     x = torch.randn(args.batch, 3, args.size, args.size).to(memory_format=memory_format)
     y = torch.randint(1000, (args.batch,))

@@ -12,6 +12,13 @@ def check_counts(in_chans: Any = 3, num_classes: Any = 1000, **_: Any) -> None:
             raise ValueError(f'{name}: found {value!r}, expected an integer of at least {least}')
 
 
+def check_flags(**flags: Any) -> None:
+    """Raise ValueError for a flag that is not a bool: the string 'false' of a command line would count as true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f'{name}: found {value!r}, expected True or False')
+
+
 def check_arguments(host: Type[nn.Module], model: Type[nn.Module], kwargs: Dict[str, Any]) -> None:
     """Raise TypeError for an argument that neither a host's constructor nor the model's own knows.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import create_classifier
+from timm.layers import DropPath, create_classifier
 from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
@@ -21,7 +21,7 @@ from timm.models._registry import generate_default_cfgs, register_model
 
 from ..checkpoints import CheckedLoading
 from ..layers import BinaryConv2d, BinaryUnit, ElasticLink, RPReLU, Shift, guard_input
-from ._arguments import check_counts
+from ._arguments import check_counts, check_flags
 
 __all__ = ['ReActNet', 'ReActBlock']
 
@@ -36,6 +36,7 @@ class ReActBlock(nn.Module):
         real_reduction: The 1x1 of a reduction block is real-valued, on real inputs (ReActNet-C).
         gamma: Gamma of a reduction block's Expand: None (ReActNet's duplicated shortcut), 'learnable' or 'fixed'.
         weight_quantizer: None for stage one of two-stage training.
+        drop_path: Probability with which a branch is dropped.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class ReActBlock(nn.Module):
             real_reduction: bool = False,
             gamma: Optional[str] = None,
             weight_quantizer: Optional[str] = 'ste',
+            drop_path: float = 0.,
             device=None,
             dtype=None,
     ) -> None:
@@ -58,6 +60,7 @@ class ReActBlock(nn.Module):
             conv=BinaryConv2d(in_chs, in_chs, 3, stride, padding=1, bias=False, **quantizers, **dd),
             norm=nn.BatchNorm2d(in_chs, **dd),
             link=ElasticLink(in_chs, in_chs, stride, gamma=None, pool=pool, **dd),
+            tail=DropPath(drop_path) if drop_path > 0. else None,
             post=RPReLU(in_chs, **dd),
         )
         reduction = in_chs != out_chs
@@ -69,6 +72,7 @@ class ReActBlock(nn.Module):
                 BinaryConv2d(in_chs, out_chs, 1, bias=False, **quantizers, **dd)),
             norm=nn.BatchNorm2d(out_chs, **dd),
             link=ElasticLink(in_chs, out_chs, gamma=gamma if reduction else None, **dd),
+            tail=DropPath(drop_path) if drop_path > 0. else None,
             post=RPReLU(out_chs, **dd),
         )
 
@@ -90,6 +94,7 @@ class ReActNet(CheckedLoading, nn.Module):
         gamma: Gamma of reduction blocks, None for ReActNet's own duplicated shortcut.
         real_weights: Stage one of two-stage training: binary inputs, real weights, the same state dict keys.
         drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the branches, growing linearly from block to block.
 
     Raises:
         ValueError: output_stride is not 32.
@@ -107,12 +112,14 @@ class ReActNet(CheckedLoading, nn.Module):
             gamma: Optional[str] = None,
             real_weights: bool = False,
             drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
             device=None,
             dtype=None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         check_counts(in_chans, num_classes)
+        check_flags(real_weights=real_weights, real_reduction=real_reduction)
         if output_stride != 32:
             raise ValueError(f'output_stride: found {output_stride}, ReActNet has 32 only')
         self.num_classes = num_classes
@@ -139,6 +146,7 @@ class ReActNet(CheckedLoading, nn.Module):
                     real_reduction=real_reduction,
                     gamma=gamma,
                     weight_quantizer=None if real_weights else 'ste',
+                    drop_path=drop_path_rate * (sum(depths[:i]) + j) / max(sum(depths) - 1, 1),
                     **dd,
                 ))
                 chs = 2 * chs if first else chs
@@ -146,8 +154,9 @@ class ReActNet(CheckedLoading, nn.Module):
             self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f'stages.{i}'))
         self.stages = nn.Sequential(*stages)
 
-        self.num_features = self.head_hidden_size = chs
+        self.num_features = chs
         self.global_pool, self.fc = create_classifier(chs, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = chs * self.global_pool.feat_mult()
         guard_input(self.conv_stem, reduction)
 
     @torch.jit.ignore

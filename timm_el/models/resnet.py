@@ -15,7 +15,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from ..checkpoints import CheckedLoading, float_to_latent
 from ..convert import binarize
 from ..recipes import Recipe
-from ._arguments import check_arguments
+from ._arguments import check_arguments, check_flags
 
 __all__ = ['BinarizedResNet']
 
@@ -41,6 +41,7 @@ class BinarizedResNet(CheckedLoading, ResNet):
             **kwargs,
     ) -> None:
         check_arguments(ResNet, BinarizedResNet, kwargs)
+        check_flags(real_weights=real_weights, stride_first=stride_first)
         super().__init__(*args, zero_init_last=zero_init_last, **kwargs)
         if stride_first:
             for path, module in self.named_modules():
