@@ -92,3 +92,40 @@ def test_stage_one_loads_into_stage_two():
     one = randomise(timm.create_model('el_resnet26', real_weights=True))
     two = timm.create_model('el_resnet26')
     two.load_state_dict(one.state_dict(), strict=True)
+
+
+def test_statistics_of_moved_norms_come_from_the_loaded_weights(photos):
+    """Loading a float MobileNet gives what converting it gives."""
+    host = randomise(timm.create_model('mobilenetv1_100', act_layer='relu'))
+    loaded = timm_el.load_float(timm.create_model('el_mobilenet_v1'), host.state_dict()).state_dict()
+    converted = timm_el.binarize(host).state_dict()
+    assert loaded.keys() == converted.keys()
+    for key, value in converted.items():
+        if 'num_batches' not in key:
+            torch.testing.assert_close(loaded[key], value, msg=key)
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda sd: {'state_dict': {f'module.{k}': v for k, v in sd.items()}}, lambda sd: {'model': sd}])
+def test_load_float_takes_wrapped_state_dicts(wrap):
+    timm_el.load_float(timm.create_model('el_resnet18'), wrap(timm.create_model('resnet18').state_dict()))
+
+
+def test_load_float_refuses_what_it_cannot_load():
+    model = timm_el.binarize(timm.create_model('resnet18'))
+    before = snapshot(model)
+    state = timm.create_model('resnet18').state_dict()
+    state.pop('fc.bias')
+    with pytest.raises(timm_el.CheckpointError, match='fc.bias'):
+        timm_el.load_float(model, state)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match='it is not binarized'):
+        timm_el.load_float(timm.create_model('resnet18'), state)
+    with pytest.raises(TypeError, match='checkpoint: found a NoneType'):
+        timm_el.load_float(model, None)
+
+
+def test_a_mobilenet_of_another_recipe_is_called_that():
+    with pytest.raises(timm_el.CheckpointError, match='another recipe'):
+        timm.create_model('el_mobilenet_v1').load_state_dict(
+            timm.create_model('el_mobilenet_v1', recipe='bireal').state_dict())

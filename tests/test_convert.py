@@ -153,7 +153,7 @@ class Mlp(nn.Module):
     (lambda: timm.create_model('resnet18'), dict(recipe='foo'), ValueError, "recipe: unknown name 'foo', expected"),
     (lambda: timm.create_model('resnet18'), dict(recipe=7), TypeError, 'recipe: found a int'),
     (Mlp, {}, ValueError, 'model: Mlp has no Conv2d'),
-    (lambda: timm_el.binarize(timm.create_model('resnet18')), {}, ValueError, 'model: the model is already binarized'),
+    (lambda: timm_el.binarize(timm.create_model('resnet18')), {}, ValueError, r'layer1.0.conv1: .* already binarized'),
     (lambda: timm.create_model('el_resnet18'), dict(recipe='host'), ValueError, 'already binarized'),
     (hooked, {}, ValueError, r'layer3.0.conv2: the Conv2d carries hooks \(_forward_hooks\)'),
     (lambda: timm.create_model('resnet18'), dict(keep=('layer9',)), ValueError, "keep: 'layer9' matches no"),
@@ -352,3 +352,41 @@ def test_unfit_hosts_are_refused_by_name_and_left_as_they_were(build, kwargs, er
 def test_bad_counts_of_a_registered_model(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model(name, **kwargs)
+
+
+@pytest.mark.parametrize('name, kwargs, message', [
+    ('el_resnet26', dict(real_weights='false'), "real_weights: found 'false', expected True or False"),
+    ('el_resnet26', dict(stride_first='false'), "stride_first: found 'false'"),
+    ('el_mobilenet_v1', dict(real_weights='false'), "real_weights: found 'false'"),
+    ('reactnet_a', dict(real_weights='false'), "real_weights: found 'false'"),
+])
+def test_flags_of_the_command_line_are_not_taken_for_true(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, **kwargs)
+
+
+def test_a_shared_activation_is_reported_as_it_is():
+    model = timm_el.binarize(torchvision.models.resnet50(), keep=('layer1.0.conv1', 'layer1.0.conv2'))
+    rows = {row.path: row for row in model.binarize_report.rows}
+    assert rows['layer1.0.conv1'].act == 'dropped' and isinstance(model.layer1[0].relu, nn.Identity)
+
+
+def test_foreign_activations_between_known_blocks_kill_no_sign(photos):
+    class Other(torchvision.models.ResNet):
+        def _forward_impl(self, x):
+            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+            for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+                x = torch.relu(stage(x))
+            return self.fc(x.mean((2, 3)))
+
+    appended = timm.create_model('resnet18')
+    appended.layer1 = nn.Sequential(appended.layer1, nn.ReLU())
+    for model in (Other(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1]), appended):
+        timm_el.binarize(model)
+        shares = positive_shares(model.eval(), photos[:4, :, :96, :96])
+        assert shares and all(0.01 < share < 0.99 for share in shares.values())
+
+
+def test_a_net_that_was_left_alone_can_be_converted_again():
+    model = timm_el.binarize(timm.create_model('resnet18'), keep=('layer*',))
+    assert timm_el.binarize(model).binarize_report.count('binarized') == 16

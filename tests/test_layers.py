@@ -416,3 +416,26 @@ def test_frozen_weight_or_input_gets_no_gradient():
     x = torch.randn(1, 4, 3, 3, requires_grad=True)
     conv(x).sum().backward()
     assert conv.weight.grad is None and x.grad is not None
+
+
+def test_gradients_of_gradients_equal_those_spelled_out():
+    torch.manual_seed(0)
+    conv = BinaryConv2d(3, 4, 3, padding=1, bias=False)
+    results = []
+    for f in (conv.convolve, conv.convolve_lean):
+        x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = f(x)
+        gx, = torch.autograd.grad(y.sum() + (y ** 2).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad((gx ** 2).sum(), conv.weight)[0])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3 * results[0].abs().max().item())
+
+
+def test_exported_program_keeps_the_gradients():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), BinaryConv2d(4, 6, 3, padding=1, bias=False))
+    x = torch.randn(1, 3, 6, 6)
+    exported = torch.export.export(net, (x,)).module()
+    exported(x).square().sum().backward()
+    net(x).square().sum().backward()
+    for (key, p), (_, q) in zip(net.named_parameters(), exported.named_parameters()):
+        torch.testing.assert_close(q.grad, p.grad, msg=key)

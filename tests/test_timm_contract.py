@@ -177,3 +177,23 @@ def test_unknown_model_kwargs_are_named():
         timm.create_model('el_mobilenet_v1', recipee='el')
     with pytest.raises(TypeError, match='recipee'):
         timm.create_model('reactnet_a', recipee='el')
+
+
+def test_scripted_model_can_validate_after_it_has_trained():
+    """TorchScript's autodiff must not save a weight's sign in inference mode."""
+    for name in ('el_resnet18', 'el_mobilenet_v1'):
+        scripted = torch.jit.script(small(name))
+        x = torch.randn(2, 3, 32, 32)
+        for _ in range(4):
+            scripted.train()(x).square().mean().backward()
+        with torch.inference_mode():
+            assert torch.isfinite(scripted.eval()(x)).all()
+
+
+def test_reactnet_takes_drop_path_and_wide_pooling():
+    model = timm.create_model('reactnet_a', num_classes=3, drop_path_rate=0.5, global_pool='catavgmax')
+    assert model.head_hidden_size == 2048
+    x = torch.randn(2, 3, 32, 32)
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, 2048)
+    torch.manual_seed(0)
+    assert not torch.equal(model.train()(x), model.train()(x))
