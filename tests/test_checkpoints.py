@@ -129,3 +129,28 @@ def test_a_mobilenet_of_another_recipe_is_called_that():
     with pytest.raises(timm_el.CheckpointError, match='another recipe'):
         timm.create_model('el_mobilenet_v1').load_state_dict(
             timm.create_model('el_mobilenet_v1', recipe='bireal').state_dict())
+
+
+@pytest.mark.parametrize('source, target', [('el_5', 'el'), ('s_resnet', 'bireal'), ('el_3', 'el')])
+def test_a_recipe_with_the_same_keys_is_refused_too(source, target, tmp_path):
+    model = timm.create_model('el_resnet26', recipe=target)
+    state = timm.create_model('el_resnet26', recipe=source).state_dict()
+    before = snapshot(model)
+    with pytest.raises(timm_el.CheckpointError, match=f"another recipe than '{target}'; .*recipe="):
+        model.load_state_dict(state)
+    converted = timm_el.binarize(timm.create_model('resnet26', avg_down=True), target)
+    with pytest.raises(timm_el.CheckpointError, match='another recipe'):
+        converted.load_state_dict(state)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    torch.save(state, tmp_path / 'x.pth')
+    with pytest.raises(timm_el.CheckpointError, match='another recipe'):
+        timm.create_model('el_resnet26', recipe=target, checkpoint_path=str(tmp_path / 'x.pth'))
+    state.pop('recipe_code')  # written by someone who left it out
+    model.load_state_dict(state)
+
+
+def test_names_of_one_recipe_and_stages_of_one_training_have_one_code():
+    codes = {name: recipe.code for name, recipe in timm_el.RECIPES.items()}
+    assert codes['el'] == codes['el_6'] == timm_el.RECIPES['el'].with_real_weights().code
+    assert codes['baseline'] == codes['s_resnet_k_s'] == codes['first_binary']
+    assert len(set(codes.values())) == len(codes) - 3

@@ -28,16 +28,24 @@ class CheckedLoading:
         return super().load_state_dict(state_dict, strict, assign)
 
 
-def guard_loading(model: nn.Module) -> None:
-    """Make a converted host refuse float checkpoints and wrong shapes before the first tensor is copied.
+RECIPE_CODE = 'recipe_code'
 
-    A hook is not told whether the call is strict, so what is missing or unknown stays torch's business.
+
+def guard_loading(model: nn.Module, recipe_code: int) -> None:
+    """Make a model refuse float checkpoints, other recipes and wrong shapes before the first tensor is copied.
+
+    The recipe travels with the state dict as a 0-D buffer, because recipes with the same keys compute different
+    things. A state dict without it is taken as it is. A hook is not told whether the call is strict, so what is missing
+    or unknown stays torch's business, or `CheckedLoading`'s.
     """
+    device = next(model.parameters()).device
+    model.register_buffer(RECIPE_CODE, torch.tensor(recipe_code, dtype=torch.int32, device=device))
     model.register_load_state_dict_pre_hook(_before_loading)
 
 
 def _before_loading(module: nn.Module, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
     check_state_dict(module, state_dict, False, prefix)
+    state_dict.setdefault(prefix + RECIPE_CODE, getattr(module, RECIPE_CODE))
 
 
 def _moved(model: nn.Module) -> Dict[str, str]:
@@ -161,10 +169,17 @@ def check_state_dict(module: nn.Module, state_dict: Dict[str, Any], strict: bool
             f'{prefix}{float_key}: this is a checkpoint of the float host, expected '
             f'{prefix}{_new_name(float_key, _moved(module))}; '
             f'timm_el.load_float(model, checkpoint) takes it as the latent initialisation')
-    missing = [k for k in own if k not in given and not k.endswith('.num_batches_tracked')]
+    optional = ('.num_batches_tracked', RECIPE_CODE)
+    missing = [k for k in own if k not in given and not k.endswith(optional)]
     unknown = [k for k in given if k not in own]
     if strict and (missing or unknown):
         _raise_mismatch(module, missing, unknown, prefix)
+    report = getattr(module, 'binarize_report', None)
+    code = given.get(RECIPE_CODE)
+    if report is not None and code is not None and code.device.type != 'meta' and int(code) != report.recipe.code:
+        raise CheckpointError(
+            f'{prefix}{RECIPE_CODE}: found {int(code)}, expected {report.recipe.code}: this is a checkpoint of another '
+            f'recipe than {report.recipe.name!r}; create the model with the recipe of the checkpoint (recipe=...)')
     for key, value in own.items():
         if key in given and tuple(given[key].shape) != tuple(value.shape):
             hint = _shape_hint(key, tuple(given[key].shape), tuple(value.shape), module)

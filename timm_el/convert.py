@@ -441,7 +441,7 @@ class _Plan:
         for conv, stride in self.guards:
             guard_input(conv, stride)
         if self.units:
-            guard_loading(self.model)
+            guard_loading(self.model, self.recipe.code)
         if any(isinstance(network, GraphNetwork) for network in self.networks) and self.recipe.act != 'keep':
             self._revive(_example(self.model) if example_input is None else example_input)
 

@@ -5,6 +5,7 @@ their role: in a bottleneck by position (reduce, spatial, expand, also where 64 
 """
 import dataclasses
 import json
+import zlib
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple, Union
 
@@ -120,6 +121,14 @@ class Recipe:
     def binarizes(self) -> bool:
         """False if no convolution gets a binary weight or a binary input."""
         return self.input_quantizer is not None or self.weight_quantizer is not None
+
+    @property
+    def code(self) -> int:
+        """A 16-bit fingerprint of what the recipe computes, equal in both stages of two-stage training."""
+        facts = dataclasses.asdict(self)
+        for name in ('name', 'weight_quantizer', 'paper_top1', 'version'):
+            facts.pop(name)
+        return zlib.crc32(json.dumps(facts).encode()) & 0xffff
 
     def replace(self, **changes: Any) -> 'Recipe':
         """A copy with some fields changed; give it a `name` of its own."""
