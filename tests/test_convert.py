@@ -12,9 +12,8 @@ import timm_el
 from timm_el.layers import BinaryConv2d, BinaryUnit
 
 TIMM_HOSTS = [
-    'resnet18', 'resnet26', 'resnet50', 'resnet18d', 'resnet26t', 'resnext26ts', 'seresnet50', 'ecaresnet26t',
+    'resnet18', 'resnet26', 'resnet50', 'resnet18d', 'resnet26t', 'seresnet50', 'ecaresnet26t',
     'resnetblur18', 'wide_resnet50_2', 'mobilenetv1_100', 'mobilenetv1_100h']
-TIMM_HOSTS = [name for name in TIMM_HOSTS if name != 'resnext26ts']
 TV_HOSTS = ['resnet18', 'resnet50', 'resnext50_32x4d']
 
 

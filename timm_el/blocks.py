@@ -28,7 +28,7 @@ class Chain:
 
     `tail` names what the host applies behind the norm (squeeze-excite, drop path, drop block, blur). If the unit has a
     link, it moves into the branch, so that the real-valued signal is neither gated nor dropped. `link` is False where a
-    link would repeat the host's own shortcut, `shift` True where only a learnable shift keeps the sign from being +1
+    link would repeat the host's own shortcut, `shift` True where only a new norm keeps the sign from being +1
     everywhere.
     """
     conv: str

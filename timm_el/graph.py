@@ -4,7 +4,7 @@ Nothing rests on names or on the order of registration. torch.fx patches torch.n
 convert in one thread while another runs a model; the registered models are not traced.
 """
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
 import torch.fx as fx
@@ -150,19 +150,26 @@ class _Finder:
             return 'residual downsample'
         return None
 
-    def sources(self, node: Any) -> Iterator[fx.Node]:
-        """Nodes behind those that only pass a signal on, norms and activations included."""
-        stack, seen = [node], set()
+    def walk_back(
+            self, start: Any, onward: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+        """All nodes from `start` backwards, each once, going on to the inputs that `onward` names."""
+        stack, seen = [start], set()
         while stack:
             node = stack.pop()
-            if not isinstance(node, fx.Node) or node in seen:
-                continue
-            seen.add(node)
-            module = self.module(node)
-            if self.passes(node) or is_activation(module) or _is_norm(module) or _name(node) in ('cat', 'getitem'):
-                stack.extend(node.all_input_nodes)
-            else:
+            if isinstance(node, fx.Node) and node not in seen:
+                seen.add(node)
                 yield node
+                stack.extend(onward(node))
+
+    def sources(self, start: Any) -> Iterator[fx.Node]:
+        """Nodes behind those that only pass a signal on, norms and activations included."""
+        def onward(node: fx.Node) -> List[fx.Node]:
+            module = self.module(node)
+            weightless = is_activation(module) or _is_norm(module)
+            through = weightless or self.passes(node) or _name(node) in ('cat', 'getitem')
+            return node.all_input_nodes if through else []
+
+        return (node for node in self.walk_back(start, onward) if not onward(node))
 
     def passes(self, node: fx.Node) -> bool:
         if node.op == 'call_module':
@@ -239,20 +246,14 @@ class _Finder:
 
     def acts_before(self, binary: List[fx.Node]) -> Set[str]:
         """Activation modules (or fused norms) whose output reaches a sign through nodes that keep it non-negative."""
-        found: Set[str] = set()
-        for conv in binary:
-            stack, seen = [conv.args[0]], set()
-            while stack:
-                node = stack.pop()
-                if not isinstance(node, fx.Node) or node in seen:
-                    continue
-                seen.add(node)
-                module = self.module(node)
-                if is_activation(module) or _fused_act(module) is not None:
-                    found.add(node.target)
-                if self.carries(node) or is_activation(module) or _is_norm(module):
-                    stack.extend(self.signals(node))
-        return found
+        def onward(node: fx.Node) -> List[fx.Node]:
+            module = self.module(node)
+            through = self.carries(node) or is_activation(module) or _is_norm(module)
+            return self.signals(node) if through else []
+
+        return {
+            node.target for conv in binary for node in self.walk_back(conv.args[0], onward)
+            if is_activation(self.module(node)) or _fused_act(self.module(node)) is not None}
 
     def scales(self, node: fx.Node) -> bool:
         """A product with a number."""
