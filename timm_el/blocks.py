@@ -57,6 +57,7 @@ class Block:
         chains: The chains, relative to the block. The chains of a root come before those of its blocks, but for `last`.
         root: The class is a whole network, made of known blocks in sequence.
         last: Chains of a root that come after its blocks.
+        pool: Attribute of a root that pools behind the stem.
         ignore: Attributes that hold small float side branches (squeeze-excite).
         shortcut: Attribute of the module on the shortcut (None in it means identity); None if the block has no
             shortcut that can be taken away.
@@ -69,6 +70,7 @@ class Block:
     root: bool = False
     last: Tuple[Chain, ...] = ()
     ignore: Tuple[str, ...] = ()
+    pool: Optional[str] = None
 
 
 KNOWN_BLOCKS: Dict[Type[nn.Module], Block] = {
@@ -82,7 +84,7 @@ KNOWN_BLOCKS: Dict[Type[nn.Module], Block] = {
         Chain('conv2', 'bn2', 'act2', 'spatial', tail=('drop_block',)),
         Chain('conv3', 'bn3', 'act3', 'expand', tail=('se', 'drop_path')),
     ), 'downsample', ignore=('se',)),
-    resnet.ResNet: Block((Chain('conv1', 'bn1', 'act1'), Chain('maxpool')), root=True),
+    resnet.ResNet: Block((Chain('conv1', 'bn1', 'act1'), Chain('maxpool')), root=True, pool='maxpool'),
     DepthwiseSeparableConv: Block((Chain('conv_dw', 'bn1'), Chain('conv_pw', 'bn2')), ignore=('se',)),
     efficientnet.EfficientNet: Block((Chain('conv_stem', 'bn1'),), root=True, last=(Chain('conv_head', 'bn2'),)),
     efficientnet.EfficientNetFeatures: Block((Chain('conv_stem', 'bn1'),), root=True),
@@ -96,7 +98,7 @@ KNOWN_BLOCKS: Dict[Type[nn.Module], Block] = {
         Chain('conv2', 'bn2', 'relu', 'spatial'),
         Chain('conv3', 'bn3', 'relu', 'expand'),
     ), 'downsample'),
-    tv_resnet.ResNet: Block((Chain('conv1', 'bn1', 'relu'),), root=True),
+    tv_resnet.ResNet: Block((Chain('conv1', 'bn1', 'relu'),), root=True, pool='maxpool'),
 }
 
 

@@ -8,99 +8,34 @@ import copy
 import fnmatch
 import math
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from dataclasses import replace
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
-from timm.models._efficientnet_blocks import DepthwiseSeparableConv
+from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .blocks import Chain, FoundBlock, Network, find_networks, get_module, join_path
 from .checkpoints import guard_loading
 from .graph import GraphNetwork, trace_network
-from .layers import BinaryConv2d, BinaryUnit, ElasticLink, ZeroShortcut, expected_statistics, guard_input
+from .layers import (
+    BinaryConv2d,
+    BinaryLinear,
+    BinaryUnit,
+    ElasticLink,
+    StandardizedBinaryConv2d,
+    ZeroShortcut,
+    expected_statistics,
+    guard_input,
+)
 from .recipes import Recipe, get_recipe, role_of_shape
+from .report import EXEMPT, Report, ReportRow
+from .shapes import LayerRun, own_input_size, run_layers
+from .signs import new_norm, revive_signs
 
-__all__ = ['binarize', 'Report', 'ReportRow']
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Report
-
-@dataclass(frozen=True)
-class ReportRow:
-    """What became of one convolution or linear layer.
-
-    Args:
-        path: Where the layer stood in the host.
-        kind: Class name of the host's layer.
-        status: 'binarized' (weights and inputs), 'binary inputs' or 'binary weights' (only these), 'real' (in a unit,
-            but float), 'omitted' (left out, its link stands alone), 'removed' (with the shortcut that it was on),
-            'kept' (float, outside any unit).
-        reason: Why, where it was not binarized or got no link.
-        role: Its role (`recipes.ROLES`), None if kept.
-        link: What goes around it: 'identity', 'squeeze', 'expand', 'host shortcut', or None.
-        scale_input: True if it has K.
-        norm: Path of the norm that was paired with it.
-        act: What became of its activation: 'dropped', 'in branch', 'kept', or None where it has none.
-        params: Number of its weights.
-        possible: False if it was kept because it could not be done, which `strict=True` makes an error.
-    """
-    path: str
-    kind: str
-    status: str
-    reason: str = ''
-    role: Optional[str] = None
-    link: Optional[str] = None
-    scale_input: bool = False
-    norm: Optional[str] = None
-    act: Optional[str] = None
-    params: int = 0
-    possible: bool = True
-
-
-@dataclass
-class Report:
-    """What `binarize` did. Prints as a table; `to_dict` gives the data.
-
-    Args:
-        recipe: The recipe in use.
-        rows: One row for each convolution and linear layer.
-        notes: What does not belong to one layer.
-        moved: Where the host's modules went, old path to new path, '' for those that are gone.
-    """
-    recipe: Recipe
-    rows: List[ReportRow] = field(default_factory=list)
-    notes: List[str] = field(default_factory=list)
-    moved: Dict[str, str] = field(default_factory=dict)
-
-    def count(self, status: str) -> int:
-        """Number of layers with a status."""
-        return sum(row.status == status for row in self.rows)
-
-    @property
-    def binarized_share(self) -> float:
-        """Share of the weights of all convolutions and linear layers that are binary, with binary inputs, 0 to 1."""
-        total = sum(row.params for row in self.rows if row.status not in ('omitted', 'removed'))
-        return sum(row.params for row in self.rows if row.status == 'binarized') / max(total, 1)
-
-    def to_dict(self) -> Dict[str, Any]:
-        """Plain data for JSON."""
-        rows = [{k: v for k, v in row.__dict__.items()} for row in self.rows]
-        return {
-            'recipe': self.recipe.to_dict(), 'rows': rows, 'notes': list(self.notes), 'moved': dict(self.moved)}
-
-    def __str__(self) -> str:
-        lines = [f'{"layer":44} {"role":10} {"status":14} {"link":14} {"K":2} {"act":10} {"weights":>10}  reason']
-        for row in self.rows:
-            lines.append(
-                f'{row.path:44} {row.role or "-":10} {row.status:14} {row.link or "-":14} '
-                f'{"K" if row.scale_input else "-":2} {row.act or "-":10} {row.params:>10,}  {row.reason}'.rstrip())
-        lines.append(
-            f'recipe {self.recipe.name}: {self.count("binarized")} of {len(self.rows)} layers binarized, '
-            f'{100 * self.binarized_share:.1f} % of their weights')
-        return '\n'.join(lines + self.notes)
+__all__ = ['binarize']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,22 +75,57 @@ def _norm_after_act(norm: Optional[nn.Module], act: nn.Module, conv: nn.Module) 
     return twin
 
 
+STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+
+
+def _pads_same(layer: nn.Module) -> bool:
+    """The layer pads as TensorFlow does, by the size of its input."""
+    return isinstance(layer, Conv2dSame) or bool(getattr(layer, 'same_pad', False))
+
+
+def _binary_form(layer: nn.Module) -> Optional[Callable[..., nn.Module]]:
+    """What makes the binary form of a layer, None if there is none, because its class has a forward of its own."""
+    cls = type(layer)
+    if issubclass(cls, nn.Linear):
+        return BinaryLinear.from_linear if cls.forward is nn.Linear.forward or _is_timm_linear(cls) else None
+    if cls in STANDARDIZED:
+        return StandardizedBinaryConv2d.from_conv
+    plain = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
+    return BinaryConv2d.from_conv if plain or cls is Conv2dSame else None
+
+
+def _is_timm_linear(cls: type) -> bool:
+    return cls.__module__ == 'timm.layers.linear'
+
+
 class _Plan:
     """What replaces which module, and the report. Building one changes nothing in the model."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, keep: Sequence[str]) -> None:
+    def __init__(
+            self,
+            model: nn.Module,
+            recipe: Recipe,
+            keep: Sequence[str],
+            input_size: Optional[Tuple[int, int, int]],
+    ) -> None:
         self.model = model
         self.recipe = recipe
+        self.input_size = input_size or own_input_size(model)
+        self.runs: Dict[str, LayerRun] = {}
         self.edits: Dict[str, nn.Module] = {}
         self.moved: Dict[str, str] = {}
         self.rows: Dict[str, ReportRow] = {}
+        self.hosts: Dict[str, nn.Module] = {}
         self.notes: List[str] = []
         self.renewed_norms = 0
-        self.new_norms: List[nn.BatchNorm2d] = []
+        self.pooled_norms: List[nn.Module] = []
         self.kept = self._match(keep)
-        self.networks, self.strangers = find_networks(model)
-        if self.strangers or not self.networks:
-            self.networks = self._trace()
+        self.shared = _shared_weights(model)
+        self._run()
+        self.networks, strangers = find_networks(model)
+        if strangers or not self.networks:
+            self.networks = [trace_network(model, self.runs)]
+            self.notes += self.networks[0].notes
         self.units = 0
         self.guards: List[Tuple[nn.Conv2d, int]] = []
         for network in self.networks:
@@ -168,15 +138,15 @@ class _Plan:
             self.notes.append('no convolution was converted, the model is as it was')
         self._plan_rest()
 
-    def _trace(self) -> List[Network]:
-        """The network as torch.fx sees it, none if it cannot."""
+    def _run(self) -> None:
+        """Shapes and operations of the layers, if the model can tell them."""
         try:
-            return [trace_network(self.model)]
-        except Exception as e:  # whatever a foreign forward raises under tracing
-            reason = f'torch.fx cannot trace the model ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""})'
-            self.notes.append(reason)
-            self.strangers = {p: reason for p, m in self.model.named_modules() if isinstance(m, nn.Conv2d)}
-            return []
+            self.runs = run_layers(self.model, self.input_size, compute=True)
+        except Exception as e:  # whatever a foreign forward raises for an image that it does not want
+            self.notes.append(
+                f'operations were not counted: the model does not run on an image of '
+                f'{"x".join(map(str, self.input_size))} ({type(e).__name__}: {e}); pass example_input')
+            self.input_size = None
 
     def _match(self, keep: Sequence[str]) -> Dict[str, str]:
         """Paths to keep float, each with the pattern that says so."""
@@ -207,7 +177,13 @@ class _Plan:
             self._plan_block(found, reasons, followers, traced)
         for path in network.acts if traced and self.recipe.act != 'keep' else ():
             module = get_module(self.model, path)
+            _refuse_hooks(path, module)
             self.edits.setdefault(path, _split_norm_act(module)[0] if _split_norm_act(module)[1] else nn.Identity())
+        root = network.blocks[0]
+        if self.recipe.input_quantizer and self.recipe.act == 'drop' and root.block.pool:
+            pool = get_module(self.model, join_path(root.path, root.block.pool))
+            if any(isinstance(m, nn.MaxPool2d) for m in pool.modules()):
+                self.pooled_norms.append(get_module(self.model, root.chains[-1].norm))
         images = network.image_conv if traced else chains[0].conv
         if self.recipe.binarizes and images is not None:
             self.guards.append((get_module(self.model, images), 1 if traced else self._stride(network)))
@@ -217,9 +193,11 @@ class _Plan:
         conv = get_module(self.model, chain.conv)
         if chain.conv in self.kept:
             return f'keep={self.kept[chain.conv]!r}', True
+        if chain.conv in self.shared:
+            return f'its weight is used at {self.shared[chain.conv]} too', False
         if reason is not None:
-            return reason, reason in ('first convolution', 'squeeze-excite', 'classifier', 'residual downsample')
-        if type(conv) is not nn.Conv2d:
+            return reason, reason in (*EXEMPT, 'squeeze-excite')
+        if _binary_form(conv) is None:
             return f'{type(conv).__name__} has a forward of its own', False
         return None
 
@@ -292,16 +270,16 @@ class _Plan:
                 why = 'no link: the shortcut of the host carries the same'
             elif host_skip:
                 why = 'no link: the block keeps its own shortcut'
-            elif not recipe.elastic and host.in_channels != host.out_channels:
+            elif not recipe.elastic and len(set(_channels(host))) > 1:
                 why = 'no link: the recipe\'s links keep the channel count'
             else:
-                link = ElasticLink.for_conv(host, recipe.gamma)
+                link = ElasticLink.for_conv(host, recipe.gamma, _pads_same(host))
                 why = '' if link is not None else 'no link: no pooling has its output size'
         if link is None:
             kind = None
         elif isinstance(link, ElasticLink):
             kind = link.kind
-            link.train(host.training)
+            link.train(host.training).requires_grad_(host.weight.requires_grad)
         norm, act, fate = self._norm_and_act(chain)
         conv: Optional[nn.Module] = host
         if role in recipe.omit:
@@ -311,9 +289,10 @@ class _Plan:
         elif role in recipe.real or not recipe.binarizes:
             status, why = 'real', f'recipe.real has {role!r}' if recipe.binarizes else 'the recipe binarizes nothing'
         else:
-            conv = BinaryConv2d.from_conv(
+            same = {'same_pad': True} if _pads_same(host) else {}
+            conv = _binary_form(host)(
                 host, input_quantizer=recipe.input_quantizer, weight_quantizer=recipe.weight_quantizer,
-                scale_weight=recipe.scale_weight, scale_input=role in recipe.scale_input)
+                scale_weight=recipe.scale_weight, scale_input=role in recipe.scale_input, **same)
             status = (
                 'binarized' if conv.is_binary else 'binary inputs' if recipe.input_quantizer else 'binary weights')
         if act is not None:
@@ -321,14 +300,13 @@ class _Plan:
         tail = self._take_tail(chain) if link is not None and conv is not None else None
         pre = None
         if chain.shift and recipe.act != 'keep' and getattr(conv, 'input_quantizer', None) is not None:
-            pre = nn.BatchNorm2d(
-                host.in_channels, device=host.weight.device, dtype=host.weight.dtype).train(host.training)
+            pre = new_norm(host, not host.weight.requires_grad)
             why = why or 'an activation that cannot be moved comes before it: a new norm shifts the input of the sign'
-            self.new_norms.append(pre)
         unit = BinaryUnit(conv, norm, act, link, pre, tail=tail, act_first=act is not None)
         unit.training = host.training
         self.units += 1
         self.edits[chain.conv] = unit
+        self.hosts[chain.conv] = host
         omitted = conv is None
         self.moved[chain.conv] = '' if omitted else f'{chain.conv}.conv'
         if chain.norm:
@@ -340,8 +318,8 @@ class _Plan:
 
     def _role(self, chain: Chain) -> str:
         conv = get_module(self.model, chain.conv)
-        return chain.role or role_of_shape(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.groups)
+        geometry = ((1, 1), (1, 1), 1) if isinstance(conv, nn.Linear) else (conv.kernel_size, conv.stride, conv.groups)
+        return chain.role or role_of_shape(*_channels(conv), *geometry)
 
     def _norm_and_act(
             self, chain: Chain, keep_act: bool = False,
@@ -384,7 +362,8 @@ class _Plan:
     def _stride(self, network: Network) -> int:
         """Stride of the last features to the image: every chain of a known network is on its one path."""
         strides = [max(get_module(self.model, chain.conv).stride) for chain in network.chains]
-        pools = [getattr(get_module(self.model, network.path) if network.path else self.model, 'maxpool', None)]
+        root = network.blocks[0]
+        pools = [get_module(self.model, join_path(root.path, root.block.pool))]
         blurs = [path for chain in network.chains for path in chain.tail if path.endswith('.aa')]
         pools += [get_module(self.model, path) for path in blurs]
         for pool in pools:
@@ -399,6 +378,7 @@ class _Plan:
         blocks = [found for network in self.networks for found in network.blocks]
         shortcuts = tuple(f'{found.shortcut}.' for found in blocks if found.shortcut)
         sides = tuple(f'{join_path(found.path, name)}.' for found in blocks for name in found.block.ignore)
+        last = next(reversed(self.runs), None)
         for path, module in self.model.named_modules():
             if path in self.rows or not isinstance(module, (nn.Conv2d, nn.Linear)):
                 continue
@@ -407,18 +387,22 @@ class _Plan:
             elif path.startswith(shortcuts):
                 self._row(path, 'kept', 'residual downsample')
             elif path.startswith(sides):
-                self._row(path, 'kept', 'side branch')
+                self._row(path, 'kept', 'squeeze-excite')
             elif isinstance(module, nn.Linear):
-                self._row(path, 'kept', 'linear layer')
+                self._row(path, 'kept', 'classifier' if path == last else 'linear layer on vectors')
             else:
-                self._row(path, 'kept', self.strangers.get(path, 'no known block holds it'), possible=False)
+                self._row(path, 'kept', 'no known block holds it', possible=False)
+
+        self.order = [p for p, m in self.model.named_modules() if p in self.rows]
 
     def _row(self, path: str, status: str, reason: str, **facts: Any) -> None:
         layer = get_module(self.model, path) if path else self.model
-        self.rows[path] = ReportRow(path, type(layer).__name__, status, reason, params=layer.weight.numel(), **facts)
+        run = self.runs.get(path)
+        macs = (run.macs if run else 0) if self.input_size else None
+        self.rows[path] = ReportRow(
+            path, type(layer).__name__, status, reason, params=layer.weight.numel(), macs=macs, **facts)
 
     def report(self) -> Report:
-        order = [p for p, m in self.model.named_modules() if p in self.rows]
         notes = list(self.notes)
         roles = {row.role for row in self.rows.values()}
         for name in ('scale_input', 'link', 'real', 'omit'):
@@ -428,89 +412,67 @@ class _Plan:
         if self.renewed_norms:
             notes.append(
                 f'running statistics of {self.renewed_norms} norms start anew, because their activation moved in front')
-        return Report(self.recipe, [self.rows[p] for p in order], notes, self.moved)
+        return Report(self.recipe, [self.rows[p] for p in self.order], notes, self.moved, self.input_size)
 
-    def apply(self, example_input: Optional[torch.Tensor]) -> None:
-        """Put the planned modules in their places."""
-        for path, module in self.edits.items():
-            parent_path, _, name = path.rpartition('.')
-            parent = self.model.get_submodule(parent_path)
-            if not isinstance(module, BinaryUnit):
-                module.training = parent.training
-            setattr(parent, name, module)
+    def apply(self, example_input: Optional[torch.Tensor]) -> List[str]:
+        """Put the planned modules in their places, at every path that a module has. Gives notes for the report."""
+        places: Dict[nn.Module, List[str]] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            places.setdefault(module, []).append(path)
+        undo: List[Tuple[nn.Module, str, Any]] = []
+        try:
+            for path, module in self.edits.items():
+                old = get_module(self.model, path)
+                for place in places.get(old, [path]):
+                    parent_path, _, name = place.rpartition('.')
+                    parent = self.model.get_submodule(parent_path)
+                    if not isinstance(module, BinaryUnit):
+                        module.training = parent.training
+                    undo.append((parent, name, old))
+                    setattr(parent, name, module)
+        except BaseException:
+            for parent, name, old in reversed(undo):
+                setattr(parent, name, old)
+            raise
         for conv, stride in self.guards:
             guard_input(conv, stride)
+        for norm in self.pooled_norms:
+            _shift_before_pool(norm)
+        notes: List[str] = []
+        if any(isinstance(network, GraphNetwork) for network in self.networks) and self.recipe.act != 'keep':
+            revived, hopeless, notes = revive_signs(self.model, example_input)
+            for path in hopeless:
+                self.model.get_submodule(path).conv, self.model.get_submodule(path).pre = self.hosts[path], None
+                self.rows[path] = replace(
+                    self.rows[path], status='real', scale_input=False, possible=False,
+                    reason='its input does not vary, a norm before the sign would not help')
+            if revived:
+                notes = [f'a new norm shifts the input of the sign at {", ".join(revived)}', *notes]
         if self.units:
             guard_loading(self.model, self.recipe.code)
-        if any(isinstance(network, GraphNetwork) for network in self.networks) and self.recipe.act != 'keep':
-            self._revive(_example(self.model) if example_input is None else example_input)
-
-    def _revive(self, x: torch.Tensor) -> None:
-        """Give a norm to units whose sign is the same almost everywhere on a batch, and centre the new norms on it."""
-        if x.device.type == 'meta':
-            return
-        modes = {module: module.training for module in self.model.modules()}
-        units = {m.conv: (p, m) for p, m in self.model.named_modules()
-                 if isinstance(m, BinaryUnit) and getattr(m.conv, 'input_quantizer', None) is not None}
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        revived = []
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                for _ in range(5):  # a new norm moves what comes after it
-                    shares = [*self._shares(units, x, False), *self._shares(units, x, True)]
-                    dead = {conv for conv, share in shares if not 0.05 < share < 0.95 and units[conv][1].pre is None}
-                    for conv in dead:
-                        norm = nn.BatchNorm2d(conv.in_channels, device=conv.weight.device, dtype=conv.weight.dtype)
-                        units[conv][1].pre = norm
-                        modes[norm] = conv.training
-                        self.new_norms.append(norm)
-                        revived.append(units[conv][0])
-                    if not dead:
-                        break
-        except Exception as e:  # the model may want another input than images of its own size
-            for name, buffer in self.model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
-            self.notes.append(
-                f'the signs could not be checked on a batch of shape {tuple(x.shape)} ({type(e).__name__}: {e}); '
-                f'pass example_input')
-        for module, mode in modes.items():
-            module.training = mode
-        if revived:
-            self.notes.append(f'a new norm shifts the input of the sign at {", ".join(sorted(revived))}')
-
-    def _shares(self, units: Dict[nn.Module, Any], x: torch.Tensor, training: bool) -> List[Tuple[nn.Module, float]]:
-        """Share of +1 at each sign; in eval mode the new norms take the statistics of the batch on the way."""
-        shares: List[Tuple[nn.Module, float]] = []
-
-        def centre(norm: nn.Module, args: Tuple[torch.Tensor]) -> None:
-            if not training:
-                norm.running_mean.copy_(args[0].mean((0, 2, 3)))
-                norm.running_var.copy_(args[0].var((0, 2, 3)))
-
-        handles = [norm.register_forward_pre_hook(centre) for norm in self.new_norms]
-        handles += [conv.register_forward_pre_hook(
-            lambda conv, args: shares.append((conv, (args[0] >= 0).float().mean().item()))) for conv in units]
-        self.model.train(training)
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        try:
-            self.model(x)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for name, buffer in self.model.named_buffers() if training else ():
-                buffer.copy_(buffers[name])
-        return shares
+        return notes
 
 
-def _example(model: nn.Module) -> torch.Tensor:
-    """A small batch of noise for a model."""
-    weight = next(model.parameters())
-    cfg = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
-    size = cfg.get('input_size', (3, 224, 224))
-    channels = getattr(model, 'in_chans', size[0])
-    noise = torch.randn((2, channels, *(min(n, 96) for n in size[1:])), generator=torch.Generator().manual_seed(0))
-    return noise.to(weight.device, weight.dtype)
+@torch.no_grad()
+def _shift_before_pool(norm: Optional[nn.Module]) -> None:
+    """Start the bias of a fresh norm in front of a max-pool below zero.
+
+    The largest of nine values is positive for 99.8 % of white noise (1 - 2^-9), and so would be the sign that comes
+    next. With this bias it is 67 to 98 %, whether the norm divides by the batch's deviation or, as yet, by 1. A norm
+    that has seen data is left as it is: its bias is the learnable shift.
+    """
+    running = getattr(norm, 'running_var', None)
+    if running is None or norm.bias is None or running.device.type == 'meta':
+        return
+    if not norm.bias.any() and (norm.weight == 1).all() and (running == 1).all():
+        norm.bias.fill_(POOLED_BIAS)
+
+
+def _channels(layer: nn.Module) -> Tuple[int, int]:
+    """Channels that a convolution or linear layer takes and gives."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
 
 
 def _identity_link(conv: nn.Conv2d) -> ElasticLink:
@@ -525,27 +487,60 @@ def _refuse_hooks(path: Optional[str], module: Optional[nn.Module]) -> None:
                 f'remove them first and register them again on the unit that takes its place')
 
 
+POOLED_BIAS = -0.4
+WRAPPERS = ('OptimizedModule', 'DistributedDataParallel', 'DataParallel', 'FullyShardedDataParallel')
+
+
 def _refuse_unfit(model: nn.Module) -> None:
     """Raise for modules that cannot be swapped without changing more than themselves."""
+    if isinstance(model, torch.jit.ScriptModule) or type(model).__name__ in WRAPPERS:
+        raise ValueError(
+            f'model: found a {type(model).__name__}, expected the model that it was made of; '
+            f'convert that one first, then script, compile or wrap it')
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise ValueError(f'model: {type(model).__name__} has no Conv2d, there is nothing to binarize')
-    seen: Dict[nn.Module, str] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (BinaryUnit, BinaryConv2d)):
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        if isinstance(module, (BinaryUnit, BinaryConv2d, BinaryLinear)):
             raise ValueError(
-                f'{path or "model"}: the model is already binarized (found a {type(module).__name__}); '
+                f'{path or "model"}: the model is already binarized (found a {name}); '
                 f'build a fresh float model to convert it with another recipe')
-        if not isinstance(module, nn.Conv2d):
+        if type(module).__module__.startswith(('torch.ao.', 'torch.nn.quantized', 'torchao.')):
+            raise ValueError(
+                f'{path}: found {name} of a quantized model, expected a float model; convert it before quantization')
+        for key, parameter in module.named_parameters(recurse=False):
+            if is_lazy(parameter):
+                raise ValueError(
+                    f'{join_path(path, key)}: the {name} is not initialised yet; pass a batch through the model first')
+        if not isinstance(module, (nn.Conv2d, nn.Linear)):
             continue
         if parametrize.is_parametrized(module):
             raise ValueError(
-                f'{path}: the weight of the {type(module).__name__} is parametrized; '
+                f'{path}: the weight of the {name} is parametrized; '
                 f'call torch.nn.utils.parametrize.remove_parametrizations first')
-        if module in seen:
+        weight = module.weight
+        if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_floating_point():
             raise ValueError(
-                f'{path}: the {type(module).__name__} is used at {seen[module]} too; '
-                f'give each place a convolution of its own (copy.deepcopy)')
-        seen[module] = path
+                f'{path}: the weight of the {name} is a {type(weight).__name__} of {weight.dtype}, '
+                f'expected a float tensor; convert the model before quantization')
+
+
+def _shared_weights(model: nn.Module) -> Dict[str, str]:
+    """Layers that share their weight, or themselves, with another place: path and the other place."""
+    places: Dict[int, List[str]] = {}
+    first = {module: path for path, module in model.named_modules()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            places.setdefault(id(module.weight), []).append(path)
+    return {
+        first[model.get_submodule(path)]: next(p for p in paths if p != path)
+        for paths in places.values() if len(paths) > 1 for path in reversed(paths)}
+
+
+def _is_separable(model: nn.Module) -> bool:
+    """Most convolutions larger than 1x1 are depthwise."""
+    spatial = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
+    return 2 * sum(1 < m.groups == m.in_channels for m in spatial) > len(spatial)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -563,21 +558,25 @@ def binarize(
     """Binarize a network in place: every conv-norm-act chain becomes one `BinaryUnit`.
 
     ResNets of timm and torchvision and MobileNetV1 are converted by what is known about their blocks; every other
-    network by its data flow, as torch.fx traces it (not thread-safe: fx patches torch.nn while it traces). There a unit
-    whose sign would be the same almost everywhere, because an activation cannot be taken away, gets a new norm in
-    front, and this is checked on a batch of noise, or on `example_input`. What fx cannot trace is left as it is.
+    network by its data flow, as torch.fx traces it (not thread-safe: fx patches torch.nn while it traces), or where fx
+    cannot, by its modules one by one, which the report says. There a unit whose sign would be the same almost
+    everywhere, because an activation cannot be taken away, gets a new norm in front, and this is checked on a batch of
+    noise, or on `example_input`. Linear layers on pixels (N, H, W, C) count as the 1x1 convolutions that they are.
 
     The parameters of the host are kept, so that a pretrained float network becomes the latent initialisation. (Where an
     activation moves in front of its norm, that norm's running statistics start anew.) The first convolution, the
-    classifier and the residual downsampling stay float. Activations stay between layers that are kept float. Afterwards
-    `model.binarize_report` says what became of each layer. If anything is refused, the model is as it was.
+    classifier, squeeze-excite and the residual downsampling stay float, and so does a layer that runs more than once or
+    shares its weight. Activations stay between layers that are kept float. Where a weight is frozen, what is new around
+    it is frozen too. Afterwards `model.binarize_report` says what became of each layer. If anything is refused, the
+    model is as it was.
 
     Args:
         model: The network; it is changed in place.
         recipe: Name of a recipe (`recipes.RECIPES`), a `Recipe`, or its dict. The name 'el' means 'el_mobilenet' on a
-            depthwise-separable host; the report says which one was used.
+            host most of whose convolutions beyond 1x1 are depthwise; the report says which one was used.
         keep: Module paths or glob patterns of layers to keep float; a path keeps everything below it.
-        example_input: Images on which the norms that some networks need before a sign are centred; noise if None.
+        example_input: Images (N, C, H, W) on which the norms that some networks need before a sign are centred, and
+            whose size the report's operations are for; noise, and the model's own size, if None.
         real_weights: Stage one of two-stage training: binary inputs, real weights, the same state dict keys.
         strict: Raise if a convolution has to be kept because it could not be converted.
 
@@ -586,32 +585,35 @@ def binarize(
 
     Raises:
         TypeError: `model` is not a module, or `recipe` or `keep` have the wrong type.
-        ValueError: The recipe is unknown; the model has no convolutions, is already binarized, or holds a convolution
-            that is hooked, parametrized or used twice; `keep` matches nothing; the recipe leaves nothing of a
+        ValueError: The recipe is unknown; the model has no convolutions, is already binarized, quantized, scripted,
+            compiled, wrapped for distributed training or not initialised, or holds a layer that is hooked or
+            parametrized; `keep` matches nothing; `example_input` has not four axes; the recipe leaves nothing of a
             convolution; or `strict` and a convolution could not be converted.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
     if not isinstance(real_weights, bool):
         raise ValueError(f'real_weights: found {real_weights!r}, expected True or False')
+    if example_input is not None and (not isinstance(example_input, torch.Tensor) or example_input.dim() != 4):
+        found = tuple(example_input.shape) if isinstance(example_input, torch.Tensor) else type(example_input).__name__
+        raise ValueError(f'example_input: found {found}, expected a tensor (N, C, H, W)')
     _refuse_unfit(model)
     chosen = get_recipe(recipe)
     note = None
-    separable = any(isinstance(module, DepthwiseSeparableConv) for module in model.modules())
-    if isinstance(recipe, str) and recipe == 'el' and separable:
+    if isinstance(recipe, str) and recipe == 'el' and _is_separable(model):
         chosen = get_recipe('el_mobilenet')
         note = "recipe 'el' on a depthwise-separable host is 'el_mobilenet': activations in the branches, no K"
-    plan = _Plan(model, chosen.with_real_weights() if real_weights else chosen, keep)
-    report = plan.report()
-    if note:
-        report.notes.append(note)
-    impossible = [row for row in report.rows if not row.possible]
+    plan = _Plan(
+        model, chosen.with_real_weights() if real_weights else chosen, keep,
+        None if example_input is None else tuple(example_input.shape[1:]))
+    impossible = [row for row in plan.report().rows if not row.possible]
     if strict and impossible:
         row = impossible[0]
         raise ValueError(
             f'{row.path}: {row.kind} {tuple(model.get_submodule(row.path).weight.shape)} cannot be binarized '
             f'({row.reason}), nor can {len(impossible) - 1} others; pass keep=({row.path!r}, ...) to keep them float')
-    plan.apply(example_input)
-    report.notes.extend(text for text in plan.notes if text not in report.notes)  # what apply found out
+    found_out = plan.apply(example_input)
+    report = plan.report()
+    report.notes += [note] * bool(note) + found_out
     model.binarize_report = report
     return model

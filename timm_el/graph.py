@@ -1,7 +1,9 @@
 """Find chains by data flow: torch.fx for networks that the table of known blocks does not hold.
 
-Nothing rests on names or on the order of registration. torch.fx patches torch.nn globally while it traces, so do not
-convert in one thread while another runs a model; the registered models are not traced.
+Nothing rests on names or on the order of registration. What fx cannot trace as a whole falls into pieces along the
+module structure, each traced by itself: then what is known inside a piece is used, and what is between them is not.
+torch.fx patches torch.nn globally while it traces, so do not convert in one thread while another runs a model; the
+registered models are not traced.
 """
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
@@ -15,6 +17,7 @@ from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torchvision.models.feature_extraction import NodePathTracer
 
 from .blocks import Block, Chain, FoundBlock, Network, is_activation
+from .shapes import LayerRun
 
 __all__ = ['GraphNetwork', 'trace_network']
 
@@ -35,82 +38,194 @@ NON_NEGATIVE_FUNCTIONS = {
 ADDITIONS = {'add', 'iadd', 'add_'}
 
 
+# Functions that hold weights, or mix what they are given as one that does.
+WEIGHTED_FUNCTIONS = {'conv1d', 'conv2d', 'linear', 'matmul', 'bmm', 'einsum', 'scaled_dot_product_attention'}
+
+Runs = Dict[str, LayerRun]
+
+
 @dataclass(frozen=True)
 class GraphNetwork(Network):
     """A network found by data flow.
 
     Args:
         acts: Activation modules outside the chains that stand before a sign.
-        reasons: Why convolutions are kept float, by path.
+        reasons: Why layers are kept float, by path.
         image_conv: The convolution that reads the images themselves, if there is one.
+        notes: What could not be traced.
     """
     acts: Tuple[str, ...] = ()
     reasons: Tuple[Tuple[str, str], ...] = ()
     image_conv: Optional[str] = None
+    notes: Tuple[str, ...] = ()
 
 
-def trace_network(model: nn.Module) -> GraphNetwork:
-    """Chains of any network that torch.fx can trace.
+def trace_network(model: nn.Module, runs: Optional[Runs] = None) -> GraphNetwork:
+    """Chains of any network, as torch.fx sees it or its parts.
 
-    Raises:
-        Exception: Whatever torch.fx raises where it cannot trace.
+    Args:
+        model: The network; it is not changed.
+        runs: How its layers ran (`shapes.run_layers`). Without it, linear layers are not looked at, because only the
+            shape of its input tells a linear layer on pixels, which is a 1x1 convolution, from one on vectors.
     """
-    return _Finder(model).network()
+    pieces: List[_Piece] = []
+    notes: List[str] = []
+    paths = {module: path for path, module in model.named_modules()}
+    _cut(model, True, True, paths, runs or {}, pieces, notes)
+    # Layers that eval mode does not reach (auxiliary heads) are in no graph.
+    held = {piece.module(conv) for piece in pieces for conv in piece.convs}
+    for module in _without(model, held):
+        _cut(module, False, False, paths, runs or {}, pieces, notes)
+    chains: List[Chain] = []
+    reasons: Dict[str, str] = {}
+    loose: List[str] = []
+    for piece in pieces:
+        piece.read(chains, reasons, loose)
+    found = FoundBlock('', Block(tuple(chains)), tuple(chains))
+    return GraphNetwork(
+        '', (found,), tuple(loose), tuple(reasons.items()), pieces[0].image_conv() if pieces else None, tuple(notes))
+
+
+def _cut(
+        module: nn.Module,
+        images: Optional[bool],
+        ends: bool,
+        paths: Dict[nn.Module, str],
+        runs: Runs,
+        pieces: List['_Piece'],
+        notes: List[str],
+) -> None:
+    """Add the pieces of a module: itself where it can be traced, what it is made of where not.
+
+    Args:
+        module: The module.
+        images: Its inputs are the images themselves; None if that is not known.
+        ends: Its output is the model's.
+        paths: Path of each module in the model.
+        runs: How layers ran.
+        pieces, notes: Filled.
+    """
+    if not any(_is_candidate(m, runs.get(paths[m])) for m in module.modules()):
+        return
+    piece = reason = None
+    opaque = _opaque(module)
+    # Modules that timm asks not to trace are tried all the same, and left whole only where that fails.
+    notrace = set(get_notrace_modules())
+    for leaves in (notrace - opaque, notrace) if opaque else (notrace,):
+        try:
+            piece = _Piece(module, images, ends, paths, runs, leaves)
+            break
+        except Exception as e:  # whatever a foreign forward raises under tracing
+            reason = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
+    if piece is not None:
+        pieces.append(piece)
+        for node, inner in piece.opaque.items():
+            reads, final = images and piece.reads_input(node.all_input_nodes), ends and piece.reaches_output(node)
+            _cut(inner, reads, final, paths, runs, pieces, notes)
+        return
+    notes.append(
+        f'torch.fx cannot trace {paths[module] or "the model"} ({type(module).__name__}, {reason}): '
+        f'it is taken by its module structure, each part by itself')
+    for child in module.children():
+        _cut(child, None if images is not False else False, False, paths, runs, pieces, notes)
+
+
+def _opaque(module: nn.Module) -> Set[type]:
+    """Classes that timm asks not to trace and that hold layers here."""
+    notrace = tuple(get_notrace_modules())
+    return {
+        type(m) for m in module.modules() if m is not module and isinstance(m, notrace)
+        and not isinstance(m, nn.Conv2d) and any(_is_layer(n) for n in m.modules())}
+
+
+def _without(module: nn.Module, held: Set[nn.Module]) -> Iterator[nn.Module]:
+    """The largest submodules with convolutions and without any layer in `held`."""
+    inside = set(module.modules())
+    if any(isinstance(m, nn.Conv2d) for m in inside - held):
+        if inside & held:
+            for child in module.children():
+                yield from _without(child, held)
+        else:
+            yield module
 
 
 def _name(node: fx.Node) -> str:
     return getattr(node.target, '__name__', str(node.target))
 
 
-class _Finder:
+class _Piece:
     """Reads one traced graph."""
 
-    def __init__(self, model: nn.Module) -> None:
-        acts = tuple({type(m) for m in model.modules() if is_activation(m)})
-        norms = tuple({type(m) for m in model.modules() if _is_norm(m)})
+    def __init__(
+            self,
+            module: nn.Module,
+            images: Optional[bool],
+            ends: bool,
+            paths: Dict[nn.Module, str],
+            runs: Runs,
+            notrace: Iterable[type],
+    ) -> None:
+        acts = tuple({type(m) for m in module.modules() if is_activation(m)})
+        norms = tuple({type(m) for m in module.modules() if _is_norm(m)})
         tracer = NodePathTracer(
-            leaf_modules=[*get_notrace_modules(), nn.Conv2d, *norms, *acts, DropPath, DropBlock2d],
+            leaf_modules=[*notrace, nn.Conv2d, *norms, *acts, DropPath, DropBlock2d],
             autowrap_functions=get_notrace_functions(), param_shapes_constant=True)
-        mode = model.training
+        modes = {m: m.training for m in module.modules()}
         try:
-            graph = tracer.trace(model.eval())
+            # A layer by itself is its own piece: its forward would be traced through.
+            graph = tracer.trace((nn.Sequential(module) if _is_layer(module) else module).eval())
         finally:
-            model.train(mode)
+            for m, mode in modes.items():
+                m.training = mode
+        self.images, self.ends, self.paths, self.runs = images, ends, paths, runs
         self.nodes = list(graph.nodes)
-        self.modules = dict(model.named_modules())
+        self.modules = {'0': module} if _is_layer(module) else dict(module.named_modules(remove_duplicate=False))
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.uses: Dict[str, int] = {}
         for node in self.nodes:
             if node.op == 'call_module':
                 self.uses[node.target] = self.uses.get(node.target, 0) + 1
-        self.convs = [n for n in self.nodes if isinstance(self.module(n), nn.Conv2d)]
+        self.convs = [n for n in self.nodes if self.is_candidate(n)]
+        self.opaque = {
+            n: self.module(n) for n in self.nodes if n.op == 'call_module' and not _is_layer(self.module(n))
+            and not type(self.module(n)).__module__.startswith('torch.nn.')
+            and any(_is_layer(m) for m in self.module(n).modules())}
+
+    def full(self, node: fx.Node) -> str:
+        """A node's path in the model."""
+        return self.paths[self.module(node)]
 
     def module(self, node: Any) -> Optional[nn.Module]:
         if isinstance(node, fx.Node) and node.op == 'call_module':
             return self.modules.get(node.target)
         return None
 
-    def network(self) -> GraphNetwork:
-        chains, reasons = [], {}
+    def is_candidate(self, node: fx.Node) -> bool:
+        module = self.module(node)
+        return _is_layer(module) and _is_candidate(module, self.runs.get(self.full(node)))
+
+    def read(self, chains: List[Chain], reasons: Dict[str, str], loose: List[str]) -> None:
+        """Add what the graph says."""
         paired = {conv: self.pair(conv) for conv in self.convs}
-        for conv, (norm, _) in paired.items():
-            reason = self.why_kept(conv, norm)
-            if reason:
-                reasons[conv.target] = reason
-        binary = [conv for conv in self.convs if conv.target not in reasons]
-        dropped = self.acts_before(binary)
+        kept = {conv: reason for conv, (norm, _) in paired.items() if (reason := self.why_kept(conv, norm))}
+        reasons.update({self.full(conv): reason for conv, reason in kept.items()})
+        binary = [conv for conv in self.convs if conv not in kept]
+        dropped = self.acts_before([conv.args[0] for conv in binary] + [
+            x for node in self.opaque for x in node.all_input_nodes])
         in_chains: Set[str] = set()
         for conv, (norm, act) in paired.items():
-            act_path = act.target if act is not None and act.target in dropped else None
-            in_chains.update(path for path in (norm.target if norm is not None else None, act_path) if path)
+            if act is not None and (act.target not in dropped or (norm is None and conv in kept)):
+                act = None
+            in_chains.update(node.target for node in (norm, act) if node is not None)
             chains.append(Chain(
-                conv.target, norm.target if norm is not None else None, act_path,
+                self.full(conv), norm and self.full(norm), act and self.full(act),
                 link=not self.repeats_shortcut(conv, norm, binary, dropped),
                 shift=conv in binary and self.non_negative(conv.args[0], dropped)))
-        loose = tuple(path for path in sorted(dropped) if path not in in_chains)
-        found = FoundBlock('', Block(tuple(chains)), tuple(chains))
-        image_conv = next((conv.target for conv in self.convs if conv.args[0].op == 'placeholder'), None)
-        return GraphNetwork('', (found,), loose, tuple(reasons.items()), image_conv)
+        loose += [self.paths[self.modules[path]] for path in sorted(dropped) if path not in in_chains]
+
+    def image_conv(self) -> Optional[str]:
+        return next((self.full(conv) for conv in self.convs if isinstance(self.module(conv), nn.Conv2d)
+                     and self.images and conv.args[0].op == 'placeholder'), None)
 
     # -------------------------------------------------------------------------------------------------------- pairing
 
@@ -125,7 +240,11 @@ class _Finder:
     def pair(self, conv: fx.Node) -> Tuple[Optional[fx.Node], Optional[fx.Node]]:
         """Norm and activation that alone read the convolution."""
         norm = self.follower(conv)
-        if norm is None or not _is_norm(self.module(norm)) or self.uses[norm.target] > 1:
+        if norm is None or not _is_norm(self.module(norm)):
+            # Without a norm the activation may follow by itself.
+            act = norm if norm is not None and is_activation(self.module(norm)) else None
+            return None, act if act is not None and self.uses[act.target] == 1 else None
+        if self.uses[norm.target] > 1:
             return None, None
         act = norm if _fused_act(self.module(norm)) is not None else self.follower(norm)
         if act is not norm and (act is None or not is_activation(self.module(act)) or self.uses[act.target] > 1):
@@ -135,41 +254,53 @@ class _Finder:
     # -------------------------------------------------------------------------------------------------- kept float: why
 
     def why_kept(self, conv: fx.Node, norm: Optional[fx.Node]) -> Optional[str]:
-        module = self.module(conv)
-        if type(module) is not nn.Conv2d:
-            return f'{type(module).__name__} has a forward of its own'
-        if self.uses[conv.target] > 1:
+        run = self.runs.get(self.full(conv))
+        if self.uses[conv.target] > 1 or (run is not None and run.calls > 1):
             return 'it runs more than once'
-        if any(source.op == 'placeholder' for source in self.sources(conv.args[0])):
+        if self.reads_images(conv, run):
             return 'first convolution'
-        if self.after_global_pool(conv):
-            return 'squeeze-excite'
-        if norm is None and self.reaches_output(conv):
+        if self.after_global_pool(conv, run):
+            return 'classifier' if self.ends and self.reaches_output(conv, head=True) else 'squeeze-excite'
+        if norm is None and self.ends and self.reaches_output(conv):
             return 'classifier'
         if self.is_downsample(conv, norm):
             return 'residual downsample'
         return None
 
+    def reads_images(self, conv: fx.Node, run: Optional[LayerRun]) -> bool:
+        """Nothing with weights stands between the images and this layer."""
+        if self.images is False or not self.reads_input([conv.args[0]]):
+            return False
+        if self.images:
+            return True
+        if run is not None:
+            return run.input == next(iter(self.runs.values())).input
+        first = next(module for module in self.paths if isinstance(module, nn.Conv2d))
+        module = self.module(conv)
+        return isinstance(module, nn.Conv2d) and module.in_channels == first.in_channels
+
+    def reads_input(self, starts: Iterable[Any]) -> bool:
+        """Some input of the graph comes to one of these nodes without passing a weight."""
+        def onward(node: fx.Node) -> List[fx.Node]:
+            module = self.module(node)
+            if module is not None:
+                through = is_activation(module) or _is_norm(module) or not any(True for _ in module.parameters())
+            else:
+                through = _name(node) not in WEIGHTED_FUNCTIONS
+            return node.all_input_nodes if through else []
+
+        return any(node.op == 'placeholder' for start in starts for node in self.walk_back(start, onward))
+
     def walk_back(
             self, start: Any, onward: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
-        """All nodes from `start` backwards, each once, going on to the inputs that `onward` names."""
+        """All nodes from `start` backwards, each once, going on to the inputs that `onward` names, shapes left out."""
         stack, seen = [start], set()
         while stack:
             node = stack.pop()
-            if isinstance(node, fx.Node) and node not in seen:
+            if isinstance(node, fx.Node) and node not in seen and _name(node) not in ('getattr', 'size', 'dim'):
                 seen.add(node)
                 yield node
                 stack.extend(onward(node))
-
-    def sources(self, start: Any) -> Iterator[fx.Node]:
-        """Nodes behind those that only pass a signal on, norms and activations included."""
-        def onward(node: fx.Node) -> List[fx.Node]:
-            module = self.module(node)
-            weightless = is_activation(module) or _is_norm(module)
-            through = weightless or self.passes(node) or _name(node) in ('cat', 'getitem')
-            return node.all_input_nodes if through else []
-
-        return (node for node in self.walk_back(start, onward) if not onward(node))
 
     def passes(self, node: fx.Node) -> bool:
         if node.op == 'call_module':
@@ -178,37 +309,37 @@ class _Finder:
             return node.target in PASS_FUNCTIONS or _name(node) == 'getitem'
         return node.op == 'call_method' and node.target in PASS_METHODS
 
-    def after_global_pool(self, conv: fx.Node) -> bool:
+    def after_global_pool(self, conv: fx.Node, run: Optional[LayerRun]) -> bool:
         """The input has been averaged over the image, perhaps through other small convolutions."""
-        stack, seen = list(conv.all_input_nodes), set()
-        while stack:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            module = self.module(node)
-            if 'Adaptive' in type(module).__name__ or _name(node) in ('mean', 'adaptive_avg_pool2d'):
-                return True
-            if self.passes(node) or is_activation(module) or _is_norm(module) or (
-                    isinstance(module, nn.Conv2d) and max(module.kernel_size) == 1):
-                stack.extend(node.all_input_nodes)
-        return False
+        if run is not None and run.input[1 if isinstance(self.module(conv), nn.Linear) else 2:][:2] != (1, 1):
+            return False
 
-    def reaches_output(self, conv: fx.Node) -> bool:
-        """Its output becomes the network's without another weight."""
-        node: Optional[fx.Node] = conv
-        while node is not None and len(node.users) == 1:
+        def onward(node: fx.Node) -> List[fx.Node]:
+            module = self.module(node)
+            small = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and max(module.kernel_size) == 1)
+            through = self.carries(node) or is_activation(module) or _is_norm(module) or small
+            return node.all_input_nodes if through else []
+
+        return any(
+            'Adaptive' in type(self.module(node)).__name__ or _name(node) in ('mean', 'adaptive_avg_pool2d')
+            for start in conv.all_input_nodes for node in self.walk_back(start, onward))
+
+    def reaches_output(self, node: fx.Node, head: bool = False) -> bool:
+        """Its output becomes the graph's without another weight, or only through the linear layers of a head."""
+        while len(node.users) == 1:
             node = next(iter(node.users))
             if node.op == 'output':
                 return True
             module = self.module(node)
-            if not (self.passes(node) or is_activation(module) or 'Pool' in type(module).__name__):
+            layers = head and (_is_layer(module) or _is_norm(module))
+            if not (self.passes(node) or is_activation(module) or 'Pool' in type(module).__name__ or layers):
                 return False
         return False
 
     def is_downsample(self, conv: fx.Node, norm: Optional[fx.Node]) -> bool:
         """A convolution alone on one side of an addition, with others on the other side."""
-        if max(self.module(conv).kernel_size) > 1 and max(self.module(conv).stride) == 1:
+        module = self.module(conv)
+        if isinstance(module, nn.Linear) or (max(module.kernel_size) > 1 and max(module.stride) == 1):
             return False
         end = norm if norm is not None else conv
         addition = self.follower_through(end)
@@ -238,13 +369,13 @@ class _Finder:
             if node is start:
                 best = max(best, count)
             elif self.order[node] > self.order[start] and count < 8 and len(stack) < 64:
-                count += isinstance(self.module(node), nn.Conv2d)
+                count += _is_layer(self.module(node))
                 stack.extend((n, count) for n in node.all_input_nodes)
         return best
 
     # -------------------------------------------------------------------------------------------- activations and signs
 
-    def acts_before(self, binary: List[fx.Node]) -> Set[str]:
+    def acts_before(self, starts: Iterable[Any]) -> Set[str]:
         """Activation modules (or fused norms) whose output reaches a sign through nodes that keep it non-negative."""
         def onward(node: fx.Node) -> List[fx.Node]:
             module = self.module(node)
@@ -252,7 +383,7 @@ class _Finder:
             return self.signals(node) if through else []
 
         return {
-            node.target for conv in binary for node in self.walk_back(conv.args[0], onward)
+            node.target for start in starts for node in self.walk_back(start, onward)
             if is_activation(self.module(node)) or _fused_act(self.module(node)) is not None}
 
     def scales(self, node: fx.Node) -> bool:
@@ -308,7 +439,11 @@ class _Finder:
         node = conv
         while True:
             module = self.module(node)
-            if module.in_channels != module.out_channels or max(module.stride) > 1:
+            if isinstance(module, nn.Linear):
+                same = module.in_features == module.out_features
+            else:
+                same = module.in_channels == module.out_channels and max(module.stride) == 1
+            if not same:
                 return False
             start = node.args[0]
             while isinstance(start, fx.Node):
@@ -346,6 +481,17 @@ class _Finder:
             if end in seen:
                 return True
         return end in binary and end is not conv and self.order[end] < self.order[conv] and end.args[0] in seen
+
+
+def _is_layer(module: Optional[nn.Module]) -> bool:
+    return isinstance(module, (nn.Conv2d, nn.Linear))
+
+
+def _is_candidate(module: nn.Module, run: Optional[LayerRun]) -> bool:
+    """A convolution, or a linear layer on pixels (N, H, W, C), which is a 1x1 convolution."""
+    if isinstance(module, nn.Linear):
+        return run is not None and len(run.input) == 4
+    return isinstance(module, nn.Conv2d)
 
 
 def _is_norm(module: Optional[nn.Module]) -> bool:

@@ -9,17 +9,18 @@ carries the real-valued input around it. Binarization adds no other wrapper to a
 """
 import math
 import operator
-from typing import Optional, Tuple, Union
+from typing import List, Optional, Tuple, Union
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
 from .quantizers import ESTIMATORS, get_quantizer, is_symbolic, lean
 
 __all__ = [
-    'weight_scale', 'input_scale', 'BinaryConv2d', 'BinaryLinear', 'ElasticLink', 'BinaryUnit', 'Shift', 'RSign',
-    'RPReLU', 'ZeroShortcut',
+    'weight_scale', 'input_scale', 'BinaryConv2d', 'StandardizedBinaryConv2d', 'BinaryLinear', 'ElasticLink',
+    'BinaryUnit', 'Shift', 'RSign', 'RPReLU', 'ZeroShortcut',
 ]
 
 PAD_VALUES = (-1, 0, 1)
@@ -37,7 +38,7 @@ def weight_scale(weight: torch.Tensor) -> torch.Tensor:
     Returns:
         Tensor (O,) of the weight's dtype.
     """
-    return weight.detach().abs().to(_wide_float(weight)).flatten(1).mean(1).to(weight.dtype)
+    return weight.detach().abs().flatten(1).mean(1, dtype=_wide_float(weight)).to(weight.dtype)
 
 
 def input_scale(
@@ -92,9 +93,13 @@ class _Quantized(nn.Module):
         """True if weight and input are both binary, so that the layer can run as xor and popcount."""
         return self.input_quantizer is not None and self.weight_quantizer is not None
 
+    def latent_weight(self) -> torch.Tensor:
+        """What the sign is taken of."""
+        return self.weight
+
     def quantized_weight(self) -> torch.Tensor:
         """The weight in use: alpha * Sign(W), or the real weight where there is no quantizer."""
-        weight = self.quantize_weight(self.weight)
+        weight = self.quantize_weight(self.latent_weight())
         if self.scale_weight:
             weight = weight * weight_scale(self.weight).reshape(self.scale_shape)
         return weight
@@ -181,10 +186,13 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
         input_scale_grad: Let gradient flow through K.
         pad_value: What a padded tap holds after the sign: 0 (contributes nothing), -1 or +1. Only for
             padding_mode='zeros'.
+        same_pad: Pad for an output of ceil(H / stride), uneven where need be and known only when the input is
+            (TensorFlow's SAME, timm's `Conv2dSame`), in place of `padding`, which must be 0.
 
     Raises:
-        ValueError: An unknown quantizer or pad value, a pad value with another padding mode, or channel counts that are
-            not positive (construction); an input that is not 4-D or has another number of channels (forward).
+        ValueError: An unknown quantizer or pad value, a pad value or `same_pad` with another padding mode, `same_pad`
+            with padding, or channel counts that are not positive (construction); an input that is not 4-D or has
+            another number of channels (forward).
         TypeError: The input is not a float tensor (forward).
     """
 
@@ -208,19 +216,25 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
             scale_input: bool = False,
             input_scale_grad: bool = False,
             pad_value: int = 0,
+            same_pad: bool = False,
     ) -> None:
         _check_positive(in_channels=in_channels, out_channels=out_channels)
         if pad_value not in PAD_VALUES:
             raise ValueError(f'pad_value: found {pad_value!r}, expected one of {PAD_VALUES}')
-        if pad_value and padding_mode != 'zeros':
-            raise ValueError(f"pad_value: {pad_value} needs padding_mode='zeros', found {padding_mode!r}")
+        if padding_mode != 'zeros':
+            for name, value in (('pad_value', pad_value), ('same_pad', same_pad)):
+                if value:
+                    raise ValueError(f"{name}: {value} needs padding_mode='zeros', found {padding_mode!r}")
+        if same_pad and padding not in (0, (0, 0)):
+            raise ValueError(f'same_pad: it takes the place of padding, found padding={padding!r}, expected 0')
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
             device=device, dtype=dtype)
         self._set_quantization(input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad)
         self.pad_value = pad_value
+        self.same_pad = same_pad
         # Padding is explicit where conv2d's own zero padding is not what is asked for; 'same' may be uneven.
-        self.pad_first = padding_mode != 'zeros' or pad_value != 0 or _is_uneven(self)
+        self.pad_first = padding_mode != 'zeros' or pad_value != 0 or same_pad or _is_uneven(self)
         self.pad_sides = [int(p) for p in self._reversed_padding_repeated_twice]  # left, right, top, bottom
         if self.pad_first or padding == 'valid':
             self.conv_padding = (0, 0)
@@ -261,28 +275,88 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
         if self.pad_first:
             mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
             value = float(self.pad_value) if mode == 'constant' else None
-            signed = F.pad(signed, self.pad_sides, mode, value)
+            signed = F.pad(signed, self.pads(x), mode, value)
         return F.conv2d(
             signed, self.quantized_weight(), bias, self.stride, self.conv_padding, self.dilation, self.groups)
+
+    def pads(self, x: torch.Tensor) -> List[int]:
+        """Rows and columns to pad: left, right, top, bottom."""
+        if not self.same_pad:
+            return self.pad_sides
+        return same_pads(x, self.kernel_size, self.stride, self.dilation)
 
     @torch.jit.unused
     def convolve_lean(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
         """The same as `convolve`, keeping one byte a value of the input for backward, and no copy of the weight."""
         alpha = weight_scale(self.weight).reshape(self.scale_shape) if self.scale_weight else None
         return _QuantizedConv2d.apply(
-            x, self.weight, alpha, bias, self.input_quantizer, self.weight_quantizer,
+            x, self.latent_weight(), alpha, bias, self.input_quantizer, self.weight_quantizer,
             self.stride, self.conv_padding, self.dilation, self.groups)
 
     def scale_of_input(self, x: torch.Tensor) -> torch.Tensor:
         """K for this convolution, one plane for all channels, or one a group repeated over its channels."""
         x = x if self.input_scale_grad else x.detach()
         if self.pad_first:
-            x = F.pad(x, self.pad_sides)
+            x = F.pad(x, self.pads(x))
         scale = input_scale(x, self.kernel_size, self.stride, self.conv_padding, self.dilation, self.groups)
         return scale if self.groups == 1 else scale.repeat_interleave(self.out_channels // self.groups, 1)
 
     def extra_repr(self) -> str:
-        return f'{super().extra_repr()}, pad_value={self.pad_value}'
+        padding = 'same_pad' if self.same_pad else f'pad_value={self.pad_value}'
+        return f'{super().extra_repr()}, {padding}'
+
+
+class StandardizedBinaryConv2d(BinaryConv2d):
+    r"""Binary convolution whose host standardizes its weight (Weight Standardization; NFNet's scaled form).
+
+    y = ( Sign(x) (*) Sign(V) ) . gain . scale . K + bias,   V = (W - mean(W)) / sqrt(var(W) + eps) per output channel
+
+    V has a second moment of 1, and so has Sign(V): no alpha is needed. With a real weight V itself stands in its
+    place, which is the host's convolution. W = +-c with any c > 0 gives back its own signs.
+
+    Args:
+        args, quantization: As for `BinaryConv2d`; `scale_weight` has no effect.
+        scale: Constant factor of the weight, 1 or NFNet's gamma / sqrt(fan-in).
+        eps: Added to the variance.
+        has_gain: Learn a factor per output channel, `gain` (O, 1, 1, 1), initialised to 1.
+    """
+
+    def __init__(self, *args, scale: float = 1., eps: float = 1e-6, has_gain: bool = False, **quantization) -> None:
+        super().__init__(*args, **{**quantization, 'scale_weight': False})
+        self.scale = scale
+        self.eps = eps
+        self.gain = nn.Parameter(torch.ones_like(self.weight[:, :1, :1, :1])) if has_gain else None
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **quantization) -> 'StandardizedBinaryConv2d':
+        """A binary convolution that shares the parameters of a float one, with its `scale`, `eps` and `gain`."""
+        gain = getattr(conv, 'gain', None)
+        binary = super().from_conv(
+            conv, scale=getattr(conv, 'scale', 1.), eps=conv.eps, has_gain=gain is not None, **quantization)
+        binary.gain = gain
+        return binary
+
+    def latent_weight(self) -> torch.Tensor:
+        weight = self.weight.flatten(1)
+        mean = weight.to(_wide_float(weight)).mean(1, keepdim=True)  # exact for +-c, whose signs must not change
+        centred = weight - mean.to(weight.dtype)
+        return (centred * (centred.square().mean(1, keepdim=True) + self.eps).rsqrt()).reshape_as(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_images(x, self.in_channels, 'StandardizedBinaryConv2d')
+        if torch.jit.is_scripting():
+            y = self.convolve(x)
+        else:
+            spelled = self.pad_first or not torch.is_grad_enabled() or is_symbolic(x)
+            y = self.convolve(x) if spelled else self.convolve_lean(x)
+        y = y * self.scale
+        gain = self.gain
+        if gain is not None:
+            y = y * gain.reshape(-1, 1, 1)
+        if self.scale_input:
+            y = y * self.scale_of_input(x)
+        bias = self.bias
+        return y if bias is None else y + bias.reshape(-1, 1, 1)
 
 
 class BinaryLinear(_Quantized, nn.Linear):
@@ -351,7 +425,7 @@ class ElasticLink(nn.Module):
     Pooling (for a strided convolution) is a max-pool that comes first: by default kernel = stride, ceil mode, so that
     the output has ceil(H / stride) rows for every H.
 
-    Shapes: x (N, C_in, H, W) -> (N, C_out, H', W').
+    Shapes: x (N, C_in, H, W) -> (N, C_out, H', W'); with channels_last x (..., C_in) -> (..., C_out).
 
     Args:
         in_channels: C_in.
@@ -360,9 +434,10 @@ class ElasticLink(nn.Module):
         gamma: 'learnable' (a 0-D parameter), 'fixed' (a 0-D buffer of the same name) or None (no division).
             Initialised to r.
         pool: Pooling module to use in place of the default one.
+        channels_last: Channels are the last axis, as around a linear layer; there is no pooling then.
 
     Raises:
-        ValueError: Channel counts that are not positive, an unknown gamma.
+        ValueError: Channel counts that are not positive, an unknown gamma, pooling with channels_last.
     """
 
     def __init__(
@@ -374,6 +449,7 @@ class ElasticLink(nn.Module):
             pool: Optional[nn.Module] = None,
             device=None,
             dtype=None,
+            channels_last: bool = False,
     ) -> None:
         _check_positive(in_channels=in_channels, out_channels=out_channels)
         if gamma not in ('learnable', 'fixed', None):
@@ -386,6 +462,9 @@ class ElasticLink(nn.Module):
         self.ratio = math.ceil(max(in_channels, out_channels) / min(in_channels, out_channels))
         strides = tuple(stride) if isinstance(stride, (tuple, list)) else (stride, stride)
         _check_positive(**{f'stride[{i}]': s for i, s in enumerate(strides)})
+        if channels_last and (pool is not None or strides != (1, 1)):
+            raise ValueError('channels_last: there is no pooling around a linear layer, expected stride 1 and no pool')
+        self.channel_axis = -1 if channels_last else 1
         if pool is None and strides != (1, 1):
             pool = nn.MaxPool2d(strides, strides, ceil_mode=True)
         self.pool = pool
@@ -400,16 +479,29 @@ class ElasticLink(nn.Module):
                 self.register_buffer('gamma', value)
 
     @classmethod
-    def for_conv(cls, conv: nn.Conv2d, gamma: Optional[str] = 'learnable') -> Optional['ElasticLink']:
-        """The link around a given convolution.
+    def for_conv(
+            cls,
+            conv: nn.Module,
+            gamma: Optional[str] = 'learnable',
+            same_pad: bool = False,
+    ) -> Optional['ElasticLink']:
+        """The link around a given convolution or linear layer.
 
         gamma is dropped on a link that neither changes channels nor stands for a 1x1 convolution: the paper's Fig. 4
         counts 16 in ResNet26, two a block. Where the convolution's output has not ceil(H / stride) rows for every H
         (no padding, even kernels), the link pools with the convolution's own kernel, stride, padding and dilation.
 
+        Args:
+            conv: `torch.nn.Conv2d` or `torch.nn.Linear`.
+            gamma: As for the link itself.
+            same_pad: The convolution pads for ceil(H / stride) rows, whatever its `padding` says.
+
         Returns:
             The link, or None if no pooling has the convolution's output size.
         """
+        dd = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
+        if isinstance(conv, nn.Linear):
+            return cls(conv.in_features, conv.out_features, gamma=gamma, channels_last=True, **dd)
         identity = conv.in_channels == conv.out_channels
         if identity and max(conv.kernel_size) > 1:
             gamma = None
@@ -417,14 +509,13 @@ class ElasticLink(nn.Module):
         if padding == 'valid':
             padding = (0, 0)
         pool = None
-        if padding != 'same' and any(
+        if not same_pad and padding != 'same' and any(
                 2 * p != d * (k - 1) for k, p, d in zip(conv.kernel_size, padding, conv.dilation)):
             if any(2 * p > k for k, p in zip(conv.kernel_size, padding)):
                 return None
             pool = nn.MaxPool2d(conv.kernel_size, conv.stride, padding, conv.dilation)
         return cls(
-            conv.in_channels, conv.out_channels, conv.stride, gamma, pool,
-            device=conv.weight.device, dtype=conv.weight.dtype)
+            conv.in_channels, conv.out_channels, conv.stride, gamma, pool, **dd)
 
     __jit_unused_properties__ = ['kind']
 
@@ -434,24 +525,25 @@ class ElasticLink(nn.Module):
         return 'squeeze' if self.squeeze else 'expand' if self.expand else 'identity'
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _check_images(x, self.in_channels, 'ElasticLink')
+        if self.channel_axis == 1:
+            _check_images(x, self.in_channels, 'ElasticLink')
         if self.pool is not None:
             x = self.pool(x)
         if self.squeeze:
             missing = self.ratio * self.out_channels - self.in_channels
             if missing > 0:
-                x = F.pad(x, [0, 0, 0, 0, 0, missing])
+                x = F.pad(x, [0, 0, 0, 0, 0, missing] if self.channel_axis == 1 else [0, missing])
             # A sum of slices keeps channels_last, a reduction over an unflattened axis does not.
-            groups = x.split(self.out_channels, 1)
+            groups = x.split(self.out_channels, self.channel_axis)
             x = groups[0]
             for i in range(1, self.ratio):
                 x = x + groups[i]
         if self.gamma is not None:
             x = x / self.gamma  # where there are fewest channels: autograd keeps x
         if self.expand:
-            x = torch.cat([x] * self.ratio, 1)
+            x = torch.cat([x] * self.ratio, self.channel_axis)
             if self.ratio * self.in_channels != self.out_channels:
-                x = x[:, :self.out_channels]
+                x = x.narrow(self.channel_axis, 0, self.out_channels)
         return x
 
     def extra_repr(self) -> str:
@@ -527,6 +619,11 @@ class ZeroShortcut(nn.Module):
         return x.new_zeros(())
 
 
+HOST_ATTRIBUTES = (
+    'in_channels', 'out_channels', 'in_features', 'out_features', 'kernel_size', 'stride', 'padding', 'dilation',
+    'groups', 'padding_mode')
+
+
 class BinaryUnit(nn.Module):
     """One convolution of a binarized network with all that belongs to it (paper, eq. 4).
 
@@ -534,10 +631,10 @@ class BinaryUnit(nn.Module):
 
     norm_act is act(norm(y)), or norm(act(y)) if `act_first`. Every part but one of conv and link may be None.
 
-    Shapes: x (N, C_in, H, W) -> (N, C_out, H', W').
+    Shapes: those of `conv`; x (N, C_in, H, W) -> (N, C_out, H', W') around a convolution.
 
     Args:
-        conv: `BinaryConv2d`, a float convolution, or None (then the unit is its link alone).
+        conv: `BinaryConv2d`, `BinaryLinear`, a float layer, or None (then the unit is its link alone).
         norm: Normalization of the convolution's output.
         act: Activation inside the branch.
         link: `ElasticLink` or any module that maps x to the shape of the branch's output.
@@ -549,6 +646,7 @@ class BinaryUnit(nn.Module):
     Raises:
         ValueError: Neither conv nor link is given.
     """
+    __jit_unused_properties__ = ['weight', 'bias']
 
     def __init__(
             self,
@@ -575,10 +673,21 @@ class BinaryUnit(nn.Module):
         self.link = link
         self.post = post
         self.act_first = act_first
-        # Hosts read these off the convolution that the unit replaces.
+        # Hosts read these off the layer that the unit replaces.
         source = link if conv is None else conv
-        self.in_channels = int(source.in_channels)
-        self.out_channels = int(source.out_channels)
+        for name in HOST_ATTRIBUTES:
+            if hasattr(source, name):
+                setattr(self, name, getattr(source, name))
+
+    @property
+    def weight(self) -> Optional[torch.Tensor]:
+        """The latent weight, None for a unit without a convolution; hosts ask it for its dtype and device."""
+        return None if self.conv is None else self.conv.weight
+
+    @property
+    def bias(self) -> Optional[torch.Tensor]:
+        """The convolution's bias."""
+        return None if self.conv is None else self.conv.bias
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
         """Everything that runs beside the link."""
@@ -682,6 +791,25 @@ def _guard_input(self, input: Tuple[torch.Tensor]) -> None:
             raise ValueError(
                 f'images input: found {x.shape[2]} x {x.shape[3]} pixels, expected at least '
                 f'{self.min_input_size} x {self.min_input_size}, the stride of the network; resize the images')
+
+
+def same_pads(
+        x: torch.Tensor,
+        kernel_size: Tuple[int, int],
+        stride: Tuple[int, int],
+        dilation: Tuple[int, int],
+) -> List[int]:
+    """Left, right, top, bottom for an output of ceil(size / stride); the odd one of a pair goes right and down."""
+    pads: List[int] = []
+    for i in (1, 0):
+        size = x.shape[2 + i]
+        steps = (size + stride[i] - 1) // stride[i] - 1
+        total = max(steps * stride[i] + (kernel_size[i] - 1) * dilation[i] + 1 - size, 0)
+        pads += [total // 2, total - total // 2]
+    return pads
+
+
+torch.fx.wrap('same_pads')  # depends on the size of the input, which a tracer does not know
 
 
 def _is_uneven(conv: nn.Conv2d) -> bool:

@@ -3,20 +3,17 @@
 OPs follow Bi-Real Net and ReActNet: OPs = float MACs + binary MACs / 64, one MAC counted once, convolutions and linear
 layers only. What the links add (one fused multiply-add for each value that a link adds) stands in a column of its own.
 """
-import copy
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
-import torch
 import torch.nn as nn
 
 from .layers import BinaryConv2d, BinaryLinear, BinaryUnit
+from .shapes import own_input_size, run_layers
 
 __all__ = ['summarize', 'Summary', 'LayerSummary']
 
 BINARY_MACS_PER_OP = 64
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 @dataclass(frozen=True)
@@ -144,38 +141,14 @@ def summarize(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = Non
     if not isinstance(model, nn.Module):
         raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
     if input_size is None:
-        input_size = _own_input_size(model)
+        input_size = own_input_size(model)
     input_size = tuple(input_size) if isinstance(input_size, (tuple, list)) else (input_size,)
     if len(input_size) != 3 or any(not isinstance(n, int) or isinstance(n, bool) or n <= 0 for n in input_size):
         raise ValueError(f'input_size: found {input_size}, expected (channels, height, width)')
-    # On the meta device shapes are computed, values are not. Parameters are swapped before the copy is made.
-    twin = _meta_copy(model).eval()
-    paths = {module: path for path, module in twin.named_modules()}
-    outputs: Dict[str, Tuple[int, ...]] = {}
-    macs: Dict[str, int] = {}
-
-    def record(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        path = paths[module]
-        outputs[path] = tuple(output.shape[1:])
-        if isinstance(module, TRANSPOSED):
-            macs[path] = macs.get(path, 0) + args[0].numel() * module.weight[0].numel()
-        elif isinstance(module, CONVOLUTIONS):
-            macs[path] = macs.get(path, 0) + output.numel() * module.weight[0].numel()
-        elif isinstance(module, nn.Linear):
-            macs[path] = macs.get(path, 0) + output.numel() * module.in_features
-        else:
-            macs[path] = macs.get(path, 0) + output.numel()
-
+    paths = {module: path for path, module in model.named_modules()}
     links = {f'{p}.link' if p else 'link' for m, p in paths.items()
              if isinstance(m, BinaryUnit) and m.link is not None}
-    for module in paths:
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    for module, path in paths.items():
-        if isinstance(module, (*CONVOLUTIONS, nn.Linear)) or path in links:
-            module.register_forward_hook(record)
-    with torch.no_grad():
-        twin(torch.zeros((1, *input_size), device='meta', dtype=_float_dtype(twin)))
+    runs = run_layers(model, input_size, links)
 
     layers: List[LayerSummary] = []
     seen = set()
@@ -183,34 +156,18 @@ def summarize(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = Non
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen.update(id(p) for p in own)
         real_params, bit_params = sum(p.numel() for p in own), 0
-        kind = dict(binary_macs=0, real_macs=macs.get(path, 0), link_ops=0)
+        run = runs.get(path)
+        macs = run.macs if run else 0
+        kind = dict(binary_macs=0, real_macs=macs, link_ops=0)
         if isinstance(module, (BinaryConv2d, BinaryLinear)):
             if module.weight_quantizer is not None and any(p is module.weight for p in own):
                 bit_params = module.weight.numel()
             if module.is_binary:
-                kind = dict(binary_macs=macs.get(path, 0), real_macs=0, link_ops=0)
+                kind = dict(binary_macs=macs, real_macs=0, link_ops=0)
         elif path in links:
-            kind = dict(binary_macs=0, real_macs=0, link_ops=macs.get(path, 0))
-        if real_params or path in macs:
+            kind = dict(binary_macs=0, real_macs=0, link_ops=macs)
+        if real_params or run:
             layers.append(LayerSummary(
-                path, type(module).__name__, outputs.get(path), bit_params, real_params - bit_params, **kind))
+                path, type(module).__name__, run.output[1:] if run else None, bit_params, real_params - bit_params,
+                **kind))
     return Summary(input_size, tuple(layers))
-
-
-def _own_input_size(model: nn.Module) -> Tuple[int, int, int]:
-    cfg = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
-    size = cfg.get('input_size', (3, 224, 224))
-    return (getattr(model, 'in_chans', size[0]), *size[1:])
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device, made without copying a tensor."""
-    memo: Dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        twin = torch.empty_like(tensor, device='meta')
-        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-    return copy.deepcopy(model, memo).to('meta')
-
-
-def _float_dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())

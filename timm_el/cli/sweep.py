@@ -1,12 +1,14 @@
 """python -m timm_el sweep [PATTERN ...]: binarize many nets and print what came of it.
 
 For each net: the units made, whether the recipe `host` gives the host's own outputs (largest difference over largest
-output), signs that are the same almost everywhere in eval and in training mode, the share of binary MACs among those
-that are neither first convolution, classifier nor residual downsample, and the seconds that `binarize` took.
+output), signs that are the same almost everywhere in eval and in training mode, the share of binary MACs at the net's
+own image size, among all and among those that are neither first convolution, classifier nor residual downsample, and
+the seconds that `binarize` took.
 """
 import argparse
 import json
 import time
+from collections import Counter
 from typing import Any, Callable, Dict, List
 
 import timm
@@ -14,10 +16,7 @@ import torch
 import torch.nn as nn
 
 from ..convert import binarize
-from ..layers import BinaryConv2d, BinaryUnit
-from ..summary import summarize
-
-EXEMPT = ('first convolution', 'classifier', 'residual downsample', 'linear layer')
+from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit
 
 
 def build(name: str) -> nn.Module:
@@ -50,7 +49,7 @@ def positive_shares(model: nn.Module, x: torch.Tensor) -> List[float]:
     shares: List[float] = []
     handles = [
         m.register_forward_pre_hook(lambda m, args: shares.append((args[0] >= 0).float().mean().item()))
-        for m in model.modules() if isinstance(m, BinaryConv2d)]
+        for m in model.modules() if isinstance(m, (BinaryConv2d, BinaryLinear)) and m.input_quantizer is not None]
     with torch.no_grad():
         model(x)
     for handle in handles:
@@ -63,15 +62,18 @@ def sweep_one(make: Callable[[], nn.Module], size: int = 96, recipe: str = 'el')
 
     Args:
         make: Builds the float net.
-        size: Pixels.
+        size: Pixels, for nets that do not insist on their own size.
         recipe: Recipe to convert with.
 
     Returns:
-        What the columns of the table say, and `model`, the converted net.
+        What the columns of the table say, why layers are not binary, and `model`, the converted net.
     """
     torch.manual_seed(0)
-    x = torch.randn(4, 3, size, size)
     model = make().eval()
+    cfg = getattr(model, 'default_cfg', {})
+    if cfg.get('fixed_input_size') or size < min(cfg.get('min_input_size', (0,))[-1:]):
+        size = cfg['input_size'][-1]
+    x = torch.randn(4, 3, size, size)
     randomise_norms(model)
     with torch.no_grad():
         expected = first_output(model(x))
@@ -83,14 +85,25 @@ def sweep_one(make: Callable[[], nn.Module], size: int = 96, recipe: str = 'el')
     report = model.binarize_report
     dead = {mode: sum(not 0.01 < share < 0.99 for share in positive_shares(model.train(mode == 'train'), x))
             for mode in ('eval', 'train')}
-    macs = summarize(model, (3, size, size))
-    kept = {row.path for row in report.rows if row.reason in EXEMPT}
-    due = sum(row.binary_macs + row.real_macs for row in macs.layers if row.path not in kept)
     return {
-        'model': model, 'report': report, 'host_error': ((expected - found).abs().max() / expected.abs().max()).item(),
+        'model': model, 'recipe': report.recipe.name, 'size': size,
+        'host_error': ((expected - found).abs().max() / expected.abs().max().clamp(min=1e-6)).item(),
         'units': sum(isinstance(m, BinaryUnit) for m in model.modules()), 'binarized': report.count('binarized'),
-        'dead': dead, 'share': macs.binary_macs / max(due, 1), 'seconds': seconds,
+        'dead': dead, 'macs_share': report.macs_share, 'eligible_macs_share': report.eligible_macs_share,
+        'reasons': dict(Counter(row.reason for row in report.rows if row.status != 'binarized')),
+        'impossible': dict(Counter(row.reason.split(' at ')[0] for row in report.rows if not row.possible)),
+        'seconds': seconds,
     }
+
+
+def table_row(name: str, row: Dict[str, Any]) -> str:
+    """One line of the table."""
+    if 'error' in row:
+        return f'{name:36} {row["error"].splitlines()[0][:110]}'
+    shares = ['-' if share is None else f'{100 * share:.1f}' for share in (row['macs_share'], row['eligible_macs_share'])]
+    return (
+        f'{name:36} {row["recipe"]:12} {row["units"]:>5} {row["binarized"]:>9} {row["host_error"]:>9.1e} '
+        f'{row["dead"]["eval"]:>5} {row["dead"]["train"]:>5} {shares[0]:>6} {shares[1]:>8} {row["seconds"]:>6.2f}')
 
 
 def main(argv: List[str]) -> None:
@@ -106,23 +119,26 @@ def main(argv: List[str]) -> None:
     names = [n for p in args.patterns for n in ([p] if p.startswith('tv:') else timm.list_models(p))]
     if not names:
         raise ValueError(f'patterns: {args.patterns} match no model of timm')
-    rows, lines = [], []
+    rows = []
     for name in tqdm(names):
         try:
             row = sweep_one(lambda name=name: build(name), args.size, args.recipe)
-            row = {k: v for k, v in row.items() if k not in ('model', 'report')}
-            lines.append(
-                f'{name:36} {row["units"]:>5} {row["binarized"]:>9} {row["host_error"]:>9.1e} {row["dead"]["eval"]:>5} '
-                f'{row["dead"]["train"]:>5} {100 * row["share"]:>6.1f} {row["seconds"]:>6.2f}')
+            row.pop('model')
         except Exception as e:  # a sweep tells of every net, whatever it does
             row = {'error': f'{type(e).__name__}: {e}'}
-            lines.append(f'{name:36} {row["error"].splitlines()[0][:100]}')
         rows.append({'name': name, **row})
     if args.json:
         print(json.dumps(rows, indent=2))
         return
-    print(f'{"model":36} {"units":>5} {"binarized":>9} {"host":>9} {"dead":>5} {"train":>5} {"MACs %":>6} {"s":>6}')
-    print('\n'.join(lines))
+    print(f'{"model":36} {"recipe":12} {"units":>5} {"binarized":>9} {"host":>9} {"dead":>5} {"train":>5} '
+          f'{"MACs %":>6} {"eligible":>8} {"s":>6}')
+    for row in rows:
+        print(table_row(row['name'], row))
     good = [r for r in rows if 'error' not in r]
-    print(f'{len(good)} of {len(rows)} nets, {sum(r["binarized"] > 0 for r in good)} with binary convolutions, '
-          f'{sum(r["share"] >= 0.9 for r in good)} with at least 90 % of the MACs')
+    converted = [r for r in good if r['binarized'] > 0]
+    print(f'{len(rows)} nets, {len(rows) - len(good)} failed, {len(converted)} with binary layers, of which '
+          f'{sum(r["host_error"] < 1e-4 for r in converted)} give the host\'s outputs by recipe host, '
+          f'{sum(not any(r["dead"].values()) for r in converted)} have no dead sign, '
+          f'{sum((r["eligible_macs_share"] or 0) >= 0.9 for r in converted)} have at least 90 % of the eligible MACs')
+    for reason, count in Counter(k for r in good for k in r['impossible']).most_common():
+        print(f'could not be done in {count} nets: {reason}')
