@@ -133,7 +133,8 @@ def test_kept_convolutions_of_a_basic_block_leave_its_shortcut_alone():
 
 def snapshot(model: nn.Module):
     return [(p, id(m), m.training, len(m._forward_pre_hooks)) for p, m in model.named_modules()], {
-        k: v.clone() for k, v in model.state_dict().items()}
+        k: v.clone() for k, v in model.state_dict().items()
+        if isinstance(v, torch.Tensor) and not torch.nn.parameter.is_lazy(v)}
 
 
 def hooked() -> nn.Module:
@@ -195,26 +196,6 @@ def test_bad_images_are_refused_by_name(name, x, error, message):
 
 # ------------------------------------------------------------------------------------- hosts that are not as they were
 
-def test_nothing_is_touched_in_a_net_that_cannot_be_traced():
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
-
-        def forward(self, x):
-            y = self.a(x).relu()
-            return self.b(y) if y.sum() > 0 else y
-
-    model = Branching().eval()
-    modules, _ = snapshot(model)
-    report = timm_el.binarize(model).binarize_report
-    assert snapshot(model)[0] == modules and report.count('binarized') == 0
-    assert any('as it was' in note for note in report.notes)
-    assert all('torch.fx cannot trace' in row.reason and not row.possible for row in report.rows)
-    with pytest.raises(ValueError, match='a: Conv2d .*torch.fx cannot trace'):
-        timm_el.binarize(Branching(), strict=True)
-
-
 def test_a_net_that_is_kept_whole_keeps_its_activations():
     model = timm.create_model('resnet26').eval()
     x = torch.randn(1, 3, 64, 64)
@@ -257,12 +238,19 @@ def test_cifar_stems_set_the_smallest_image(change):
         model(torch.zeros(1, 3, stride - 1, stride))
 
 
+class Doubled(nn.Conv2d):
+    """A convolution with a forward that nobody knows."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def test_convolutions_with_a_forward_of_their_own_are_kept_and_named():
     model = timm.create_model('resnet26')
-    model.layer2[0].conv2 = timm.layers.StdConv2d(128, 128, 3, stride=2, padding=1, bias=False)
+    model.layer2[0].conv2 = Doubled(128, 128, 3, stride=2, padding=1, bias=False)
     report = timm_el.binarize(model).binarize_report
     row = next(row for row in report.rows if row.path == 'layer2.0.conv2')
-    assert row.status == 'kept' and row.reason == 'StdConv2d has a forward of its own' and not row.possible
+    assert row.status == 'kept' and row.reason == 'Doubled has a forward of its own' and not row.possible
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
 
 
@@ -273,7 +261,7 @@ def test_frozen_norms_stay_frozen(fails):
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     if fails:
-        model.layer4[1].conv3 = timm.layers.StdConv2d(512, 2048, 1, bias=False)
+        model.layer4[1].conv3 = Doubled(512, 2048, 1, bias=False)
         with pytest.raises(ValueError, match='layer4.1.conv3'):
             timm_el.binarize(model, strict=True)
     else:
@@ -307,10 +295,50 @@ def test_report_tells_removed_layers_stage_one_and_missing_links():
     assert any('running statistics of 27 norms start anew' in note for note in report.notes)
 
 
-def shared() -> nn.Module:
+def test_shared_layers_are_kept_and_named():
     model = timm.create_model('resnet26')
     model.layer1[1].conv2 = model.layer1[0].conv2
+    model.layer2[1].conv3.weight = model.layer2[0].conv3.weight
+    rows = {row.path: row for row in timm_el.binarize(model).binarize_report.rows}
+    reasons = {path: row.reason for path, row in rows.items() if not row.possible}
+    assert reasons == {
+        'layer1.0.conv2': 'its weight is used at layer1.1.conv2 too',
+        'layer2.0.conv3': 'its weight is used at layer2.1.conv3 too',
+        'layer2.1.conv3': 'its weight is used at layer2.0.conv3 too'}
+    assert model.layer1[1].conv2 is model.layer1[0].conv2 and type(model.layer1[0].conv2) is nn.Conv2d
+    assert rows['layer1.1.conv1'].status == 'binarized'
+
+
+def test_frozen_layers_stay_frozen_with_all_that_is_new():
+    model = timm.create_model('regnetx_002')
+    for p in model.s2.parameters():
+        p.requires_grad_(False)
+    timm_el.binarize(model)
+    trainable = {k for k, p in model.named_parameters() if p.requires_grad}
+    assert not any(k.startswith('s2.') for k in trainable)
+    assert 's2.b1.conv1.conv.link.gamma' in dict(model.named_parameters())
+    assert 's1.b1.conv1.conv.link.gamma' in trainable
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+
+
+def quantized() -> nn.Module:
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return torch.ao.quantization.quantize_dynamic(timm.create_model('resnet18'), {nn.Linear})
+
+
+def whole_numbers() -> nn.Module:
+    model = timm.create_model('resnet18')
+    model.layer1[0].conv1.weight = nn.Parameter(torch.ones(64, 64, 3, 3, dtype=torch.int8), requires_grad=False)
     return model
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(timm.create_model('test_resnet'))
 
 
 def parametrized() -> nn.Module:
@@ -326,7 +354,14 @@ def act_hooked() -> nn.Module:
 
 
 @pytest.mark.parametrize('build, kwargs, error, message', [
-    (shared, {}, ValueError, 'layer1.1.conv2: the Conv2d is used at layer1.0.conv2 too'),
+    (lazy, {}, ValueError, '0.weight: the LazyConv2d is not initialised yet; pass a batch'),
+    (quantized, {}, ValueError, 'fc: found Linear of a quantized model, expected a float model'),
+    (whole_numbers, {}, ValueError, 'layer1.0.conv1: the weight of the Conv2d is a Parameter of torch.int8'),
+    (scripted, {}, ValueError, 'model: found a RecursiveScriptModule, expected the model that it was made of'),
+    (lambda: torch.compile(timm.create_model('resnet18')), {}, ValueError, 'model: found a OptimizedModule'),
+    (lambda: nn.DataParallel(timm.create_model('resnet18')), {}, ValueError, 'model: found a DataParallel'),
+    (lambda: timm.create_model('resnet18'), dict(example_input=torch.zeros(3, 64, 64)), ValueError,
+     r'example_input: found \(3, 64, 64\), expected a tensor \(N, C, H, W\)'),
     (parametrized, {}, ValueError, 'layer1.0.conv1: the weight of the .* is parametrized'),
     (act_hooked, {}, ValueError, 'layer1.0.act2: the ReLU carries hooks'),
     (lambda: timm.create_model('resnet26'), dict(keep=None), TypeError, 'keep: found None'),

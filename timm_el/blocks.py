@@ -27,16 +27,15 @@ class Chain:
     """A convolution with the norm and activation that belong to it, as paths; `act` may stand behind an addition.
 
     `tail` names what the host applies behind the norm (squeeze-excite, drop path, drop block, blur). If the unit has a
-    link, it moves into the branch, so that the real-valued signal is neither gated nor dropped. `link` is False where a
-    link would repeat the host's own shortcut, `shift` True where only a new norm keeps the sign from being +1
-    everywhere.
+    link, it moves into the branch, so that the real-valued signal is neither gated nor dropped. `no_link` says why a
+    link would do harm there, `shift` True where only a new norm keeps the sign from being +1 everywhere.
     """
     conv: str
     norm: Optional[str] = None
     act: Optional[str] = None
     role: Optional[str] = None
     tail: Tuple[str, ...] = ()
-    link: bool = True
+    no_link: str = ''
     shift: bool = False
 
     def under(self, prefix: str) -> 'Chain':

@@ -134,6 +134,7 @@ class _Plan:
             self.edits.clear()
             self.moved.clear()
             self.guards.clear()
+            self.pooled_norms.clear()
             self.rows = {p: replace(row, act='kept' if row.act else None) for p, row in self.rows.items()}
             self.notes.append('no convolution was converted, the model is as it was')
         self._plan_rest()
@@ -266,8 +267,8 @@ class _Plan:
         role = self._role(chain)
         kind, why = 'host shortcut', ''
         if link is None and role in recipe.link:
-            if not chain.link:
-                why = 'no link: the shortcut of the host carries the same'
+            if chain.no_link:
+                why = f'no link: {chain.no_link}'
             elif host_skip:
                 why = 'no link: the block keeps its own shortcut'
             elif not recipe.elastic and len(set(_channels(host))) > 1:
@@ -430,6 +431,7 @@ class _Plan:
                         module.training = parent.training
                     undo.append((parent, name, old))
                     setattr(parent, name, module)
+            notes = self._revive(example_input)
         except BaseException:
             for parent, name, old in reversed(undo):
                 setattr(parent, name, old)
@@ -438,19 +440,22 @@ class _Plan:
             guard_input(conv, stride)
         for norm in self.pooled_norms:
             _shift_before_pool(norm)
-        notes: List[str] = []
-        if any(isinstance(network, GraphNetwork) for network in self.networks) and self.recipe.act != 'keep':
-            revived, hopeless, notes = revive_signs(self.model, example_input)
-            for path in hopeless:
-                self.model.get_submodule(path).conv, self.model.get_submodule(path).pre = self.hosts[path], None
-                self.rows[path] = replace(
-                    self.rows[path], status='real', scale_input=False, possible=False,
-                    reason='its input does not vary, a norm before the sign would not help')
-            if revived:
-                notes = [f'a new norm shifts the input of the sign at {", ".join(revived)}', *notes]
         if self.units:
             guard_loading(self.model, self.recipe.code)
         return notes
+
+    def _revive(self, example_input: Optional[torch.Tensor]) -> List[str]:
+        """Norms before signs that would be constant, in networks that no table describes; notes for the report."""
+        if self.recipe.act == 'keep' or not any(isinstance(network, GraphNetwork) for network in self.networks):
+            return []
+        revived, hopeless, notes = revive_signs(self.model, example_input)
+        for path in hopeless:
+            unit = self.model.get_submodule(path)
+            unit.conv, unit.pre = self.hosts[path], None
+            self.rows[path] = replace(
+                self.rows[path], status='real', scale_input=False, possible=False,
+                reason='its input does not vary, a norm before the sign would not help')
+        return [f'a new norm shifts the input of the sign at {", ".join(revived)}'] * bool(revived) + notes
 
 
 @torch.no_grad()
@@ -528,13 +533,11 @@ def _refuse_unfit(model: nn.Module) -> None:
 def _shared_weights(model: nn.Module) -> Dict[str, str]:
     """Layers that share their weight, or themselves, with another place: path and the other place."""
     places: Dict[int, List[str]] = {}
-    first = {module: path for path, module in model.named_modules()}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             places.setdefault(id(module.weight), []).append(path)
-    return {
-        first[model.get_submodule(path)]: next(p for p in paths if p != path)
-        for paths in places.values() if len(paths) > 1 for path in reversed(paths)}
+    return {path: next(p for p in paths if p != path)
+            for paths in places.values() if len(paths) > 1 for path in paths}
 
 
 def _is_separable(model: nn.Module) -> bool:

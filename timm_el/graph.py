@@ -35,6 +35,7 @@ PASS_METHODS = {
 NON_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax)
 NON_NEGATIVE_FUNCTIONS = {
     F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, torch.sigmoid, F.sigmoid, F.hardsigmoid, F.softplus, F.softmax}
+GATES = ('sigmoid', 'softmax', 'tanh')
 ADDITIONS = {'add', 'iadd', 'add_'}
 
 
@@ -219,7 +220,7 @@ class _Piece:
             in_chains.update(node.target for node in (norm, act) if node is not None)
             chains.append(Chain(
                 self.full(conv), norm and self.full(norm), act and self.full(act),
-                link=not self.repeats_shortcut(conv, norm, binary, dropped),
+                no_link=self.why_no_link(conv, norm, binary, dropped),
                 shift=conv in binary and self.non_negative(conv.args[0], dropped)))
         loose += [self.paths[self.modules[path]] for path in sorted(dropped) if path not in in_chains]
 
@@ -321,8 +322,15 @@ class _Piece:
             return node.all_input_nodes if through else []
 
         return any(
-            'Adaptive' in type(self.module(node)).__name__ or _name(node) in ('mean', 'adaptive_avg_pool2d')
-            for start in conv.all_input_nodes for node in self.walk_back(start, onward))
+            self.averages(node) for start in conv.all_input_nodes for node in self.walk_back(start, onward))
+
+    def averages(self, node: fx.Node) -> bool:
+        """A mean, or an adaptive pooling down to one value."""
+        module = self.module(node)
+        if module is not None:
+            return 'Adaptive' in type(module).__name__ and getattr(module, 'output_size', 1) in (1, (1, 1))
+        return _name(node) == 'mean' or (
+            _name(node) == 'adaptive_avg_pool2d' and (*node.args[1:], *node.kwargs.values())[0] in (1, (1, 1)))
 
     def reaches_output(self, node: fx.Node, head: bool = False) -> bool:
         """Its output becomes the graph's without another weight, or only through the linear layers of a head."""
@@ -380,11 +388,12 @@ class _Piece:
         def onward(node: fx.Node) -> List[fx.Node]:
             module = self.module(node)
             through = self.carries(node) or is_activation(module) or _is_norm(module)
-            return self.signals(node) if through else []
+            return self.signals(node) if through and not self.is_product(node) else []
 
         return {
             node.target for start in starts for node in self.walk_back(start, onward)
-            if is_activation(self.module(node)) or _fused_act(self.module(node)) is not None}
+            if is_activation(self.module(node)) and not self.is_gate(node)
+            or _fused_act(self.module(node)) is not None}
 
     def scales(self, node: fx.Node) -> bool:
         """A product with a number."""
@@ -395,17 +404,28 @@ class _Piece:
         return self.passes(node) or _is_addition(node) or _name(node) in ('cat', 'getitem', 'mul')
 
     def signals(self, node: fx.Node) -> List[fx.Node]:
-        """Inputs of a node; of a product, those that are not its gate."""
+        """Inputs of a node; of a product, those that are neither its gate nor a parameter."""
         if _name(node) != 'mul':
             return list(node.all_input_nodes)
-        return [n for n in node.all_input_nodes if not self.is_gate(n)]
+        return [n for n in node.all_input_nodes if not self.is_gate(n) and n.op != 'get_attr']
 
     def is_gate(self, node: fx.Node) -> bool:
         """The output of a sigmoid or softmax, which scales another signal."""
-        while self.passes(node) and len(node.all_input_nodes) == 1:
-            node = node.all_input_nodes[0]
+        while self.passes(node) and node.args and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
         name = type(self.module(node)).__name__ if node.op == 'call_module' else _name(node)
-        return 'sigmoid' in name.lower() or 'softmax' in name.lower()  # timm has classes of its own for them
+        return any(gate in name.lower() for gate in GATES)  # timm has classes of its own for them
+
+    def is_product(self, node: Optional[fx.Node]) -> bool:
+        """A product of two signals."""
+        return node is not None and _name(node) == 'mul' and len(self.signals(node)) > 1
+
+    def is_factor(self, conv: fx.Node, norm: Optional[fx.Node]) -> bool:
+        """The output goes into a product of two signals, which would grow without bound if links carried them there."""
+        node = self.follower_through(norm if norm is not None else conv)
+        while node is not None and is_activation(self.module(node)):
+            node = self.follower_through(node)
+        return self.is_product(node)
 
     def non_negative(self, node: Any, dropped: Set[str], depth: int = 0) -> bool:
         """True if a node cannot be negative once the activations in `dropped` are gone."""
@@ -424,6 +444,12 @@ class _Piece:
             inputs = node.all_input_nodes
             return bool(inputs) and all(self.non_negative(n, dropped, depth + 1) for n in inputs)
         return False
+
+    def why_no_link(
+            self, conv: fx.Node, norm: Optional[fx.Node], binary: List[fx.Node], dropped: Set[str]) -> str:
+        if self.repeats_shortcut(conv, norm, binary, dropped):
+            return 'the shortcut of the host carries the same'
+        return 'its output is a factor of a product' if self.is_factor(conv, norm) else ''
 
     def repeats_shortcut(
             self, conv: fx.Node, norm: Optional[fx.Node], binary: List[fx.Node], dropped: Set[str]) -> bool:

@@ -1,4 +1,5 @@
 """No sign may be the same everywhere: find those that are, on a batch, and put a norm in front of them."""
+import functools
 from typing import Dict, List, Optional, Set, Tuple
 
 import torch
@@ -10,6 +11,7 @@ from .shapes import own_input_size
 __all__ = ['new_norm', 'revive_signs']
 
 ALIVE = (0.05, 0.95)  # share of +1 that leaves room for other images than those of the batch
+NEVER = (0.002, 0.998)  # outside of it, behind a norm, there is nothing to take the sign of
 
 
 def new_norm(layer: nn.Module, frozen: bool = False) -> nn.Module:
@@ -44,18 +46,16 @@ def revive_signs(
     hopeless: List[str] = []
     centred: Set[nn.Module] = set()
     batches = [images] if images is not None else _noise(model)
-    for layer in units:
-        # Real weights move about as many values below zero as their signs do, and need not be computed: that would be
-        # most of the time here.
-        layer.quantized_weight = layer.latent_weight
+    for layer in units:  # most of the time here would go into weights, which do not change between the passes
+        layer.quantized_weight = functools.cache(functools.partial(_weight, layer))
     try:
         for batch in batches:
             try:
-                for training in (True, False, True, False):
+                for i, training in enumerate((True, False, True, False)):
                     hopeless.clear()
                     found = _pass(model, batch, training, units, centred, hopeless)
                     revived += found
-                    if not training and not found:
+                    if i and not found:
                         break
                 return [path for path in revived if path not in hopeless], hopeless, []
             except Exception as e:  # the network may want other images
@@ -65,6 +65,17 @@ def revive_signs(
             del layer.quantized_weight
     return revived, [], [
         f'the signs could not be checked on a batch of shape {tuple(batches[-1].shape)} ({error}); pass example_input']
+
+
+@torch.no_grad()
+def _weight(layer: nn.Module) -> torch.Tensor:
+    """`layer.quantized_weight()`, but for -0.0 and the rounding of alpha, in two passes over memory."""
+    latent = layer.latent_weight()
+    if layer.weight_quantizer is None:
+        return latent
+    shape = [-1] + [1] * (latent.dim() - 1)
+    alpha = torch.linalg.vector_norm(latent.flatten(1), 1, dim=1) / latent[0].numel()
+    return torch.copysign(alpha.reshape(shape) if layer.scale_weight else torch.ones_like(alpha).reshape(shape), latent)
 
 
 def _noise(model: nn.Module) -> List[torch.Tensor]:
@@ -96,7 +107,8 @@ def _pass(
             return None
         path, unit = units[layer]
         if unit.pre is not None:
-            hopeless.append(path)
+            if not NEVER[0] <= share <= NEVER[1]:
+                hopeless.append(path)
             return None
         unit.pre = new_norm(layer, not layer.weight.requires_grad)
         modes[unit.pre] = layer.training

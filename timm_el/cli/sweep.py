@@ -86,7 +86,7 @@ def sweep_one(make: Callable[[], nn.Module], size: int = 96, recipe: str = 'el')
     dead = {mode: sum(not 0.01 < share < 0.99 for share in positive_shares(model.train(mode == 'train'), x))
             for mode in ('eval', 'train')}
     return {
-        'model': model, 'recipe': report.recipe.name, 'size': size,
+        'model': model, 'report': report, 'recipe': report.recipe.name, 'size': size,
         'host_error': ((expected - found).abs().max() / expected.abs().max().clamp(min=1e-6)).item(),
         'units': sum(isinstance(m, BinaryUnit) for m in model.modules()), 'binarized': report.count('binarized'),
         'dead': dead, 'macs_share': report.macs_share, 'eligible_macs_share': report.eligible_macs_share,
@@ -100,7 +100,7 @@ def table_row(name: str, row: Dict[str, Any]) -> str:
     """One line of the table."""
     if 'error' in row:
         return f'{name:36} {row["error"].splitlines()[0][:110]}'
-    shares = ['-' if share is None else f'{100 * share:.1f}' for share in (row['macs_share'], row['eligible_macs_share'])]
+    shares = ['-' if row[key] is None else f'{100 * row[key]:.1f}' for key in ('macs_share', 'eligible_macs_share')]
     return (
         f'{name:36} {row["recipe"]:12} {row["units"]:>5} {row["binarized"]:>9} {row["host_error"]:>9.1e} '
         f'{row["dead"]["eval"]:>5} {row["dead"]["train"]:>5} {shares[0]:>6} {shares[1]:>8} {row["seconds"]:>6.2f}')
@@ -123,7 +123,7 @@ def main(argv: List[str]) -> None:
     for name in tqdm(names):
         try:
             row = sweep_one(lambda name=name: build(name), args.size, args.recipe)
-            row.pop('model')
+            row = {k: v for k, v in row.items() if k not in ('model', 'report')}
         except Exception as e:  # a sweep tells of every net, whatever it does
             row = {'error': f'{type(e).__name__}: {e}'}
         rows.append({'name': name, **row})
