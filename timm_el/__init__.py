@@ -3,12 +3,14 @@
 Importing this package registers its models with timm and does nothing else.
 """
 from . import models
-from .checkpoints import CheckpointError, load_float
+from .checkpoints import CheckpointError, load_float, load_packed
 from .convert import binarize
+from .packed import pack_state_dict, save_packed, unpack_state_dict
 from .recipes import RECIPES, Recipe
 from .summary import summarize
 from .version import __version__
 
 __all__ = [
-    '__version__', 'binarize', 'CheckpointError', 'load_float', 'models', 'Recipe', 'RECIPES', 'summarize',
+    '__version__', 'binarize', 'CheckpointError', 'load_float', 'load_packed', 'models', 'pack_state_dict', 'Recipe',
+    'RECIPES', 'save_packed', 'summarize', 'unpack_state_dict',
 ]

@@ -1,4 +1,8 @@
-"""State dicts for binarized models: float checkpoints as latent initialisation, and checks before loading."""
+"""State dicts for binarized models: packed files, float checkpoints as latent initialisation, checks before loading.
+
+Every door of loading leads through here: `load_state_dict` of a registered model by `CheckedLoading`, that of a
+converted one or of a model inside another by the hook of `guard_loading`, `pretrained=True` by `float_to_latent`.
+"""
 import os
 import re
 from collections import OrderedDict
@@ -9,13 +13,13 @@ import torch.nn as nn
 from timm.models import clean_state_dict, load_state_dict
 
 from .layers import expected_statistics, weight_scale
+from .packed import CheckpointError, binary_layers, is_packed, read_packed, unpack_state_dict
 from .quantizers import sign
 
-__all__ = ['CheckpointError', 'CheckedLoading', 'check_state_dict', 'float_to_latent', 'load_float', 'guard_loading']
-
-
-class CheckpointError(ValueError, RuntimeError):
-    """A state dict does not fit a model. Nothing was loaded."""
+__all__ = [
+    'CheckpointError', 'CheckedLoading', 'check_state_dict', 'float_to_latent', 'load_float', 'load_packed',
+    'guard_loading',
+]
 
 
 class CheckedLoading:
@@ -24,6 +28,8 @@ class CheckedLoading:
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Dict[str, Any], strict: bool = True, assign: bool = False):
         """As torch's; raises `CheckpointError` and loads nothing if the state dict does not fit."""
+        if is_packed(state_dict):
+            state_dict = unpack_state_dict(state_dict, self)
         check_state_dict(self, state_dict, strict)
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -31,21 +37,33 @@ class CheckedLoading:
 RECIPE_CODE = 'recipe_code'
 
 
-def guard_loading(model: nn.Module, recipe_code: int) -> None:
-    """Make a model refuse float checkpoints, other recipes and wrong shapes before the first tensor is copied.
+def guard_loading(model: nn.Module, recipe_code: Optional[int] = None) -> None:
+    """Make a model take packed tensors, and refuse float checkpoints, other recipes and wrong shapes, before the first
+    tensor is copied.
 
     The recipe travels with the state dict as a 0-D buffer, because recipes with the same keys compute different
     things. A state dict without it is taken as it is. A hook is not told whether the call is strict, so what is missing
-    or unknown stays torch's business, or `CheckedLoading`'s.
+    or unknown in a state dict of floats stays torch's business, or `CheckedLoading`'s; a packed one is always whole.
     """
-    device = next(model.parameters()).device
-    model.register_buffer(RECIPE_CODE, torch.tensor(recipe_code, dtype=torch.int32, device=device))
+    if recipe_code is not None:
+        device = next(model.parameters()).device
+        model.register_buffer(RECIPE_CODE, torch.tensor(recipe_code, dtype=torch.int32, device=device))
     model.register_load_state_dict_pre_hook(_before_loading)
 
 
 def _before_loading(module: nn.Module, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
-    check_state_dict(module, state_dict, False, prefix)
-    state_dict.setdefault(prefix + RECIPE_CODE, getattr(module, RECIPE_CODE))
+    given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    packed = is_packed(given)
+    if packed:
+        latent = unpack_state_dict(given, module)
+        check_state_dict(module, latent)
+        for key in given:
+            del state_dict[prefix + key]
+        state_dict.update((prefix + key, value) for key, value in latent.items())
+    else:
+        check_state_dict(module, given, False)
+    if hasattr(module, RECIPE_CODE):
+        state_dict.setdefault(prefix + RECIPE_CODE, getattr(module, RECIPE_CODE))
 
 
 def _moved(model: nn.Module) -> Dict[str, str]:
@@ -73,7 +91,7 @@ def _is_float(state_dict: Dict[str, Any], model: nn.Module) -> Optional[str]:
 
 
 def float_to_latent(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Rename the tensors of a model's float host; a checkpoint of the model itself passes through.
+    """Rename the tensors of a model's float host; those of the model itself pass through, packed ones are unpacked.
 
     The signature is that of timm's `pretrained_filter_fn`. What the host does not have (gammas) gets the model's own
     value, and so do the running statistics of norms whose activation moved in front of them. Shortcuts
@@ -87,6 +105,8 @@ def float_to_latent(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Di
         A state dict with the model's keys.
     """
     state_dict = state_dict.get('state_dict', state_dict)
+    if is_packed(state_dict):
+        return unpack_state_dict(state_dict, model)
     if _is_float(state_dict, model) is None:
         return state_dict
     own, moved = model.state_dict(), _moved(model)
@@ -143,9 +163,39 @@ def load_float(model: nn.Module, checkpoint: Union[str, Dict[str, torch.Tensor]]
         checkpoint = load_state_dict(str(checkpoint))
     else:
         raise TypeError(f'checkpoint: found a {type(checkpoint).__name__}, expected a state dict or the path of a file')
+    if is_packed(checkpoint):
+        raise CheckpointError('checkpoint: found a packed file, expected one of the float host; load_packed takes it')
     checkpoint = float_to_latent(checkpoint, model)
     check_state_dict(model, checkpoint)
     model.load_state_dict(checkpoint, strict=True)
+    return model
+
+
+def load_packed(model: nn.Module, path: Union[str, os.PathLike], assign: bool = False) -> nn.Module:
+    """Load a packed file (`save_packed`): each binary weight becomes +-alpha, and can be trained on.
+
+    Args:
+        model: The model that was packed, or one built like it.
+        path: The file.
+        assign: Take the file's tensors in place of the model's own, as for `load_state_dict`: for a model on the meta
+            device.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: The file is damaged, newer, not packed, or of another model or recipe. Nothing was loaded.
+        FileNotFoundError: There is no such file.
+        ValueError: The model is not binarized.
+    """
+    if not any(True for _ in binary_layers(model)):
+        raise ValueError(f'model: {type(model).__name__} has no binary weight; create or binarize it first')
+    state_dict = unpack_state_dict(read_packed(path), model, os.fspath(path))
+    try:
+        check_state_dict(model, state_dict)
+    except CheckpointError as e:
+        raise CheckpointError(f'{os.fspath(path)}: {e}') from None
+    model.load_state_dict(state_dict, strict=True, assign=assign)
     return model
 
 

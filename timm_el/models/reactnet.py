@@ -19,8 +19,9 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import generate_default_cfgs, register_model
 
-from ..checkpoints import CheckedLoading
+from ..checkpoints import CheckedLoading, guard_loading
 from ..layers import BinaryConv2d, BinaryUnit, ElasticLink, RPReLU, Shift, guard_input
+from ..packed import is_packed, unpack_state_dict
 from ._arguments import check_counts, check_flags
 
 __all__ = ['ReActNet', 'ReActBlock']
@@ -158,6 +159,7 @@ class ReActNet(CheckedLoading, nn.Module):
         self.global_pool, self.fc = create_classifier(chs, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = chs * self.global_pool.feat_mult()
         guard_input(self.conv_stem, reduction)
+        guard_loading(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -264,7 +266,7 @@ _BN = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Map an official ReActNet-A checkpoint to our names; ours pass through.
+    """Map an official ReActNet-A checkpoint to our names; ours pass through, packed ones unpacked.
 
     Both official layouts are read: step one and AdamBNN store convolution weights in 4-D (`.weight`), step two in
     (N, 1) (`.weights`). The two halves of a reduction 1x1 are joined along the output channels. Keys may carry
@@ -274,6 +276,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         ValueError: A key of the official layout is missing or not known, or a shape does not fit.
     """
     state_dict = state_dict.get('state_dict', state_dict)
+    if is_packed(state_dict):
+        return unpack_state_dict(state_dict, model)
     state_dict = {k[len('module.'):] if k.startswith('module.') else k: v for k, v in state_dict.items()}
     if not any(k.startswith('feature.') for k in state_dict):
         return state_dict
