@@ -123,7 +123,7 @@ def test_an_activation_that_cannot_move_gets_a_norm_before_the_sign():
 
     torch.manual_seed(0)
     model = timm_el.binarize(Functional())
-    assert isinstance(model.b, BinaryUnit) and isinstance(model.b.pre, nn.BatchNorm2d)
+    assert isinstance(model.b, BinaryUnit) and isinstance(model.b.pre, nn.GroupNorm)
     for mode in (True, False):
         assert 0.1 < positive_shares(model.train(mode), torch.randn(4, 3, 32, 32))['b.conv'] < 0.9
 

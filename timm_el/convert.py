@@ -32,7 +32,7 @@ from .layers import (
 )
 from .recipes import Recipe, get_recipe, role_of_shape
 from .report import EXEMPT, Report, ReportRow
-from .shapes import LayerRun, own_input_size, run_layers
+from .shapes import WEIGHTED, LayerRun, own_input_size, run_layers
 from .signs import new_norm, revive_signs
 
 __all__ = ['binarize']
@@ -381,7 +381,7 @@ class _Plan:
         sides = tuple(f'{join_path(found.path, name)}.' for found in blocks for name in found.block.ignore)
         last = next(reversed(self.runs), None)
         for path, module in self.model.named_modules():
-            if path in self.rows or not isinstance(module, (nn.Conv2d, nn.Linear)):
+            if path in self.rows or not isinstance(module, WEIGHTED):
                 continue
             if path in self.kept:
                 self._row(path, 'kept', f'keep={self.kept[path]!r}')
@@ -391,8 +391,10 @@ class _Plan:
                 self._row(path, 'kept', 'squeeze-excite')
             elif isinstance(module, nn.Linear):
                 self._row(path, 'kept', 'classifier' if path == last else 'linear layer on vectors')
-            else:
+            elif isinstance(module, nn.Conv2d):
                 self._row(path, 'kept', 'no known block holds it', possible=False)
+            else:
+                self._row(path, 'kept', f'only Conv2d and Linear are binarized, not {type(module).__name__}')
 
         self.order = [p for p, m in self.model.named_modules() if p in self.rows]
 
@@ -578,8 +580,8 @@ def binarize(
         recipe: Name of a recipe (`recipes.RECIPES`), a `Recipe`, or its dict. The name 'el' means 'el_mobilenet' on a
             host most of whose convolutions beyond 1x1 are depthwise; the report says which one was used.
         keep: Module paths or glob patterns of layers to keep float; a path keeps everything below it.
-        example_input: Images (N, C, H, W) on which the norms that some networks need before a sign are centred, and
-            whose size the report's operations are for; noise, and the model's own size, if None.
+        example_input: Images (N, C, H, W) on which signs are judged, and whose size the report's operations are for;
+            noise, and the model's own size, if None.
         real_weights: Stage one of two-stage training: binary inputs, real weights, the same state dict keys.
         strict: Raise if a convolution has to be kept because it could not be converted.
 

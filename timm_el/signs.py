@@ -1,37 +1,39 @@
 """No sign may be the same everywhere: find those that are, on a batch, and put a norm in front of them."""
-import functools
-from typing import Dict, List, Optional, Set, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from .layers import BinaryUnit
 from .shapes import own_input_size
 
 __all__ = ['new_norm', 'revive_signs']
 
-ALIVE = (0.05, 0.95)  # share of +1 that leaves room for other images than those of the batch
+ALIVE = (0.03, 0.97)  # share of +1 that leaves room for other images than those of the batch
 NEVER = (0.002, 0.998)  # outside of it, behind a norm, there is nothing to take the sign of
 
 
 def new_norm(layer: nn.Module, frozen: bool = False) -> nn.Module:
-    """A norm for the input of a layer: batch norm for images, layer norm for pixels with channels last."""
+    """A norm for the input of a layer, over all of an image, or over the channels of a pixel for a linear layer.
+
+    It centres whatever comes, in training and in eval mode alike; its bias is the learnable shift of the sign.
+    """
     dd = {'device': layer.weight.device, 'dtype': layer.weight.dtype}
-    norm = nn.LayerNorm(layer.in_features, **dd) if isinstance(layer, nn.Linear) else nn.BatchNorm2d(
-        layer.in_channels, **dd)
+    linear = isinstance(layer, nn.Linear)
+    norm = nn.LayerNorm(layer.in_features, **dd) if linear else nn.GroupNorm(1, layer.in_channels, **dd)
     return norm.train(layer.training).requires_grad_(not frozen)
 
 
 def revive_signs(
         model: nn.Module, images: Optional[torch.Tensor] = None) -> Tuple[List[str], List[str], List[str]]:
-    """Run a batch through a converted network and give a norm to each unit whose sign it leaves (almost) constant.
+    """Run images through a converted network and give a norm to each unit whose sign they leave (almost) constant.
 
-    The batch passes in training and in eval mode, until a pass finds nothing. A new norm acts at once, so that what
-    comes after it is judged with it in place; batch norms in front of signs take the statistics of the batch for eval
-    mode.
+    They pass in training and in eval mode, until a pass finds nothing. A new norm acts at once, so that what comes
+    after it is judged with it in place.
 
     Args:
-        model: The converted network. Only its new norms are changed.
+        model: The converted network. It only gets new norms.
         images: The batch; noise of the model's own size, or less where that will do, if None.
 
     Returns:
@@ -44,16 +46,16 @@ def revive_signs(
         return [], [], []
     revived: List[str] = []
     hopeless: List[str] = []
-    centred: Set[nn.Module] = set()
     batches = [images] if images is not None else _noise(model)
-    for layer in units:  # most of the time here would go into weights, which do not change between the passes
-        layer.quantized_weight = functools.cache(functools.partial(_weight, layer))
+    for layer in units:
+        # Real weights spread their outputs about as their signs do. To compute those would be most of the time here.
+        layer.quantized_weight = layer.latent_weight
     try:
         for batch in batches:
             try:
                 for i, training in enumerate((True, False, True, False)):
                     hopeless.clear()
-                    found = _pass(model, batch, training, units, centred, hopeless)
+                    found = _pass(model, batch, training, units, hopeless)
                     revived += found
                     if i and not found:
                         break
@@ -67,26 +69,20 @@ def revive_signs(
         f'the signs could not be checked on a batch of shape {tuple(batches[-1].shape)} ({error}); pass example_input']
 
 
-@torch.no_grad()
-def _weight(layer: nn.Module) -> torch.Tensor:
-    """`layer.quantized_weight()`, but for -0.0 and the rounding of alpha, in two passes over memory."""
-    latent = layer.latent_weight()
-    if layer.weight_quantizer is None:
-        return latent
-    shape = [-1] + [1] * (latent.dim() - 1)
-    alpha = torch.linalg.vector_norm(latent.flatten(1), 1, dim=1) / latent[0].numel()
-    return torch.copysign(alpha.reshape(shape) if layer.scale_weight else torch.ones_like(alpha).reshape(shape), latent)
-
-
 def _noise(model: nn.Module) -> List[torch.Tensor]:
-    """Batches to try: small images first, then the model's own size."""
+    """Batches to try, small images first, then the model's own size. Half of each is white noise, half is smooth."""
     weight = next(p for p in model.parameters() if p.is_floating_point())
     size = own_input_size(model)
     generator = torch.Generator().manual_seed(0)
     cfg = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
     limits = (max(size),) if cfg.get('fixed_input_size') else (64, 96, 128, max(size))
-    sizes = [(size[0], *(min(n, limit) for n in size[1:])) for limit in limits]
-    return [torch.randn((2, *s), generator=generator).to(weight.device, weight.dtype) for s in dict.fromkeys(sizes)]
+    batches = []
+    for height, width in dict.fromkeys(tuple(min(n, limit) for n in size[1:]) for limit in limits):
+        white = torch.randn((2, size[0], height, width), generator=generator)
+        smooth = torch.randn((2, size[0], 6, 6), generator=generator)
+        smooth = F.interpolate(smooth, size=(height, width), mode='bicubic', align_corners=False)
+        batches.append(torch.cat([white, smooth]).to(weight.device, weight.dtype))
+    return batches
 
 
 @torch.no_grad()
@@ -95,39 +91,27 @@ def _pass(
         x: torch.Tensor,
         training: bool,
         units: Dict[nn.Module, Tuple[str, BinaryUnit]],
-        centred: Set[nn.Module],
         hopeless: List[str],
 ) -> List[str]:
     """One batch in one mode; gives the units that got a norm. Modes and statistics are as before afterwards."""
     revived: List[str] = []
 
     def judge(layer: nn.Module, args: Tuple[torch.Tensor]) -> Optional[Tuple[torch.Tensor]]:
-        share = (args[0] >= 0).to(torch.float32).mean().item()
-        if ALIVE[0] < share < ALIVE[1]:
+        shares = [(half >= 0).to(torch.float32).mean().item() for half in args[0].chunk(2)]
+        if all(ALIVE[0] < share < ALIVE[1] for share in shares):
             return None
         path, unit = units[layer]
         if unit.pre is not None:
-            if not NEVER[0] <= share <= NEVER[1]:
+            if not all(NEVER[0] <= share <= NEVER[1] for share in shares):
                 hopeless.append(path)
             return None
         unit.pre = new_norm(layer, not layer.weight.requires_grad)
-        modes[unit.pre] = layer.training
         revived.append(path)
-        handles.append(unit.pre.register_forward_pre_hook(centre))
-        unit.pre.train(training)
         return (unit.pre(args[0]),)
-
-    def centre(norm: nn.Module, args: Tuple[torch.Tensor]) -> None:
-        if isinstance(norm, nn.BatchNorm2d):
-            if not training or norm not in centred:
-                norm.running_mean.copy_(args[0].mean((0, 2, 3)))
-                norm.running_var.copy_(args[0].var((0, 2, 3)))
-            centred.add(norm)
 
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
     handles = [layer.register_forward_pre_hook(judge) for layer in units]
-    handles += [unit.pre.register_forward_pre_hook(centre) for _, unit in units.values() if unit.pre is not None]
     try:
         with torch.random.fork_rng(devices=[x.device] if x.device.type == 'cuda' else []):
             model.train(training)
