@@ -107,8 +107,13 @@ class _Plan:
             recipe: Recipe,
             keep: Sequence[str],
             input_size: Optional[Tuple[int, int, int]],
+            like: Optional[Dict[str, Any]],
     ) -> None:
         self.model = model
+        self.keep = tuple(keep) if isinstance(keep, (list, tuple)) else keep
+        self.like = like
+        self.revived: List[str] = []
+        self.hopeless: List[str] = []
         self.recipe = recipe
         self.input_size = input_size or own_input_size(model)
         self.runs: Dict[str, LayerRun] = {}
@@ -415,7 +420,9 @@ class _Plan:
         if self.renewed_norms:
             notes.append(
                 f'running statistics of {self.renewed_norms} norms start anew, because their activation moved in front')
-        return Report(self.recipe, [self.rows[p] for p in self.order], notes, self.moved, self.input_size)
+        return Report(
+            self.recipe, [self.rows[p] for p in self.order], notes, self.moved, self.input_size, self.keep,
+            tuple(self.revived), tuple(self.hopeless))
 
     def apply(self, example_input: Optional[torch.Tensor]) -> List[str]:
         """Put the planned modules in their places, at every path that a module has. Gives notes for the report."""
@@ -450,14 +457,20 @@ class _Plan:
         """Norms before signs that would be constant, in networks that no table describes; notes for the report."""
         if self.recipe.act == 'keep' or not any(isinstance(network, GraphNetwork) for network in self.networks):
             return []
-        revived, hopeless, notes = revive_signs(self.model, example_input)
-        for path in hopeless:
+        if self.like is None:
+            self.revived, self.hopeless, notes = revive_signs(self.model, example_input)
+        else:
+            self.revived, self.hopeless, notes = list(self.like['revived']), list(self.like['hopeless']), []
+            for path in self.revived:
+                unit = self.model.get_submodule(path)
+                unit.pre = new_norm(unit.conv, not unit.conv.weight.requires_grad)
+        for path in self.hopeless:
             unit = self.model.get_submodule(path)
             unit.conv, unit.pre = self.hosts[path], None
             self.rows[path] = replace(
                 self.rows[path], status='real', scale_input=False, possible=False,
                 reason='its input does not vary, a norm before the sign would not help')
-        return [f'a new norm shifts the input of the sign at {", ".join(revived)}'] * bool(revived) + notes
+        return [f'a new norm shifts the input of the sign at {", ".join(self.revived)}'] * bool(self.revived) + notes
 
 
 @torch.no_grad()
@@ -559,6 +572,7 @@ def binarize(
         example_input: Optional[torch.Tensor] = None,
         real_weights: bool = False,
         strict: bool = False,
+        like: Optional[Dict[str, Any]] = None,
 ) -> nn.Module:
     """Binarize a network in place: every conv-norm-act chain becomes one `BinaryUnit`.
 
@@ -584,6 +598,8 @@ def binarize(
             noise, and the model's own size, if None.
         real_weights: Stage one of two-stage training: binary inputs, real weights, the same state dict keys.
         strict: Raise if a convolution has to be kept because it could not be converted.
+        like: `binarize_report.plan()` of a network of the same host: recipe, kept layers and norms before signs are
+            taken from it, so that their state dicts fit each other.
 
     Returns:
         The model.
@@ -603,6 +619,8 @@ def binarize(
         found = tuple(example_input.shape) if isinstance(example_input, torch.Tensor) else type(example_input).__name__
         raise ValueError(f'example_input: found {found}, expected a tensor (N, C, H, W)')
     _refuse_unfit(model)
+    if like is not None:
+        recipe, keep = Recipe.from_dict(like['recipe']), like['keep']
     chosen = get_recipe(recipe)
     note = None
     if isinstance(recipe, str) and recipe == 'el' and _is_separable(model):
@@ -610,7 +628,7 @@ def binarize(
         note = "recipe 'el' on a depthwise-separable host is 'el_mobilenet': activations in the branches, no K"
     plan = _Plan(
         model, chosen.with_real_weights() if real_weights else chosen, keep,
-        None if example_input is None else tuple(example_input.shape[1:]))
+        None if example_input is None else tuple(example_input.shape[1:]), like)
     impossible = [row for row in plan.report().rows if not row.possible]
     if strict and impossible:
         row = impossible[0]

@@ -60,12 +60,24 @@ class Report:
         notes: What does not belong to one layer.
         moved: Where the host's modules went, old path to new path, '' for those that are gone.
         input_size: (channels, height, width) of the image for which operations were counted, None if they were not.
+        keep: What the caller asked to keep float.
+        revived: Units that got a norm because their sign was the same almost everywhere.
+        hopeless: Units whose layer stays float because its input does not vary.
     """
     recipe: Recipe
     rows: List[ReportRow] = field(default_factory=list)
     notes: List[str] = field(default_factory=list)
     moved: Dict[str, str] = field(default_factory=dict)
     input_size: Optional[Tuple[int, int, int]] = None
+    keep: Tuple[str, ...] = ()
+    revived: Tuple[str, ...] = ()
+    hopeless: Tuple[str, ...] = ()
+
+    def plan(self) -> Dict[str, Any]:
+        """What `binarize` needs, beside the host, to build the same network again (`like`), as plain data."""
+        return {
+            'recipe': self.recipe.to_dict(), 'keep': list(self.keep), 'revived': list(self.revived),
+            'hopeless': list(self.hopeless)}
 
     def count(self, status: str) -> int:
         """Number of layers with a status."""

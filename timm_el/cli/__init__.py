@@ -7,19 +7,20 @@ if TYPE_CHECKING:
 VERBS = {
     'bench': 'what training a binarized model costs beside its float host',
     'demo': 'train a binarized network on real images, offline, in under three minutes',
+    'push': 'write a Hub folder of packed weights, check it, and upload it',
     'run': "run one of timm's scripts with these models registered",
     'sweep': 'binarize many nets and print what came of it',
     'summary': 'bits, bytes and operations of a model, layer by layer',
 }
 
 
-def create(name: str, recipe: Optional[str] = None) -> 'nn.Module':
+def create(name: str, recipe: Optional[str] = None, **kwargs) -> 'nn.Module':
     """A timm model; with a recipe, a registered model of this package takes it and any other is converted by it."""
     import timm
 
     from ..convert import binarize
     if recipe is None:
-        return timm.create_model(name)
+        return timm.create_model(name, **kwargs)
     if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm_el.'):
-        return timm.create_model(name, recipe=recipe)
-    return binarize(timm.create_model(name), recipe)
+        return timm.create_model(name, recipe=recipe, **kwargs)
+    return binarize(timm.create_model(name, **kwargs), recipe)

@@ -16,6 +16,7 @@ from ..checkpoints import CheckedLoading, float_to_latent
 from ..convert import binarize
 from ..recipes import Recipe
 from ._arguments import check_arguments, check_flags
+from ._shipped import CIFAR10, bundled_file, choose_weights
 
 __all__ = ['BinarizedResNet']
 
@@ -67,13 +68,16 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
 
 default_cfgs = generate_default_cfgs({
     'el_resnet18.untrained': _cfg(),
-    'el_resnet26.untrained': _cfg(),
+    'el_resnet26.untrained*': _cfg(),
+    'el_resnet26.cifar10': _cfg(
+        file=bundled_file('el_resnet26.cifar10'), input_size=(3, 32, 32), pool_size=(1, 1), **CIFAR10),
     'el_resnet34.untrained': _cfg(),
     'el_resnet50.untrained': _cfg(),
 })
 
 
 def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> BinarizedResNet:
+    kwargs = choose_weights(variant, pretrained, kwargs)
     return build_model_with_cfg(
         BinarizedResNet, variant, pretrained, pretrained_filter_fn=float_to_latent, **kwargs)
 
