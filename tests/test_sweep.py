@@ -40,8 +40,9 @@ MANY = [
 SHARED = {'coat_tiny': 0.5}
 # Attention over blocks or positions of a fixed number, and auxiliary heads that shrink their input.
 SIZES = {'halonet26t': 256, 'lambda_resnet26t': 256, 'botnet26t_256': 256, 'tv:inception_v3': 299}
-# On white noise in training mode, deep bottleneck nets drift until their last signs are +1; on images they do not.
-NOISE = ('tv:resnext50_32x4d',)
+# In training mode at 96 px the last signs of a deep bottleneck net, whose norms the table leaves as they are, are 99.2 %
+# +1 on photographs and more on white noise; one sign of iformer_t is 99.6 % +1 on white noise, behind its norm.
+DRIFTS = {'tv:resnext50_32x4d': 0.999, 'iformer_t': 0.99}
 COMPILED = ['regnetx_002', 'test_convnext', 'test_nfnet']
 
 
@@ -61,14 +62,14 @@ def test_net(name, photos):
     row = sweep_one(lambda: build(name), SIZES.get(name, 96))
     model, report = row['model'], row['report']
     assert row['host_error'] < 1e-4 and row['binarized'] > 0
-    assert row['dead']['eval'] == 0 and (row['dead']['train'] == 0 or name in NOISE)
+    assert row['dead']['eval'] == 0 and (row['dead']['train'] == 0 or name in DRIFTS)
     images = F.interpolate(photos, size=row['size'], mode='bilinear', antialias=True)
     for mode in (False, True):
         shares = positive_shares(model.train(mode), images)
         assert len(shares) >= row['binarized'] - 12  # auxiliary heads run in training only
-        assert {k: v for k, v in shares.items() if not 0.01 < v < 0.99} == {}
+        assert {k: v for k, v in shares.items() if not 0.01 < v < DRIFTS.get(name, 0.99)} == {}
     assert report.eligible_macs_share >= SHARED.get(name, 0.9)
-    assert name in SHARED or row['impossible'] == {}
+    assert name in SHARED or set(row['impossible']) <= {'there is no binary ConvTranspose2d'}
 
     # The report adds up.
     units = {p: m for p, m in model.named_modules() if isinstance(m, BinaryUnit)}

@@ -13,7 +13,15 @@ import torch.nn as nn
 from timm.models import clean_state_dict, load_state_dict
 
 from .layers import expected_statistics, weight_scale
-from .packed import CheckpointError, binary_layers, is_packed, read_packed, unpack_state_dict
+from .packed import (
+    CheckpointError,
+    binary_layers,
+    is_packed,
+    read_packed,
+    take_signs,
+    unpack_state_dict,
+    write_signs,
+)
 from .quantizers import sign
 
 __all__ = [
@@ -190,12 +198,18 @@ def load_packed(model: nn.Module, path: Union[str, os.PathLike], assign: bool = 
     """
     if not any(True for _ in binary_layers(model)):
         raise ValueError(f'model: {type(model).__name__} has no binary weight; create or binarize it first')
-    state_dict = unpack_state_dict(read_packed(path), model, os.fspath(path))
+    state_dict, signs = take_signs(read_packed(path), model, os.fspath(path))
+    # Until all has been checked the own weights stand for themselves; to copy a tensor to itself costs nothing.
+    state_dict.update((key, weight) for key, (_, _, weight) in signs.items())
+    if assign:
+        state_dict.update((key, torch.empty_like(weight, device='cpu')) for key, (_, _, weight) in signs.items())
     try:
         check_state_dict(model, state_dict)
     except CheckpointError as e:
         raise CheckpointError(f'{os.fspath(path)}: {e}') from None
     model.load_state_dict(state_dict, strict=True, assign=assign)
+    for key, (bits, alpha, _) in signs.items():
+        write_signs(bits, alpha, model.get_parameter(key).data)
     return model
 
 

@@ -398,8 +398,10 @@ class _Plan:
                 self._row(path, 'kept', 'classifier' if path == last else 'linear layer on vectors')
             elif isinstance(module, nn.Conv2d):
                 self._row(path, 'kept', 'no known block holds it', possible=False)
+            elif isinstance(module, nn.Conv1d):
+                self._row(path, 'kept', 'one-dimensional convolution')
             else:
-                self._row(path, 'kept', f'only Conv2d and Linear are binarized, not {type(module).__name__}')
+                self._row(path, 'kept', f'there is no binary {type(module).__name__}', possible=False)
 
         self.order = [p for p, m in self.model.named_modules() if p in self.rows]
 

@@ -39,7 +39,7 @@ from typing import Any, Dict, Iterator, Optional, Tuple, Union
 import torch
 import torch.nn as nn
 
-from .bits import pack_signs, pack_weight, packed_size, unpack_signs, unpack_weight
+from .bits import pack_signs, pack_weight, packed_size, unpack_signs
 from .layers import BinaryConv2d, BinaryLinear, weight_scale
 from .version import __version__
 
@@ -177,18 +177,46 @@ def unpack_state_dict(
         CheckpointError: The tensors are damaged, of a newer format, or do not fit the model's binary layers.
     """
     check_damage(packed, where)
+    state_dict, signs = take_signs(packed, model, where)
+    for key, (bits, alpha, weight) in signs.items():
+        dtype = weight.dtype if alpha is None else alpha.dtype
+        state_dict[key] = torch.empty(weight.shape, dtype=dtype, device=bits.device)
+        write_signs(bits, alpha, state_dict[key])
+    return state_dict
+
+
+Signs = Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]
+
+
+def take_signs(
+        packed: Dict[str, torch.Tensor], model: nn.Module, where: str,
+) -> Tuple[Dict[str, torch.Tensor], Dict[str, Signs]]:
+    """Part packed tensors into those that stay as they are, and bits, alpha and the model's own weight by weight key.
+
+    Raises:
+        CheckpointError: They do not fit the model's binary layers.
+    """
     state_dict = {key: tensor for key, tensor in packed.items() if key != VERSION_KEY}
-    for prefix, layer in binary_layers(model):
-        if prefix + BITS in state_dict:
-            state_dict[f'{prefix}weight'] = _unpack(state_dict, prefix, layer, where)
+    signs = {f'{prefix}weight': _take(state_dict, prefix, layer, where) for prefix, layer in binary_layers(model)
+             if prefix + BITS in state_dict}
     stray = next((key for key in state_dict if key.endswith((f'.{BITS}', f'.{ALPHA}', f'.{PAD}'))), None)
     if stray is not None:
         raise CheckpointError(
             f'{where}: {stray}: the model has no binary weight there; this is a packed file of another model or recipe')
-    return state_dict
+    return state_dict, signs
 
 
-def _unpack(state_dict: Dict[str, torch.Tensor], prefix: str, layer: nn.Module, where: str) -> torch.Tensor:
+@torch.no_grad()
+def write_signs(bits: torch.Tensor, alpha: Optional[torch.Tensor], weight: torch.Tensor) -> None:
+    """Fill a weight with +-alpha, or +-1."""
+    signs = unpack_signs(bits, weight.shape[1], torch.int8)
+    # Each step by itself is a fast kernel; a product of int8 with floats is not.
+    weight.copy_((signs.permute(0, 3, 1, 2) if weight.dim() == 4 else signs).contiguous())
+    if alpha is not None:
+        weight.mul_(alpha.to(weight.device, weight.dtype).reshape(-1, *[1] * (weight.dim() - 1)))
+
+
+def _take(state_dict: Dict[str, torch.Tensor], prefix: str, layer: nn.Module, where: str) -> Signs:
     bits, alpha = state_dict.pop(prefix + BITS), state_dict.pop(prefix + ALPHA, None)
     pad = state_dict.pop(prefix + PAD, None)
     out, *inner = layer.weight.shape
@@ -201,6 +229,8 @@ def _unpack(state_dict: Dict[str, torch.Tensor], prefix: str, layer: nn.Module, 
         raise CheckpointError(
             f'{where}: {prefix}{ALPHA}: found {"one" if alpha is not None else "none"}, expected '
             f'{"one" if layer.scale_weight else "none"}; this is a packed file of another recipe')
+    if pad is not None and pad.numel() != 1:
+        raise CheckpointError(f'{where}: {prefix}{PAD}: found shape {tuple(pad.shape)}, expected ()')
     found_pad, own_pad = 0 if pad is None else int(pad), getattr(layer, 'pad_value', 0)
     if found_pad != own_pad:
         raise CheckpointError(
@@ -213,9 +243,7 @@ def _unpack(state_dict: Dict[str, torch.Tensor], prefix: str, layer: nn.Module, 
                 f'{where}: {prefix}{ALPHA}: found {alpha.dtype} {tuple(alpha.shape)}, expected floats ({out},)')
         if not (torch.isfinite(alpha) & (alpha >= 0)).all():
             raise CheckpointError(f'{where}: {prefix}{ALPHA}: found a negative or infinite value, expected alpha >= 0')
-    dtype = layer.weight.dtype if alpha is None else alpha.dtype
-    weight = (unpack_weight if len(inner) == 3 else unpack_signs)(bits, inner[0], dtype)
-    return weight if alpha is None else weight.mul_(alpha.reshape(-1, *[1] * len(inner)))
+    return bits, alpha, layer.weight
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from .recipes import Recipe
 __all__ = ['Report', 'ReportRow']
 
 # Layers that no method binarizes: their operations are not counted as missed.
-EXEMPT = ('first convolution', 'classifier', 'residual downsample', 'linear layer on vectors')
+EXEMPT = (
+    'first convolution', 'classifier', 'residual downsample', 'linear layer on vectors', 'one-dimensional convolution')
 
 
 @dataclass(frozen=True)
