@@ -40,8 +40,8 @@ MANY = [
 SHARED = {'coat_tiny': 0.5}
 # Attention over blocks or positions of a fixed number, and auxiliary heads that shrink their input.
 SIZES = {'halonet26t': 256, 'lambda_resnet26t': 256, 'botnet26t_256': 256, 'tv:inception_v3': 299}
-# In training mode at 96 px the last signs of a deep bottleneck net, whose norms the table leaves as they are, are 99.2 %
-# +1 on photographs and more on white noise; one sign of iformer_t is 99.6 % +1 on white noise, behind its norm.
+# In training mode at 96 px the last signs of a deep bottleneck net, to which the table adds no norms, are 99.2 % +1 on
+# photographs and more on white noise; one sign of iformer_t is 99.6 % +1 on white noise, behind its norm.
 DRIFTS = {'tv:resnext50_32x4d': 0.999, 'iformer_t': 0.99}
 COMPILED = ['regnetx_002', 'test_convnext', 'test_nfnet']
 
@@ -69,7 +69,7 @@ def test_net(name, photos):
         assert len(shares) >= row['binarized'] - 12  # auxiliary heads run in training only
         assert {k: v for k, v in shares.items() if not 0.01 < v < DRIFTS.get(name, 0.99)} == {}
     assert report.eligible_macs_share >= SHARED.get(name, 0.9)
-    assert name in SHARED or set(row['impossible']) <= {'there is no binary ConvTranspose2d'}
+    assert name in (*SHARED, *DRIFTS) or set(row['impossible']) <= {'there is no binary ConvTranspose2d'}
 
     # The report adds up.
     units = {p: m for p, m in model.named_modules() if isinstance(m, BinaryUnit)}
