@@ -93,7 +93,7 @@ def save_for_hub(
         model, folder / CONFIG,
         model_config={'timm_el': facts, 'pretrained_cfg': pretrained_cfg or {}}, model_args=args)
     (folder / CARD).write_text(
-        _card(model, registered, metrics or {}, dataset, details, repo_id, folder / WEIGHTS), encoding='utf-8')
+        _card(model, registered, metrics or {}, dataset, details, repo_id, folder), encoding='utf-8')
     _verify(model, folder)
     return folder
 
@@ -181,12 +181,12 @@ def _card(
         dataset: Optional[str],
         details: str,
         repo_id: str,
-        weights: Path,
+        folder: Path,
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
     cfg = model.pretrained_cfg
     name, report = cfg['architecture'], getattr(model, 'binarize_report', None)
-    size = own_input_size(model)
+    size = tuple(json.loads((folder / CONFIG).read_text())['pretrained_cfg']['input_size'])
     summary = summarize(model, size)
     on = dataset or 'unknown'
     results = [
@@ -204,7 +204,7 @@ def _card(
     facts = [
         ('recipe', report.recipe.name if report is not None else name),
         ('image', 'x'.join(map(str, size))),
-        ('file', f'{weights.stat().st_size / 1e6:.2f} MB, one bit per binary weight'),
+        ('file', f'{(folder / WEIGHTS).stat().st_size / 1e6:.2f} MB, one bit per binary weight'),
         ('parameters', f'{summary.params:,}, of which {summary.bit_params:,} are one bit'),
         ('OPs', f'{summary.ops / 1e6:.1f} M = {summary.real_macs / 1e6:.1f} M float MACs + '
                 f'{summary.binary_macs / 1e6:.1f} M binary MACs / 64'),
