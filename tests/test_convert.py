@@ -69,7 +69,7 @@ def test_converted_net_trains_and_no_sign_is_dead(name, photos):
 @pytest.mark.parametrize('name', HOSTS)
 def test_report_accounts_for_every_layer(name):
     model = host(name)
-    layers = {p: m.weight.numel() for p, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    layers = {p: m.weight.numel() for p, m in model.named_modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear))}
     report = timm_el.binarize(model).binarize_report
     assert {row.path: row.params for row in report.rows} == layers
     binary = {p: m for p, m in model.named_modules() if isinstance(m, BinaryConv2d)}
