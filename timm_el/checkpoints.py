@@ -90,9 +90,10 @@ def _new_name(key: str, moved: Dict[str, str]) -> Optional[str]:
     return key
 
 
-def _is_float(state_dict: Dict[str, Any], model: nn.Module) -> Optional[str]:
+def _is_float(
+        state_dict: Dict[str, Any], model: nn.Module, own: Optional[Dict[str, torch.Tensor]] = None) -> Optional[str]:
     """The first key that only the float host has, None if there is no such key."""
-    own = model.state_dict()
+    own = model.state_dict() if own is None else own
     units = (path for path, place in _moved(model).items() if place == f'{path}.conv')
     return next((f'{path}.weight' for path in units
                  if f'{path}.weight' in state_dict and f'{path}.weight' not in own), None)
@@ -207,7 +208,7 @@ def load_packed(model: nn.Module, path: Union[str, os.PathLike], assign: bool = 
         check_state_dict(model, state_dict)
     except CheckpointError as e:
         raise CheckpointError(f'{os.fspath(path)}: {e}') from None
-    model.load_state_dict(state_dict, strict=True, assign=assign)
+    nn.Module.load_state_dict(model, state_dict, strict=True, assign=assign)  # checked already
     for key, (bits, alpha, _) in signs.items():
         write_signs(bits, alpha, model.get_parameter(key).data)
     return model
@@ -227,7 +228,7 @@ def check_state_dict(module: nn.Module, state_dict: Dict[str, Any], strict: bool
     """
     given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
     own = module.state_dict()
-    float_key = _is_float(given, module)
+    float_key = _is_float(given, module, own)
     if float_key is not None:
         raise CheckpointError(
             f'{prefix}{float_key}: this is a checkpoint of the float host, expected '
