@@ -154,3 +154,20 @@ def test_names_of_one_recipe_and_stages_of_one_training_have_one_code():
     assert codes['el'] == codes['el_6'] == timm_el.RECIPES['el'].with_real_weights().code
     assert codes['baseline'] == codes['s_resnet_k_s'] == codes['first_binary']
     assert len(set(codes.values())) == len(codes) - 3
+
+
+@pytest.mark.parametrize('name', ['test_convnext', 'mobilenetv2_100', 'ghostnet_050'])
+def test_a_float_checkpoint_loads_into_a_net_with_new_norms_and_activations_without_a_norm(name):
+    host, model = timm.create_model(name), timm_el.binarize(timm.create_model(name))
+    timm_el.load_float(model, host.state_dict())
+    moved = model.binarize_report.moved
+    for path, module in host.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            assert torch.equal(model.get_submodule(moved.get(path, path)).weight, module.weight)
+
+
+def test_a_kept_layer_without_a_norm_loses_the_activation_before_a_sign_and_says_so():
+    model = timm_el.binarize(timm.create_model('test_convnext'), keep=('stages.1.blocks.0.mlp.fc1',))
+    row = next(row for row in model.binarize_report.rows if row.path == 'stages.1.blocks.0.mlp.fc1')
+    assert (row.status, row.act) == ('kept', 'dropped') and None not in model.binarize_report.moved
+    assert isinstance(model.stages[1].blocks[0].mlp.act, torch.nn.Identity)

@@ -234,6 +234,7 @@ def test_linear_layers_on_pixels_are_binarized_as_the_1x1_convolutions_that_they
         branch = fc1.act(branch)
     expected = branch + torch.cat([x] * 4, -1) / fc1.link.gamma
     torch.testing.assert_close(fc1(x), expected)
+    assert model.stages[1].blocks[0].mlp.fc2.link.kind == 'squeeze'  # a layer scale is no second signal
     assert rows(model)['head.fc'].reason == 'classifier'
     vit = timm_el.binarize(timm.create_model('vit_tiny_r_s16_p8_224'), 'el')
     assert {row.reason for row in vit.binarize_report.rows if row.kind == 'Linear'} == {

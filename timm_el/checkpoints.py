@@ -102,8 +102,8 @@ def _is_float(
 def float_to_latent(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Rename the tensors of a model's float host; those of the model itself pass through, packed ones are unpacked.
 
-    The signature is that of timm's `pretrained_filter_fn`. What the host does not have (gammas) gets the model's own
-    value, and so do the running statistics of norms whose activation moved in front of them. Shortcuts
+    The signature is that of timm's `pretrained_filter_fn`. What the host does not have (gammas, new norms) gets the
+    model's own value, and so do the running statistics of norms whose activation moved in front of them. Shortcuts
     without average pooling (conv, norm) are read into ones with it (pool, conv, norm).
 
     Args:
@@ -131,10 +131,11 @@ def float_to_latent(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Di
             for key in [k for k in renamed if k.startswith(f'{prefix}{index}.')]:
                 renamed[f'{prefix}{index + 1}.{key[len(prefix) + 2:]}'] = renamed.pop(key)
     for key, value in own.items():
-        if key.endswith(('.gamma', '.num_batches_tracked')) and key not in renamed:
+        if key not in renamed and (key.endswith(('.gamma', '.num_batches_tracked')) or '.pre.' in key):
             renamed[key] = value
     for row in model.binarize_report.rows:
-        if row.act == 'in branch':  # the host's statistics are those of another tensor
+        # The host's statistics are those of another tensor.
+        if row.act == 'in branch' and row.norm and f'{moved[row.norm]}.running_mean' in own:
             conv_path, norm_path = moved.get(row.path, row.path), moved[row.norm]
             conv, act = model.get_submodule(conv_path), model.get_submodule(norm_path.rpartition('.')[0]).act
             weight = renamed[f'{conv_path}.weight']

@@ -250,7 +250,9 @@ class _Plan:
     def _plan_kept(self, chain: Chain, reason: str, possible: bool, keep_act: bool) -> None:
         """A float convolution outside any unit; only its activation may move."""
         norm, act, fate = self._norm_and_act(chain, keep_act)
-        if act is not None and self.recipe.act == 'branch':
+        if act is not None and chain.norm is None:
+            fate = 'dropped'  # there is no norm that it could stand in front of
+        elif act is not None and self.recipe.act == 'branch':
             norm = self._renew(norm, act, get_module(self.model, chain.conv))
             norm = nn.Sequential(OrderedDict(act=act, norm=norm))
             self.moved[chain.norm] = f'{chain.norm}.norm'
@@ -480,7 +482,7 @@ def _shift_before_pool(norm: Optional[nn.Module]) -> None:
     """Start the bias of a fresh norm in front of a max-pool below zero.
 
     The largest of nine values is positive for 99.8 % of white noise (1 - 2^-9), and so would be the sign that comes
-    next. With this bias it is 67 to 98 %, whether the norm divides by the batch's deviation or, as yet, by 1. A norm
+    next. With this bias it is 57 to 98 %, whether the norm divides by the batch's deviation or, as yet, by 1. A norm
     that has seen data is left as it is: its bias is the learnable shift.
     """
     running = getattr(norm, 'running_var', None)

@@ -35,10 +35,8 @@ PASS_METHODS = {
 NON_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax)
 NON_NEGATIVE_FUNCTIONS = {
     F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, torch.sigmoid, F.sigmoid, F.hardsigmoid, F.softplus, F.softmax}
-GATES = ('sigmoid', 'softmax', 'tanh')
+GATES = ('sigmoid', 'softmax')
 ADDITIONS = {'add', 'iadd', 'add_'}
-
-
 # Functions that hold weights, or mix what they are given as one that does.
 WEIGHTED_FUNCTIONS = {'conv1d', 'conv2d', 'linear', 'matmul', 'bmm', 'einsum', 'scaled_dot_product_attention'}
 
@@ -407,7 +405,7 @@ class _Piece:
         """Inputs of a node; of a product, those that are neither its gate nor a parameter."""
         if _name(node) != 'mul':
             return list(node.all_input_nodes)
-        return [n for n in node.all_input_nodes if not self.is_gate(n) and n.op != 'get_attr']
+        return [n for n in node.all_input_nodes if not self.is_gate(n) and self.skip_back(n).op != 'get_attr']
 
     def is_gate(self, node: fx.Node) -> bool:
         """The output of a sigmoid or softmax, which scales another signal."""
