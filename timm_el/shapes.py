@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterable, Optional, Set, Tuple, Union
 import torch
 import torch.nn as nn
 
-__all__ = ['LayerRun', 'run_layers', 'own_input_size', 'WEIGHTED']
+__all__ = ['LayerRun', 'run_layers', 'own_input_size', 'meta_copy', 'WEIGHTED']
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -50,7 +50,7 @@ def run_layers(
         Exception: Whatever the network raises for this input.
     """
     try:
-        return _record(_meta_copy(model), 'meta', input_size, set(extra))
+        return _record(meta_copy(model), 'meta', input_size, set(extra))
     except Exception:
         if not compute:
             raise
@@ -101,7 +101,7 @@ def own_input_size(model: nn.Module) -> Tuple[int, int, int]:
     return (getattr(model, 'in_chans', size[0]), *size[1:])
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of the model on the meta device, made without copying a tensor."""
     memo: Dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:

@@ -1,0 +1,5 @@
+"""The engine: deployed networks, their operators and kernels."""
+from .deploy import deploy
+from .native import chip_rate, count_rate, info, use_isa
+
+__all__ = ['deploy', 'info', 'use_isa', 'chip_rate', 'count_rate']

@@ -1,0 +1,120 @@
+"""Which norm and activation follow which convolution: seen by running the network once and watching who reads what."""
+from typing import Any, Dict, List, Tuple
+
+import torch
+import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..shapes import meta_copy, own_input_size
+
+__all__ = ['followers']
+
+
+class _Watch(TorchDispatchMode):
+    """Counts the readers of each tensor: one for each operator outside, one for each module that is watched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: Dict[int, List[Any]] = {}
+        self.inside: List[nn.Module] = []
+        self.alive: List[Any] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        reader = self.inside[-1] if self.inside else object()
+        for leaf in tree_leaves((args, kwargs or {})):
+            if isinstance(leaf, torch.Tensor):
+                readers = self.readers.setdefault(id(leaf), [])
+                if reader not in readers:
+                    readers.append(reader)
+        out = func(*args, **(kwargs or {}))
+        self.alive.append(out)  # an id must not be used twice
+        return out
+
+
+def followers(
+        model: nn.Module, sources: Tuple[type, ...], others: Tuple[type, ...],
+) -> Dict[str, List[str]]:
+    """What comes directly after each source layer, as long as nothing else reads the tensor in between.
+
+    A layer that runs more than once, or whose output leaves the network, has no followers. Modules with hooks of their
+    own are not followed, because the hook wants to see what is there.
+
+    Args:
+        model: Any network; it is not changed. It runs on the meta device, or, if it does not, on zeros.
+        sources: Classes of the layers to follow.
+        others: Classes of the modules that may follow.
+
+    Returns:
+        Path of each source, and the paths of what follows it, in order.
+    """
+    try:
+        return _watch(meta_copy(model), 'meta', model, sources, others)
+    except Exception:  # the network looks at values
+        return _watch(model, next(model.parameters()).device, model, sources, others)
+
+
+def _watch(
+        network: nn.Module,
+        device: Any,
+        model: nn.Module,
+        sources: Tuple[type, ...],
+        others: Tuple[type, ...],
+) -> Dict[str, List[str]]:
+    watch = _Watch()
+    hooked = {path for path, m in model.named_modules() if m._forward_hooks}
+    paths = {m: p for p, m in network.named_modules()}
+    ran: Dict[str, int] = {}
+    made: Dict[int, str] = {}  # id of an output: the module that gave it
+    took: Dict[str, int] = {}  # path: id of its input
+    gave: Dict[str, int] = {}
+
+    def before(module: nn.Module, args: Tuple[torch.Tensor, ...]) -> None:
+        watch.inside.append(module)
+        if args and isinstance(args[0], torch.Tensor):
+            took[paths[module]] = id(args[0])
+            watch.alive.append(args[0])
+
+    def after(module: nn.Module, args: Tuple[torch.Tensor, ...], out: Any) -> None:
+        watch.inside.pop()
+        path = paths[module]
+        ran[path] = ran.get(path, 0) + 1
+        if isinstance(out, torch.Tensor):
+            made[id(out)], gave[path] = path, id(out)
+            watch.alive.append(out)
+
+    handles = []
+    for module in paths:
+        if isinstance(module, (*sources, *others)):
+            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        with torch.no_grad(), watch:
+            out = network(torch.zeros((1, *own_input_size(model)), device=device, dtype=dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    leaving = {id(leaf) for leaf in tree_leaves(out)}
+    modules = dict(network.named_modules())
+
+    def single(path: str) -> bool:
+        return ran.get(path) == 1 and path in gave and path not in hooked
+
+    result: Dict[str, List[str]] = {}
+    for path, module in modules.items():
+        if not isinstance(module, sources) or not single(path):
+            continue
+        chain, tensor = [], gave[path]
+        while tensor not in leaving:
+            readers = watch.readers.get(tensor, [])
+            nexts = [p for p, t in took.items() if t == tensor and p not in (path, *chain)]
+            if len(nexts) != 1 or len(readers) > 1 or any(r is not modules[nexts[0]] for r in readers):
+                break
+            if isinstance(modules[nexts[0]], sources) or not single(nexts[0]):
+                break
+            chain.append(nexts[0])
+            if gave[nexts[0]] == tensor:
+                continue  # it gave back its own input
+            tensor = gave[nexts[0]]
+        result[path] = chain
+    return result

@@ -1,0 +1,222 @@
+/* AVX2 has no popcount of vectors, but it looks up 32 values in a table of 16 with one instruction. So the popcount of
+ * (weight xor activation), four bits at a time, is a look-up of the weight's four bits in the table that belongs to the
+ * activation's four bits: 32 output channels side by side, one look-up and one add for 128 bits.
+ *
+ * Layout: blocks of 64 channels; in a block byte by byte of the bit string, 64 channels side by side.
+ */
+#include "engine.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,popcnt"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,popcnt")
+#endif
+#include <immintrin.h>
+#include <time.h>
+
+#define OWN_PACK
+#define OWN_LAYOUT
+#include "body.h"
+
+#define TILE 4
+#define BLOCK 64
+#define FLUSH 31 /* bytes of the bit string until a sum of 8 each may pass 255 */
+
+static void pack(const float *x, const float *threshold, const uint32_t *flip, int c, uint64_t *bits) {
+    for (int start = 0; start < c; start += 64) {
+        uint64_t word = 0;
+        int n = c - start < 64 ? c - start : 64, i = 0;
+        for (; i + 8 <= n; i += 8) {
+            __m256 v = _mm256_loadu_ps(x + start + i);
+            if (flip) v = _mm256_xor_ps(v, _mm256_loadu_ps((const float *)(flip + start + i)));
+            __m256 t = threshold ? _mm256_loadu_ps(threshold + start + i) : _mm256_setzero_ps();
+            word |= (uint64_t)(uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(v, t, _CMP_GE_OQ)) << i;
+        }
+        for (; i < n; i++) {
+            uint32_t value;
+            float v;
+            memcpy(&value, x + start + i, 4);
+            if (flip) value ^= flip[start + i];
+            memcpy(&v, &value, 4);
+            word |= (uint64_t)(v >= (threshold ? threshold[start + i] : 0.f)) << i;
+        }
+        bits[start / 64] = word;
+    }
+}
+
+static size_t weight_size(int words, int channels) {
+    return (size_t)((channels + BLOCK - 1) / BLOCK) * BLOCK * (size_t)words * sizeof(uint64_t);
+}
+
+static void prepack(const uint64_t *rows, int words, int channels, void *weight) {
+    uint8_t *out = weight;
+    memset(out, 0, weight_size(words, channels));
+    for (int c = 0; c < channels; c++) {
+        uint8_t *block = out + (size_t)(c / BLOCK) * BLOCK * (size_t)words * 8;
+        for (int j = 0; j < words * 8; j++)
+            block[(size_t)j * BLOCK + (size_t)(c % BLOCK)] =
+                (uint8_t)(rows[(size_t)c * (size_t)words + (size_t)(j / 8)] >> (8 * (j % 8)));
+    }
+}
+
+/* tables[0][b] is popcount(i ^ low four bits of b) for i in 0 .. 15, tables[1][b] the same with b's high bits. */
+#define P1(i, b) (uint8_t)((((i) ^ (b)) & 1) + (((i) ^ (b)) >> 1 & 1) + (((i) ^ (b)) >> 2 & 1) + (((i) ^ (b)) >> 3 & 1))
+#define P16(b) {P1(0, b), P1(1, b), P1(2, b), P1(3, b), P1(4, b), P1(5, b), P1(6, b), P1(7, b), P1(8, b), P1(9, b), \
+                P1(10, b), P1(11, b), P1(12, b), P1(13, b), P1(14, b), P1(15, b)}
+#define LOW16 P16(0), P16(1), P16(2), P16(3), P16(4), P16(5), P16(6), P16(7), P16(8), P16(9), P16(10), P16(11), \
+              P16(12), P16(13), P16(14), P16(15)
+#define HIGH(b) P16(b), P16(b), P16(b), P16(b), P16(b), P16(b), P16(b), P16(b), P16(b), P16(b), P16(b), P16(b), \
+                P16(b), P16(b), P16(b), P16(b)
+static const uint8_t tables[2][256][16] __attribute__((aligned(64))) = {
+    {LOW16, LOW16, LOW16, LOW16, LOW16, LOW16, LOW16, LOW16, LOW16, LOW16, LOW16, LOW16, LOW16, LOW16, LOW16, LOW16},
+    {HIGH(0), HIGH(1), HIGH(2), HIGH(3), HIGH(4), HIGH(5), HIGH(6), HIGH(7), HIGH(8), HIGH(9), HIGH(10), HIGH(11),
+     HIGH(12), HIGH(13), HIGH(14), HIGH(15)},
+};
+
+INLINE void tile(const uint64_t *const *pixels, int bytes, const uint8_t *weight, int32_t *counts, int stride,
+                 const int P) {
+    const __m256i low = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+    __m256i wide[TILE][4]; /* 16-bit sums; 2^16 / 8 bytes of bit string at most, see count() */
+    for (int p = 0; p < P; p++)
+        for (int i = 0; i < 4; i++) wide[p][i] = zero;
+    for (int j = 0; j < bytes;) {
+        const int end = bytes - j > FLUSH ? j + FLUSH : bytes;
+        __m256i sum[TILE][2];
+        for (int p = 0; p < P; p++) sum[p][0] = sum[p][1] = zero;
+        for (; j < end; j++) {
+            __m256i w0 = _mm256_loadu_si256((const __m256i *)(weight + (size_t)j * BLOCK));
+            __m256i w1 = _mm256_loadu_si256((const __m256i *)(weight + (size_t)j * BLOCK + 32));
+            __m256i h0 = _mm256_and_si256(_mm256_srli_epi16(w0, 4), low);
+            __m256i h1 = _mm256_and_si256(_mm256_srli_epi16(w1, 4), low);
+            w0 = _mm256_and_si256(w0, low);
+            w1 = _mm256_and_si256(w1, low);
+            for (int p = 0; p < P; p++) {
+                uint8_t byte = ((const uint8_t *)pixels[p])[j];
+                __m256i t0 = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)tables[0][byte]));
+                __m256i t1 = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)tables[1][byte]));
+                sum[p][0] = _mm256_add_epi8(sum[p][0], _mm256_add_epi8(_mm256_shuffle_epi8(t0, w0), _mm256_shuffle_epi8(t1, h0)));
+                sum[p][1] = _mm256_add_epi8(sum[p][1], _mm256_add_epi8(_mm256_shuffle_epi8(t0, w1), _mm256_shuffle_epi8(t1, h1)));
+            }
+        }
+        for (int p = 0; p < P; p++)
+            for (int i = 0; i < 2; i++) {
+                wide[p][2 * i] = _mm256_add_epi16(wide[p][2 * i], _mm256_cvtepu8_epi16(_mm256_castsi256_si128(sum[p][i])));
+                wide[p][2 * i + 1] =
+                    _mm256_add_epi16(wide[p][2 * i + 1], _mm256_cvtepu8_epi16(_mm256_extracti128_si256(sum[p][i], 1)));
+            }
+    }
+    for (int p = 0; p < P; p++)
+        for (int i = 0; i < 4; i++) {
+            int32_t *out = counts + p * stride + 16 * i;
+            __m256i a = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(wide[p][i]));
+            __m256i b = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(wide[p][i], 1));
+            _mm256_storeu_si256((__m256i *)out, _mm256_add_epi32(_mm256_loadu_si256((__m256i *)out), a));
+            _mm256_storeu_si256((__m256i *)(out + 8), _mm256_add_epi32(_mm256_loadu_si256((__m256i *)(out + 8)), b));
+        }
+}
+
+static void count(const uint64_t *const *pixels, int n, int words, const void *weight, int channels, int32_t *counts,
+                  int stride) {
+    enum { MOST = 8184 }; /* bytes whose bits a 16-bit sum can hold; a multiple of a word */
+    const int bytes = words * 8;
+    for (int c = 0; c < channels; c += BLOCK) {
+        for (int p = 0; p < n; p++) memset(counts + p * stride + c, 0, BLOCK * sizeof(int32_t));
+        const uint8_t *w = (const uint8_t *)weight + (size_t)c * (size_t)bytes;
+        for (int j = 0; j < bytes; j += MOST) {
+            const int now = bytes - j < MOST ? bytes - j : MOST;
+            const uint64_t *part[TILE];
+            for (int p = 0; p < n; p++) part[p] = pixels[p] + j / 8;
+            const uint8_t *v = w + (size_t)j * BLOCK;
+            switch (n) {
+                case 1: tile(part, now, v, counts + c, stride, 1); break;
+                case 2: tile(part, now, v, counts + c, stride, 2); break;
+                case 3: tile(part, now, v, counts + c, stride, 3); break;
+                default: tile(part, now, v, counts + c, stride, 4); break;
+            }
+        }
+    }
+}
+
+/* P pixels by 16 channels: 12 chains of fma in registers. */
+#define REAL_TILE 6
+INLINE void dot_tile(const float *const *pixels, int k, const float *weight, float *out, int stride, const int P) {
+    __m256 sum[REAL_TILE][2];
+    for (int p = 0; p < P; p++) sum[p][0] = sum[p][1] = _mm256_setzero_ps();
+    for (int i = 0; i < k; i++) {
+        __m256 w0 = _mm256_loadu_ps(weight + (size_t)i * EL_REAL_BLOCK);
+        __m256 w1 = _mm256_loadu_ps(weight + (size_t)i * EL_REAL_BLOCK + 8);
+        for (int p = 0; p < P; p++) {
+            __m256 a = _mm256_broadcast_ss(pixels[p] + i);
+            sum[p][0] = _mm256_fmadd_ps(a, w0, sum[p][0]);
+            sum[p][1] = _mm256_fmadd_ps(a, w1, sum[p][1]);
+        }
+    }
+    for (int p = 0; p < P; p++) {
+        _mm256_storeu_ps(out + p * stride, sum[p][0]);
+        _mm256_storeu_ps(out + p * stride + 8, sum[p][1]);
+    }
+}
+
+static void dot(const float *const *pixels, int n, int k, const float *weight, int channels, float *out, int stride) {
+    for (int c = 0; c < channels; c += 16) {
+        const float *w = weight + (size_t)(c / EL_REAL_BLOCK) * EL_REAL_BLOCK * (size_t)k + c % EL_REAL_BLOCK;
+        switch (n) {
+            case 1: dot_tile(pixels, k, w, out + c, stride, 1); break;
+            case 2: dot_tile(pixels, k, w, out + c, stride, 2); break;
+            case 3: dot_tile(pixels, k, w, out + c, stride, 3); break;
+            case 4: dot_tile(pixels, k, w, out + c, stride, 4); break;
+            case 5: dot_tile(pixels, k, w, out + c, stride, 5); break;
+            default: dot_tile(pixels, k, w, out + c, stride, 6); break;
+        }
+    }
+}
+
+static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c,
+                          float *out) {
+    int i = 0;
+    for (; i + 8 <= c; i += 8) {
+        __m256 sum = _mm256_setzero_ps();
+        for (int t = 0; t < n_taps; t++)
+            if (taps[t])
+                sum = _mm256_fmadd_ps(_mm256_loadu_ps(taps[t] + i),
+                                      _mm256_loadu_ps(weight + (size_t)t * (size_t)weight_stride + i), sum);
+        _mm256_storeu_ps(out + i, sum);
+    }
+    for (; i < c; i++) {
+        float sum = 0.f;
+        for (int t = 0; t < n_taps; t++)
+            if (taps[t]) sum = __builtin_fmaf(taps[t][i], weight[(size_t)t * (size_t)weight_stride + (size_t)i], sum);
+        out[i] = sum;
+    }
+}
+
+static int supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+static double chip_rate(void) {
+    enum { N = 12, ROUNDS = 2000000 };
+    __m256i sum[N], table = _mm256_set1_epi8(3);
+    for (int i = 0; i < N; i++) sum[i] = _mm256_set1_epi8((char)i);
+    struct timespec a, b;
+    clock_gettime(CLOCK_MONOTONIC, &a);
+    for (int r = 0; r < ROUNDS; r++)
+#pragma GCC unroll 12
+        for (int i = 0; i < N; i++) {
+            __asm__("" : "+x"(table));
+            sum[i] = _mm256_add_epi8(sum[i], _mm256_shuffle_epi8(table, sum[(i + 5) % N]));
+        }
+    clock_gettime(CLOCK_MONOTONIC, &b);
+    for (int i = 1; i < N; i++) sum[0] = _mm256_add_epi8(sum[0], sum[i]);
+    volatile int sink = _mm256_extract_epi8(sum[0], 0);
+    (void)sink;
+    return (double)ROUNDS * N * 128 / ((double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec));
+}
+
+const el_body el_body_avx2 = {
+    "avx2", TILE, REAL_TILE, supported, pack, abs_sum, weight_size, prepack, count, count_depthwise, dot, dot_depthwise, pool,
+    finish, chip_rate,
+};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

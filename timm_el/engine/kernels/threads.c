@@ -1,0 +1,144 @@
+/* A small pool of threads of our own, so that the library needs no OpenMP and cannot collide with torch's.
+ *
+ * One job at a time: a second Python thread that comes while the pool is busy does its job alone, which gives the same
+ * bits, because no result depends on which thread computes it. After a fork the child has no workers; it starts new
+ * ones when it first needs them.
+ */
+#define _GNU_SOURCE
+#include "engine.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#if defined(__x86_64__) || defined(__i386__)
+#define EL_PAUSE() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define EL_PAUSE() __asm__ volatile("yield")
+#else
+#define EL_PAUSE() ((void)0)
+#endif
+
+#define MAX_THREADS 256
+#define SPINS 4000 /* some tens of microseconds: the gap between two layers */
+
+static pthread_mutex_t in_use = PTHREAD_MUTEX_INITIALIZER;  /* held by the thread whose job runs */
+static pthread_mutex_t sleeping = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
+static int workers; /* started so far; guarded by in_use */
+static atomic_uint turn; /* counts jobs */
+static atomic_int sleepers, running;
+static struct {
+    void (*run)(void *, int);
+    void *context;
+    int n, threads;
+    atomic_int next;
+} job;
+
+static void work(void) {
+    for (;;) {
+        int i = atomic_fetch_add_explicit(&job.next, 1, memory_order_relaxed);
+        if (i >= job.n) return;
+        job.run(job.context, i);
+    }
+}
+
+static void *worker(void *argument) {
+    int id = (int)(intptr_t)argument;
+    unsigned seen = atomic_load(&turn) - 1; /* started in the middle of a turn, which it takes part in */
+    for (;;) {
+        int spins = 0;
+        while (atomic_load_explicit(&turn, memory_order_acquire) == seen) {
+            if (spins++ < SPINS) {
+                EL_PAUSE();
+                continue;
+            }
+            pthread_mutex_lock(&sleeping);
+            atomic_fetch_add(&sleepers, 1);
+            while (atomic_load(&turn) == seen) pthread_cond_wait(&wake, &sleeping);
+            atomic_fetch_sub(&sleepers, 1);
+            pthread_mutex_unlock(&sleeping);
+        }
+        seen++;
+        /* Every worker reports each turn, so that none is still looking at a job when the next is written. */
+        if (id < job.threads) work();
+        atomic_fetch_sub_explicit(&running, 1, memory_order_release);
+    }
+    return NULL;
+}
+
+static void child_of_fork(void) {
+    pthread_mutex_init(&in_use, NULL);
+    pthread_mutex_init(&sleeping, NULL);
+    pthread_cond_init(&wake, NULL);
+    workers = 0;
+    atomic_store(&sleepers, 0);
+    atomic_store(&running, 0);
+}
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static pthread_key_t scratch_key;
+
+static void set_up(void) {
+    pthread_atfork(NULL, NULL, child_of_fork);
+    pthread_key_create(&scratch_key, free);
+}
+
+void el_parallel(void (*run)(void *, int), void *context, int n, int threads) {
+    pthread_once(&once, set_up);
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (threads > n) threads = n;
+    if (threads <= 1 || pthread_mutex_trylock(&in_use) != 0) {
+        for (int i = 0; i < n; i++) run(context, i);
+        return;
+    }
+    job.run = run;
+    job.context = context;
+    job.n = n;
+    job.threads = threads;
+    atomic_store_explicit(&job.next, 0, memory_order_relaxed);
+    int fresh = 0;
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    atomic_store(&running, workers);
+    atomic_fetch_add(&turn, 1); /* in one order with `sleepers`: a worker sees the turn, or we see it asleep */
+    while (workers < threads - 1) { /* a new worker starts in this turn; without memory for it we go on without */
+        pthread_t thread;
+        atomic_fetch_add(&running, 1);
+        if (pthread_create(&thread, &attributes, worker, (void *)(intptr_t)(workers + 1)) != 0) {
+            atomic_fetch_sub(&running, 1);
+            break;
+        }
+        workers++;
+        fresh++;
+    }
+    pthread_attr_destroy(&attributes);
+    if (workers > fresh && atomic_load(&sleepers) > 0) {
+        pthread_mutex_lock(&sleeping);
+        pthread_cond_broadcast(&wake);
+        pthread_mutex_unlock(&sleeping);
+    }
+    work();
+    for (int spins = 0; atomic_load_explicit(&running, memory_order_acquire) > 0; spins++) {
+        if (spins < SPINS) EL_PAUSE();
+        else sched_yield(); /* more threads than processors */
+    }
+    pthread_mutex_unlock(&in_use);
+}
+
+/* The size stands in front of the block, at a cache line of its own. */
+void *el_scratch(size_t bytes) {
+    pthread_once(&once, set_up);
+    char *block = pthread_getspecific(scratch_key);
+    if (block && *(size_t *)block >= bytes) return block + 64;
+    free(block);
+    pthread_setspecific(scratch_key, NULL);
+    size_t size = (bytes + 127) / 64 * 64;
+    block = aligned_alloc(64, size);
+    if (!block) return NULL;
+    *(size_t *)block = size - 64;
+    pthread_setspecific(scratch_key, block);
+    return block + 64;
+}
