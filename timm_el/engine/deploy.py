@@ -32,7 +32,7 @@ from . import native, ops
 from .follow import followers
 from .spec import ROWS, ConvSpec, Window, table_stride
 
-__all__ = ['deploy', 'DeployedUnit', 'DeployedConv']
+__all__ = ['deploy', 'DeployedBlock', 'DeployedConv', 'DeployedUnit']
 
 HOST_ATTRIBUTES = (
     'in_channels', 'out_channels', 'in_features', 'out_features', 'kernel_size', 'stride', 'padding', 'dilation',
@@ -259,6 +259,10 @@ class DeployedConv(_Engine):
         self.register_buffer('weight', weight.float().contiguous())
         self._set_up(conv, _spec_of(conv), fusion)
 
+    def layer(self) -> ops.Layer:
+        """What a chain needs."""
+        return ops.Layer(self.weight, self.table, None, None, self.ints, self.constants)
+
     def forward(self, x: torch.Tensor, link: Optional[torch.Tensor] = None) -> torch.Tensor:
         self._check(x)
         return ops.real_conv2d(x, self.weight, self.table, link, self.ints, self.constants)
@@ -390,6 +394,16 @@ class DeployedUnit(_Engine):
     def _is_link_alone(self) -> bool:
         return self.conv is None and not hasattr(self, 'table')
 
+    def layer(self) -> Optional[ops.Layer]:
+        """What a chain needs, None if more than one operator runs here."""
+        if any((len(self.before_sum), len(self.after_sum), self.link is not None, self.pre is not None)):
+            return None
+        if isinstance(self.conv, DeployedConv):
+            return self.conv.layer()
+        if not hasattr(self, 'table') or self.linear or self.same_pad or self.pad_mode or self.loose_k is not None:
+            return None
+        return ops.Layer(self.bits, self.table, self.threshold, self.flip, self.ints, self.constants)
+
     def link_alone(self, x: torch.Tensor) -> torch.Tensor:
         """A unit without a convolution."""
         return self.link(x)
@@ -456,6 +470,103 @@ class DeployedUnit(_Engine):
         return (
             f'{self.spec.c_in}, {self.spec.c_out}, kernel_size={self.spec.conv.kernel}, '
             f'stride={self.spec.conv.stride}, groups={self.spec.groups}, fused={"+".join(facts) or None}')
+
+
+class DeployedBlock(nn.Module):
+    """A block of the host that is nothing but units in a row, and perhaps a shortcut around them: one operator.
+
+    unit3(unit2(unit1(x))) + shortcut(x). What lies between the units never leaves the cache.
+
+    Args:
+        block: The host's block, deployed; its children keep their names.
+        units: Names of the units, in order.
+        shortcut: None if nothing is added, '' if x itself is, or the name of the module that makes it of x.
+    """
+
+    def __init__(self, block: nn.Module, units: Sequence[str], shortcut: Optional[str]) -> None:
+        super().__init__()
+        self.__dict__.update({k: v for k, v in block.__dict__.items() if k not in self.__dict__})
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.units, self.shortcut = tuple(units), shortcut
+
+    def _layers(self) -> Tuple[List[torch.Tensor], List[int], List[float]]:
+        layers = [self.get_submodule(name).layer() for name in self.units]
+        return (
+            [t for layer in layers for t in layer.tensors()], [i for layer in layers for i in layer.ints],
+            [c for layer in layers for c in layer.constants])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.get_submodule(self.units[0])
+        first._check(x)
+        added = None
+        if self.shortcut is not None:
+            added = self.get_submodule(self.shortcut)(x) if self.shortcut else x
+        cached = self.__dict__.get('_cached')
+        if cached is None or cached[0][1] is not first.table:  # moved, copied or loaded
+            cached = self.__dict__['_cached'] = self._layers()
+        return ops.chain(x, *cached, added)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != '_cached'}
+
+    def extra_repr(self) -> str:
+        return f'units={self.units}, shortcut={self.shortcut!r}'
+
+
+def _as_row(block: nn.Module) -> Optional[nn.Module]:
+    """A `DeployedBlock` that gives what the block gives, bit for bit, None if there is none. Found out by a trial."""
+    units = {m: name for name, m in block.named_modules() if isinstance(m, DeployedUnit)}
+    if len(units) < 2 or any(m.layer() is None for m in units) or _hooked(block):
+        return None
+    calls: List[Tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
+    handles = [m.register_forward_hook(lambda m, args, out: calls.append((m, args[0], out, out.clone())))
+               for m in block.modules() if m is not block]
+    images = torch.randn(2, next(iter(units)).in_channels, 9, 9, generator=torch.Generator().manual_seed(0))
+    x = images.clone()
+    try:
+        with torch.no_grad():
+            expected = block(x)
+    except Exception:  # it wants something else than an image
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    row = [(m, source, out) for m, source, out, _ in calls if m in units]
+    if [m for m, _, _ in row] != list(dict.fromkeys(m for m, _, _ in row)) or len(row) != len(units):
+        return None
+    if row[0][1] is not x or any(b[1] is not a[2] for a, b in zip(row, row[1:])):
+        return None
+    names = {m: name for name, m in block.named_children()}
+    inside = {id(n) for m in units for n in m.modules()}
+    shortcuts: List[Optional[str]] = [None, '']
+    shortcuts += [names[m] for m, source, _, _ in calls if source is x and m in names and id(m) not in inside]
+    for shortcut in shortcuts:
+        fused = DeployedBlock(block, [units[m] for m, _, _ in row], shortcut)
+        try:
+            with torch.no_grad():
+                found = fused(images)
+        except ValueError:  # the shapes do not fit
+            continue
+        if found.shape == expected.shape and torch.equal(found, expected):
+            return fused.eval()
+    return None
+
+
+def _hooked(block: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
+
+
+def _join_units(model: nn.Module) -> None:
+    """Put a `DeployedBlock` in place of each block that is a row of units."""
+    for name, child in list(model.named_children()):
+        if isinstance(child, DeployedUnit):
+            continue
+        fused = _as_row(child)
+        if fused is None:
+            _join_units(child)
+        else:
+            setattr(model, name, fused)
 
 
 def _as_image(x: torch.Tensor) -> torch.Tensor:
@@ -696,4 +807,5 @@ def deploy(model: nn.Module, *, float_dtype: torch.dtype = torch.float32) -> nn.
             getattr(new, hooks).update(copy.deepcopy(getattr(old, hooks), memo))
             if hasattr(old, 'min_input_size'):
                 new.min_input_size = old.min_input_size
+    _join_units(twin)
     return twin.requires_grad_(False)

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 
-__all__ = ['info', 'use_isa', 'library', 'chip_rate', 'count_rate', 'Plan', 'Tensors']
+__all__ = ['info', 'use_isa', 'library', 'chip_rate', 'count_rate', 'Plan']
 
 ABI = 1
 NAME = {'win32': '_native.dll', 'darwin': '_native.dylib'}.get(sys.platform, '_native.so')
@@ -31,11 +31,6 @@ class Plan(ctypes.Structure):
         *[(n, ctypes.c_float) for n in ('lo', 'hi', 'inverse_gamma')],
         *[(n, ctypes.c_void_p) for n in ('table', 'threshold', 'flip', 'weight', 'tap_sums')],
     ]
-
-
-class Tensors(ctypes.Structure):
-    """`el_tensors` of engine.h."""
-    _fields_ = [(n, ctypes.c_void_p) for n in ('x', 'link', 'y')]
 
 
 _lib: Optional[ctypes.CDLL] = None
@@ -65,7 +60,8 @@ def _load() -> None:
             ('el_weight_size', ctypes.c_size_t, (plan,)),
             ('el_prepack', ctypes.c_int, (plan, *[ctypes.c_void_p] * 3)),
             ('el_prepack_real', ctypes.c_int, (plan, *[ctypes.c_void_p] * 2)),
-            ('el_conv', ctypes.c_int, (plan, ctypes.POINTER(Tensors), ctypes.c_int)),
+            ('el_conv', ctypes.c_int, (*[ctypes.c_void_p] * 5, ctypes.c_int)),
+            ('el_chain', ctypes.c_int, (ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_int)),
             ('el_count_time', ctypes.c_double, (ctypes.c_int,) * 4)):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments

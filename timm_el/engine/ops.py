@@ -1,10 +1,10 @@
-"""The engine's operators: `torch.ops.timm_el.binary_conv2d` and `torch.ops.timm_el.real_conv2d`.
+"""The engine's operators: `binary_conv2d`, `real_conv2d` and `chain` of `torch.ops.timm_el`.
 
 Each has a schema, a fake kernel for tracing, a plain-torch reference (reference.py) and, where the native library is
 active, a kernel in C that gives the same bits. They are for inference: no gradient is defined.
 """
 import ctypes
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
@@ -13,14 +13,49 @@ from ..bits import packed_size
 from . import native, reference
 from .spec import ACTS, LINKS, POOLS, ROWS, ConvSpec, table_stride
 
-__all__ = ['binary_conv2d', 'real_conv2d']
+__all__ = ['binary_conv2d', 'real_conv2d', 'chain', 'Layer']
 
 _library = torch.library.Library('timm_el', 'DEF')
 _EPILOGUE = 'Tensor? link, int[] spec, float[] constants) -> Tensor'
 _library.define(f'binary_conv2d(Tensor x, Tensor weight, Tensor table, Tensor? threshold, Tensor? flip, {_EPILOGUE}')
 _library.define(f'real_conv2d(Tensor x, Tensor weight, Tensor table, {_EPILOGUE}')
 
+_library.define('chain(Tensor x, Tensor[] tensors, int[] specs, float[] constants, Tensor? added) -> Tensor')
+
 MOST_PLANS = 64  # of one layer: image sizes that it remembers
+
+
+class Layer(NamedTuple):
+    """One layer of a chain. Its constants travel as `tensors` (absent ones as empty tensors), `specs` and `constants`."""
+    weight: torch.Tensor
+    table: torch.Tensor
+    threshold: Optional[torch.Tensor]
+    flip: Optional[torch.Tensor]
+    ints: List[int]
+    constants: List[float]
+
+    @property
+    def real(self) -> bool:
+        """The weight is real, the convolution too."""
+        return self.weight.is_floating_point()
+
+    def tensors(self) -> List[torch.Tensor]:
+        """Four tensors."""
+        return [self.weight, self.table, *(
+            self.table.new_empty(0) if t is None else t for t in (self.threshold, self.flip))]
+
+    @classmethod
+    def all_of(cls, tensors: List[torch.Tensor], specs: List[int], constants: List[float]) -> List['Layer']:
+        """The layers of a call."""
+        n, size = len(tensors) // 4, ConvSpec.SIZE
+        if n < 1 or len(tensors) != 4 * n or len(specs) != size * n or len(constants) != 3 * n:
+            raise ValueError(
+                f'chain: found {len(tensors)} tensors, {len(specs)} integers and {len(constants)} constants, '
+                f'expected 4, {size} and 3 for each layer')
+        return [
+            cls(*tensors[4 * i:4 * i + 2], *(t if t.numel() else None for t in tensors[4 * i + 2:4 * i + 4]),
+                specs[size * i:size * (i + 1)], constants[3 * i:3 * i + 3])
+            for i in range(n)]
 
 
 class _Prepared:
@@ -30,7 +65,7 @@ class _Prepared:
         self.version = version
         self.generation = native.generation()
         self.weights: Dict[Tuple[int, ...], Tuple[torch.Tensor, Optional[torch.Tensor]]] = {}
-        self.plans: Dict[Tuple[Any, ...], Tuple[native.Plan, List[int]]] = {}
+        self.plans: Dict[Tuple[Any, ...], Any] = {}
 
 
 _prepared: WeakIdKeyDictionary = WeakTensorKeyDictionary()
@@ -80,6 +115,20 @@ def _pointer(tensor: Optional[torch.Tensor]) -> Optional[int]:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _prepared_for(weight: torch.Tensor) -> _Prepared:
+    prepared = _prepared.get(weight)
+    if prepared is None or prepared.version != weight._version or prepared.generation != native.generation():
+        prepared = _prepared[weight] = _Prepared(weight._version)
+    return prepared
+
+
+def _remember(prepared: _Prepared, key: Tuple[Any, ...], value: Any) -> Any:
+    if len(prepared.plans) >= MOST_PLANS:
+        prepared.plans.clear()
+    prepared.plans[key] = value
+    return value
+
+
 def _plan(
         lib: ctypes.CDLL,
         x: torch.Tensor,
@@ -91,11 +140,9 @@ def _plan(
         ints: List[int],
         constants: List[float],
         real: bool,
-) -> Tuple[native.Plan, List[int]]:
-    """The C plan of a call and the shape of its output: made and checked once for each shape of input."""
-    prepared = _prepared.get(weight)
-    if prepared is None or prepared.version != weight._version or prepared.generation != native.generation():
-        prepared = _prepared[weight] = _Prepared(weight._version)
+) -> Tuple[int, List[int], native.Plan]:
+    """Address of the C plan of a call, shape of its output, and the plan: made and checked once for each input shape."""
+    prepared = _prepared_for(weight)
     key = (
         x.shape, x.dtype, None if link is None else (link.shape, link.dtype), *ints, *constants, table.data_ptr(),
         _pointer(threshold), _pointer(flip), real)
@@ -119,10 +166,7 @@ def _plan(
         prepared.weights[layout] = _lay_out(lib, plan, weight, spec, padded, real)
     ready, sums = prepared.weights[layout]
     plan.weight, plan.tap_sums = ready.data_ptr(), _pointer(sums)
-    if len(prepared.plans) >= MOST_PLANS:
-        prepared.plans.clear()
-    prepared.plans[key] = found = (plan, [n, spec.c_out, oh, ow])
-    return found
+    return _remember(prepared, key, (ctypes.addressof(plan), [n, spec.c_out, oh, ow], plan))
 
 
 def _lay_out(
@@ -158,18 +202,79 @@ def _run(
         if real:
             return reference.real_conv2d(x, weight, table, link, spec, constants)
         return reference.binary_conv2d(x, weight, table, threshold, flip, link, spec, constants)
-    plan, shape = _plan(lib, x, weight, table, threshold, flip, link, ints, constants, real)
+    plan, shape, _ = _plan(lib, x, weight, table, threshold, flip, link, ints, constants, real)
     same = link is x
     x = x.contiguous(memory_format=torch.channels_last)
     if link is not None:
         link = x if same else link.contiguous(memory_format=torch.channels_last)
     y = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
-    tensors = native.Tensors(x.data_ptr(), None if link is None else link.data_ptr(), y.data_ptr())
-    failed = lib.el_conv(plan, tensors, torch.get_num_threads()) if y.numel() else 0
+    failed = 0
+    if y.numel():
+        failed = lib.el_conv(plan, x.data_ptr(), _pointer(link), None, y.data_ptr(), torch.get_num_threads())
+    _raise_if(failed, ints, x)
+    return y
+
+
+def _raise_if(failed: int, ints: List[int], x: torch.Tensor) -> None:
     if failed:
         raise MemoryError('no memory for the scratch of a convolution') if failed == 2 else RuntimeError(
-            f'the native library refused {ConvSpec.of(ints)} for {tuple(x.shape)}')
+            f'the native library refused {ints} for {tuple(x.shape)}')
+
+
+def _chain_plans(
+        lib: ctypes.CDLL, x: torch.Tensor, layers: List[Layer],
+) -> Tuple[Any, List[int], List[native.Plan]]:
+    """An array of the addresses of the plans of a chain, the shape of its output, and the plans."""
+    plans, value = [], x
+    for layer in layers:
+        weight, table, threshold, flip, ints, constants = layer
+        has_link = ConvSpec.of(ints).link != 'none'
+        _, shape, plan = _plan(
+            lib, value, weight, table, threshold, flip, value if has_link else None, ints, constants, layer.real)
+        plans.append(plan)
+        value = torch.empty(shape, device='meta')
+    addresses = (ctypes.c_void_p * len(plans))(*map(ctypes.addressof, plans))
+    return addresses, shape, plans
+
+
+def _chain(
+        x: torch.Tensor,
+        tensors: List[torch.Tensor],
+        specs: List[int],
+        constants: List[float],
+        added: Optional[torch.Tensor],
+) -> torch.Tensor:
+    lib = native.library()
+    if lib is None:
+        y = x
+        for layer in Layer.all_of(tensors, specs, constants):
+            weight, table, threshold, flip, ints, numbers = layer
+            link = y if ConvSpec.of(ints).link != 'none' else None
+            y = _run(y, weight, table, threshold, flip, link, ints, numbers, layer.real)
+        if added is not None:
+            _check_added(added, list(y.shape))
+            y = y + added
+        return y
+    prepared = _prepared_for(tensors[0])
+    key = (x.shape, x.dtype, *specs, *constants, *[t.data_ptr() for t in tensors])
+    found = prepared.plans.get(key)
+    if found is None:
+        found = _remember(prepared, key, _chain_plans(lib, x, Layer.all_of(tensors, specs, constants)))
+    addresses, shape, _ = found
+    if added is not None:
+        _check_added(added, shape)
+        added = added.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
+    if y.numel():
+        _raise_if(lib.el_chain(
+            addresses, len(addresses), x.data_ptr(), _pointer(added), y.data_ptr(), torch.get_num_threads()), specs, x)
     return y
+
+
+def _check_added(added: torch.Tensor, shape: List[int]) -> None:
+    if list(added.shape) != shape or added.dtype != torch.float32:
+        raise ValueError(f'added: found {added.dtype} {tuple(added.shape)}, expected torch.float32 {tuple(shape)}')
 
 
 def _binary(x, weight, table, threshold, flip, link, spec, constants):
@@ -187,6 +292,14 @@ def _fake(x: torch.Tensor, spec: List[int]) -> torch.Tensor:
     return x.new_empty(size).to(memory_format=torch.channels_last)
 
 
+def _fake_chain(x, tensors, specs, constants, added):
+    for i in range(0, len(specs), ConvSpec.SIZE):
+        x = _fake(x, specs[i:i + ConvSpec.SIZE])
+    return x
+
+
+_library.impl('chain', _chain, 'CPU')
+torch.library.register_fake('timm_el::chain', _fake_chain)
 _library.impl('binary_conv2d', _binary, 'CPU')
 _library.impl('real_conv2d', _real, 'CPU')
 torch.library.register_fake(
@@ -196,3 +309,4 @@ torch.library.register_fake(
 
 binary_conv2d = torch.ops.timm_el.binary_conv2d.default
 real_conv2d = torch.ops.timm_el.real_conv2d.default
+chain = torch.ops.timm_el.chain.default

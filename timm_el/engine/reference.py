@@ -48,7 +48,6 @@ def real_conv2d(
     padded = _pad(x, spec, 0.)
     height, width = spec.output_size(*x.shape[2:])
     v = x.new_zeros((x.shape[0], spec.c_out, height, width))
-    inside = _pad(torch.ones_like(x[:, :1]), spec, 0.)
     channels = spec.c_in // spec.groups
     for ky in range(spec.conv.kernel[0]):
         for kx in range(spec.conv.kernel[1]):
@@ -57,8 +56,7 @@ def real_conv2d(
                 for k, d, n, s in zip((ky, kx), spec.conv.dilation, (height, width), spec.conv.stride)))
             tap = padded[at]
             if spec.is_depthwise:
-                summed = fma(tap, weight[:, 0, ky, kx].reshape(-1, 1, 1), v)
-                v = torch.where(inside[at] > 0, summed, v)  # a tap outside the image is left out
+                v = fma(tap, weight[:, 0, ky, kx].reshape(-1, 1, 1), v)
                 continue
             for i in range(channels):
                 v = fma(tap[:, i:i + 1], weight[:, i, ky, kx].reshape(-1, 1, 1), v)

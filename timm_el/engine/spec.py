@@ -1,6 +1,6 @@
 """What one convolution of the engine is: geometry and epilogue as plain numbers, the same for op, reference and kernel."""
 from dataclasses import dataclass, replace
-from typing import List, Optional, Sequence, Tuple
+from typing import ClassVar, List, Optional, Sequence, Tuple
 
 __all__ = ['ACTS', 'LINKS', 'POOLS', 'ROWS', 'ConvSpec', 'Window', 'table_stride']
 
@@ -57,6 +57,8 @@ class ConvSpec:
         link: How the channels of the link's source become c_out, `link_c` of them.
         link_pool, pool: Pooling of the link's source; a mean counts the pixels inside the image only.
     """
+    SIZE: ClassVar[int] = 29  # integers
+
     c_in: int
     c_out: int
     conv: Window = Window()
@@ -86,8 +88,8 @@ class ConvSpec:
         Raises:
             ValueError: The integers are not those of a spec.
         """
-        if len(ints) != 29:
-            raise ValueError(f'spec: found {len(ints)} integers, expected 29, those of ConvSpec.ints()')
+        if len(ints) != cls.SIZE:
+            raise ValueError(f'spec: found {len(ints)} integers, expected {cls.SIZE}, those of ConvSpec.ints()')
         names = (ACTS, LINKS, POOLS)
         for value, known in zip((ints[15], ints[18], ints[20]), names):
             if not 0 <= value < len(known):

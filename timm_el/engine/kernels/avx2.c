@@ -15,35 +15,27 @@
 #include <immintrin.h>
 #include <time.h>
 
-#define OWN_PACK
 #define OWN_LAYOUT
 #include "body.h"
 
 #define TILE 4
+#define REAL_TILE 6
 #define BLOCK 64
 #define FLUSH 31 /* bytes of the bit string until a sum of 8 each may pass 255 */
 
-static void pack(const float *x, const float *threshold, const uint32_t *flip, int c, uint64_t *bits) {
-    for (int start = 0; start < c; start += 64) {
-        uint64_t word = 0;
-        int n = c - start < 64 ? c - start : 64, i = 0;
-        for (; i + 8 <= n; i += 8) {
-            __m256 v = _mm256_loadu_ps(x + start + i);
-            if (flip) v = _mm256_xor_ps(v, _mm256_loadu_ps((const float *)(flip + start + i)));
-            __m256 t = threshold ? _mm256_loadu_ps(threshold + start + i) : _mm256_setzero_ps();
-            word |= (uint64_t)(uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(v, t, _CMP_GE_OQ)) << i;
-        }
-        for (; i < n; i++) {
-            uint32_t value;
-            float v;
-            memcpy(&value, x + start + i, 4);
-            if (flip) value ^= flip[start + i];
-            memcpy(&v, &value, 4);
-            word |= (uint64_t)(v >= (threshold ? threshold[start + i] : 0.f)) << i;
-        }
-        bits[start / 64] = word;
+INLINE uint64_t word64(const float *x, const float *threshold, const uint32_t *flip, int n) {
+    uint64_t word = 0;
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 v = _mm256_loadu_ps(x + i);
+        if (flip) v = _mm256_xor_ps(v, _mm256_castsi256_ps(_mm256_loadu_si256((const __m256i *)(flip + i))));
+        __m256 t = threshold ? _mm256_loadu_ps(threshold + i) : _mm256_setzero_ps();
+        word |= (uint64_t)(uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(v, t, _CMP_GE_OQ)) << i;
     }
+    for (; i < n; i++) word |= sign_bit(x, threshold, flip, i) << i;
+    return word;
 }
+PACK_PIXELS(word64)
 
 static size_t weight_size(int words, int channels) {
     return (size_t)((channels + BLOCK - 1) / BLOCK) * BLOCK * (size_t)words * sizeof(uint64_t);
@@ -74,82 +66,82 @@ static const uint8_t tables[2][256][16] __attribute__((aligned(64))) = {
      HIGH(12), HIGH(13), HIGH(14), HIGH(15)},
 };
 
-INLINE void tile(const uint64_t *const *pixels, int bytes, const uint8_t *weight, int32_t *counts, int stride,
-                 const int P) {
+INLINE void tile_of(const uint64_t *const *base, const size_t *offsets, int segments, int length,
+                    const uint8_t *weight, int32_t *counts, int stride, const int P) {
     const __m256i low = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
-    __m256i wide[TILE][4]; /* 16-bit sums; 2^16 / 8 bytes of bit string at most, see count() */
-    for (int p = 0; p < P; p++)
-        for (int i = 0; i < 4; i++) wide[p][i] = zero;
-    for (int j = 0; j < bytes;) {
-        const int end = bytes - j > FLUSH ? j + FLUSH : bytes;
-        __m256i sum[TILE][2];
-        for (int p = 0; p < P; p++) sum[p][0] = sum[p][1] = zero;
-        for (; j < end; j++) {
-            __m256i w0 = _mm256_loadu_si256((const __m256i *)(weight + (size_t)j * BLOCK));
-            __m256i w1 = _mm256_loadu_si256((const __m256i *)(weight + (size_t)j * BLOCK + 32));
-            __m256i h0 = _mm256_and_si256(_mm256_srli_epi16(w0, 4), low);
-            __m256i h1 = _mm256_and_si256(_mm256_srli_epi16(w1, 4), low);
-            w0 = _mm256_and_si256(w0, low);
-            w1 = _mm256_and_si256(w1, low);
-            for (int p = 0; p < P; p++) {
-                uint8_t byte = ((const uint8_t *)pixels[p])[j];
-                __m256i t0 = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)tables[0][byte]));
-                __m256i t1 = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)tables[1][byte]));
-                sum[p][0] = _mm256_add_epi8(sum[p][0], _mm256_add_epi8(_mm256_shuffle_epi8(t0, w0), _mm256_shuffle_epi8(t1, h0)));
-                sum[p][1] = _mm256_add_epi8(sum[p][1], _mm256_add_epi8(_mm256_shuffle_epi8(t0, w1), _mm256_shuffle_epi8(t1, h1)));
-            }
-        }
-        for (int p = 0; p < P; p++)
-            for (int i = 0; i < 2; i++) {
-                wide[p][2 * i] = _mm256_add_epi16(wide[p][2 * i], _mm256_cvtepu8_epi16(_mm256_castsi256_si128(sum[p][i])));
-                wide[p][2 * i + 1] =
-                    _mm256_add_epi16(wide[p][2 * i + 1], _mm256_cvtepu8_epi16(_mm256_extracti128_si256(sum[p][i], 1)));
-            }
+    __m256i sum[TILE][2];
+    int32_t *out[TILE];
+    for (int p = 0; p < P; p++) {
+        sum[p][0] = sum[p][1] = zero;
+        out[p] = counts + p * stride;
+        memset(out[p], 0, BLOCK * sizeof(int32_t));
     }
-    for (int p = 0; p < P; p++)
-        for (int i = 0; i < 4; i++) {
-            int32_t *out = counts + p * stride + 16 * i;
-            __m256i a = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(wide[p][i]));
-            __m256i b = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(wide[p][i], 1));
-            _mm256_storeu_si256((__m256i *)out, _mm256_add_epi32(_mm256_loadu_si256((__m256i *)out), a));
-            _mm256_storeu_si256((__m256i *)(out + 8), _mm256_add_epi32(_mm256_loadu_si256((__m256i *)(out + 8)), b));
+    int room = FLUSH;
+    for (int s = 0; s < segments; s++) {
+        const uint8_t *run[TILE];
+        for (int p = 0; p < P; p++) run[p] = (const uint8_t *)(base[p] + offsets[s]);
+        for (int j = 0; j < length * 8;) {
+            const int end = length * 8 - j > room ? j + room : length * 8;
+            room -= end - j;
+            for (; j < end; j++, weight += BLOCK) {
+                __m256i w0 = _mm256_loadu_si256((const __m256i *)weight);
+                __m256i w1 = _mm256_loadu_si256((const __m256i *)(weight + 32));
+                __m256i h0 = _mm256_and_si256(_mm256_srli_epi16(w0, 4), low);
+                __m256i h1 = _mm256_and_si256(_mm256_srli_epi16(w1, 4), low);
+                w0 = _mm256_and_si256(w0, low);
+                w1 = _mm256_and_si256(w1, low);
+                for (int p = 0; p < P; p++) {
+                    const uint8_t byte = run[p][j];
+                    __m256i t0 = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)tables[0][byte]));
+                    __m256i t1 = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)tables[1][byte]));
+                    sum[p][0] = _mm256_add_epi8(
+                        sum[p][0], _mm256_add_epi8(_mm256_shuffle_epi8(t0, w0), _mm256_shuffle_epi8(t1, h0)));
+                    sum[p][1] = _mm256_add_epi8(
+                        sum[p][1], _mm256_add_epi8(_mm256_shuffle_epi8(t0, w1), _mm256_shuffle_epi8(t1, h1)));
+                }
+            }
+            if (room && !(s + 1 == segments && j == length * 8)) continue;
+            room = FLUSH;
+            for (int p = 0; p < P; p++)
+                for (int i = 0; i < 8; i++) {
+                    __m128i half = i & 2 ? _mm256_extracti128_si256(sum[p][i / 4], 1) : _mm256_castsi256_si128(sum[p][i / 4]);
+                    __m256i wide = _mm256_cvtepu8_epi32(i & 1 ? _mm_srli_si128(half, 8) : half);
+                    __m256i *to = (__m256i *)(out[p] + 8 * i);
+                    _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), wide));
+                }
+            for (int p = 0; p < P; p++) sum[p][0] = sum[p][1] = zero;
         }
+    }
 }
 
-static void count(const uint64_t *const *pixels, int n, int words, const void *weight, int channels, int32_t *counts,
-                  int stride) {
-    enum { MOST = 8184 }; /* bytes whose bits a 16-bit sum can hold; a multiple of a word */
-    const int bytes = words * 8;
+static void count(const uint64_t *const *base, int tile, const size_t *offsets, int segments, int length,
+                  const void *weight, int channels, int32_t *counts, int stride) {
     for (int c = 0; c < channels; c += BLOCK) {
-        for (int p = 0; p < n; p++) memset(counts + p * stride + c, 0, BLOCK * sizeof(int32_t));
-        const uint8_t *w = (const uint8_t *)weight + (size_t)c * (size_t)bytes;
-        for (int j = 0; j < bytes; j += MOST) {
-            const int now = bytes - j < MOST ? bytes - j : MOST;
-            const uint64_t *part[TILE];
-            for (int p = 0; p < n; p++) part[p] = pixels[p] + j / 8;
-            const uint8_t *v = w + (size_t)j * BLOCK;
-            switch (n) {
-                case 1: tile(part, now, v, counts + c, stride, 1); break;
-                case 2: tile(part, now, v, counts + c, stride, 2); break;
-                case 3: tile(part, now, v, counts + c, stride, 3); break;
-                default: tile(part, now, v, counts + c, stride, 4); break;
-            }
+        const uint8_t *w = (const uint8_t *)weight + (size_t)c * (size_t)segments * (size_t)length * 8;
+        switch (tile) {
+            case 1: tile_of(base, offsets, segments, length, w, counts + c, stride, 1); break;
+            case 2: tile_of(base, offsets, segments, length, w, counts + c, stride, 2); break;
+            case 3: tile_of(base, offsets, segments, length, w, counts + c, stride, 3); break;
+            default: tile_of(base, offsets, segments, length, w, counts + c, stride, 4); break;
         }
     }
 }
 
 /* P pixels by 16 channels: 12 chains of fma in registers. */
-#define REAL_TILE 6
-INLINE void dot_tile(const float *const *pixels, int k, const float *weight, float *out, int stride, const int P) {
+INLINE void dot_tile(const float *const *base, const size_t *offsets, int segments, int length, const float *weight,
+                     float *out, int stride, const int P) {
     __m256 sum[REAL_TILE][2];
     for (int p = 0; p < P; p++) sum[p][0] = sum[p][1] = _mm256_setzero_ps();
-    for (int i = 0; i < k; i++) {
-        __m256 w0 = _mm256_loadu_ps(weight + (size_t)i * EL_REAL_BLOCK);
-        __m256 w1 = _mm256_loadu_ps(weight + (size_t)i * EL_REAL_BLOCK + 8);
-        for (int p = 0; p < P; p++) {
-            __m256 a = _mm256_broadcast_ss(pixels[p] + i);
-            sum[p][0] = _mm256_fmadd_ps(a, w0, sum[p][0]);
-            sum[p][1] = _mm256_fmadd_ps(a, w1, sum[p][1]);
+    for (int s = 0; s < segments; s++) {
+        const float *run[REAL_TILE];
+        for (int p = 0; p < P; p++) run[p] = base[p] + offsets[s];
+        for (int k = 0; k < length; k++, weight += EL_REAL_BLOCK) {
+            __m256 w0 = _mm256_loadu_ps(weight), w1 = _mm256_loadu_ps(weight + 8);
+            for (int p = 0; p < P; p++) {
+                __m256 a = _mm256_broadcast_ss(run[p] + k);
+                sum[p][0] = _mm256_fmadd_ps(a, w0, sum[p][0]);
+                sum[p][1] = _mm256_fmadd_ps(a, w1, sum[p][1]);
+            }
         }
     }
     for (int p = 0; p < P; p++) {
@@ -158,16 +150,18 @@ INLINE void dot_tile(const float *const *pixels, int k, const float *weight, flo
     }
 }
 
-static void dot(const float *const *pixels, int n, int k, const float *weight, int channels, float *out, int stride) {
+static void dot(const float *const *base, int tile, const size_t *offsets, int segments, int length,
+                const float *weight, int channels, float *out, int stride) {
     for (int c = 0; c < channels; c += 16) {
-        const float *w = weight + (size_t)(c / EL_REAL_BLOCK) * EL_REAL_BLOCK * (size_t)k + c % EL_REAL_BLOCK;
-        switch (n) {
-            case 1: dot_tile(pixels, k, w, out + c, stride, 1); break;
-            case 2: dot_tile(pixels, k, w, out + c, stride, 2); break;
-            case 3: dot_tile(pixels, k, w, out + c, stride, 3); break;
-            case 4: dot_tile(pixels, k, w, out + c, stride, 4); break;
-            case 5: dot_tile(pixels, k, w, out + c, stride, 5); break;
-            default: dot_tile(pixels, k, w, out + c, stride, 6); break;
+        const float *w = weight + (size_t)(c / EL_REAL_BLOCK) * EL_REAL_BLOCK * (size_t)segments * (size_t)length +
+                         c % EL_REAL_BLOCK;
+        switch (tile) {
+            case 1: dot_tile(base, offsets, segments, length, w, out + c, stride, 1); break;
+            case 2: dot_tile(base, offsets, segments, length, w, out + c, stride, 2); break;
+            case 3: dot_tile(base, offsets, segments, length, w, out + c, stride, 3); break;
+            case 4: dot_tile(base, offsets, segments, length, w, out + c, stride, 4); break;
+            case 5: dot_tile(base, offsets, segments, length, w, out + c, stride, 5); break;
+            default: dot_tile(base, offsets, segments, length, w, out + c, stride, 6); break;
         }
     }
 }
@@ -178,15 +172,14 @@ static void dot_depthwise(const float *const *taps, int n_taps, const float *wei
     for (; i + 8 <= c; i += 8) {
         __m256 sum = _mm256_setzero_ps();
         for (int t = 0; t < n_taps; t++)
-            if (taps[t])
-                sum = _mm256_fmadd_ps(_mm256_loadu_ps(taps[t] + i),
-                                      _mm256_loadu_ps(weight + (size_t)t * (size_t)weight_stride + i), sum);
+            sum = _mm256_fmadd_ps(_mm256_loadu_ps(taps[t] + i),
+                                  _mm256_loadu_ps(weight + (size_t)t * (size_t)weight_stride + i), sum);
         _mm256_storeu_ps(out + i, sum);
     }
     for (; i < c; i++) {
         float sum = 0.f;
         for (int t = 0; t < n_taps; t++)
-            if (taps[t]) sum = __builtin_fmaf(taps[t][i], weight[(size_t)t * (size_t)weight_stride + (size_t)i], sum);
+            sum = __builtin_fmaf(taps[t][i], weight[(size_t)t * (size_t)weight_stride + (size_t)i], sum);
         out[i] = sum;
     }
 }
@@ -213,7 +206,7 @@ static double chip_rate(void) {
 }
 
 const el_body el_body_avx2 = {
-    "avx2", TILE, REAL_TILE, supported, pack, abs_sum, weight_size, prepack, count, count_depthwise, dot, dot_depthwise, pool,
+    "avx2", TILE, REAL_TILE, supported, pack, abs_mean, weight_size, prepack, count, count_depthwise, dot, dot_depthwise, pool,
     finish, chip_rate,
 };
 #if defined(__clang__)

@@ -25,17 +25,21 @@ typedef int32_t vi_loose __attribute__((vector_size(4 * LANES), aligned(4), may_
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
-static float abs_sum(const float *x, int c) {
-    float lanes[LANES] = {0};
-    int i = 0;
-    vf sum = SPREAD(0.f);
+static void abs_mean(const float *x, int n, int c, float *means) {
+    typedef float half __attribute__((vector_size(32), aligned(4), may_alias));
+    typedef float quarter __attribute__((vector_size(16), aligned(4), may_alias));
     const vi magnitude = (vi)SPREAD(0.f) + 0x7fffffff;
-    for (; i + LANES <= c; i += LANES) sum = sum + (vf)((vi)LOADF(x + i) & magnitude);
-    STOREF(lanes, sum);
-    for (int j = 0; i + j < c; j++) lanes[j] = lanes[j] + (x[i + j] < 0.f ? -x[i + j] : x[i + j]);
-    for (int half = LANES / 2; half >= 1; half /= 2)
-        for (int j = 0; j < half; j++) lanes[j] = lanes[j] + lanes[j + half];
-    return lanes[0];
+    for (int p = 0; p < n; p++, x += c) {
+        float lanes[LANES];
+        int i = 0;
+        vf sum = SPREAD(0.f);
+        for (; i + LANES <= c; i += LANES) sum = sum + (vf)((vi)LOADF(x + i) & magnitude);
+        STOREF(lanes, sum);
+        for (int j = 0; i + j < c; j++) lanes[j] = lanes[j] + (x[i + j] < 0.f ? -x[i + j] : x[i + j]);
+        *(half *)lanes = *(half *)lanes + *(half *)(lanes + 8);
+        *(quarter *)lanes = *(quarter *)lanes + *(quarter *)(lanes + 4);
+        means[p] = ((lanes[0] + lanes[2]) + (lanes[1] + lanes[3])) / (float)c;
+    }
 }
 
 static void pool(const float *const *pixels, int n, int mode, int c, float *out) {
@@ -61,88 +65,113 @@ static void pool(const float *const *pixels, int n, int mode, int c, float *out)
     }
 }
 
-/* The link's value for LANES channels from c, those from c_out on being scratch. */
-INLINE vf link_value(const el_plan *p, const float *x, int c) {
-    const int ci = p->link_c, co = p->c_out;
-    float lanes[LANES] = {0};
-    int n = co - c < LANES ? co - c : LANES;
-    if (p->link == EL_LINK_SQUEEZE) {
-        if (n == LANES && ci % co == 0) {
-            vf v = LOADF(x + c);
-            for (int j = co; j < ci; j += co) v = v + LOADF(x + j + c);
-            return v;
-        }
-        int groups = (ci + co - 1) / co;
-        for (int i = 0; i < n; i++) {
-            lanes[i] = x[c + i];
-            for (int j = 1; j < groups; j++) lanes[i] = lanes[i] + (j * co + c + i < ci ? x[j * co + c + i] : 0.f);
-        }
-    } else {
-        int start = p->link == EL_LINK_EXPAND ? c % ci : c;
-        if (n == LANES && start + LANES <= ci) return LOADF(x + start);
-        for (int i = 0; i < n; i++) lanes[i] = x[(c + i) % ci];
-    }
-    return LOADF(lanes);
+/* How a vector of the link is read: not at all, as it lies, as a sum of runs of c_out, or value by value. */
+enum { LINK_OFF, LINK_AS_IT_IS, LINK_SUM, LINK_SLOW };
+
+static int link_kind(const el_plan *p) {
+    if (!p->link) return LINK_OFF;
+    if (p->c_out % LANES || p->link_c % LANES) return LINK_SLOW;
+    if (p->link != EL_LINK_SQUEEZE) return LINK_AS_IT_IS;
+    return p->link_c % p->c_out ? LINK_SLOW : LINK_SUM;
 }
 
-INLINE void finish_as(const el_plan *p, const void *acc, const int32_t *correction, int base, float k,
-                      const float *link, int c0, int c1, float *y, int real, int has_k, int act, int has_affine,
-                      int how, int has_post) {
-    const float *table = p->table;
-    const int stride = p->table_stride;
-#define ROW(row, c) LOADF(table + (size_t)(row) * (size_t)stride + (c))
+static void link_slowly(const float *x, int squeeze, int c, int ci, int co, float *lanes) {
+    for (int i = 0; i < LANES; i++, c++) {
+        lanes[i] = 0.f;
+        if (c >= co) continue;
+        lanes[i] = squeeze ? x[c] : x[c % ci];
+        for (int j = co; squeeze && j < ci; j += co) lanes[i] = lanes[i] + (j + c < ci ? x[j + c] : 0.f);
+    }
+}
+
+/* The epilogue with everything that is constant compiled away. What the stores could alias is copied first. */
+INLINE void finish_as(const el_plan *p, const void *acc, int stride, int tile, const int32_t *const *corrections,
+                      int base, const float *k, const float *const *links, int c0, int c1, const float *added,
+                      float *y, const int real, const int has_k, const int act, const int has_affine,
+                      const int how, const int has_post) {
+    const float *const table = p->table;
+    const size_t row = (size_t)p->table_stride, c_out = (size_t)p->c_out;
+    const int ci = p->link_c, co = p->c_out, squeeze = p->link == EL_LINK_SQUEEZE;
+    const vf none = SPREAD(0.f), lo = SPREAD(p->lo), hi = SPREAD(p->hi), inverse_gamma = SPREAD(p->inverse_gamma);
+    int start = how ? c0 % ci : 0;
+#define ROW(name) LOADF(table + (size_t)(name) * row + c)
     for (int c = c0; c < c1; c += LANES) {
-        vf v;
-        if (real) {
-            v = LOADF((const float *)acc + (c - c0));
-        } else {
-            vi n = LOADI((const int32_t *)acc + (c - c0));
-            vi dot = base - (n + n);
-            if (correction) dot = dot + LOADI(correction + (c - c0));
-            v = __builtin_convertvector(dot, vf) * ROW(EL_SCALE, c);
+        const vf scale = real ? none : ROW(EL_SCALE), shift = ROW(EL_SHIFT);
+        for (int q = 0; q < tile; q++) {
+            vf v;
+            if (real) {
+                v = LOADF((const float *)acc + q * stride + (c - c0));
+            } else {
+                vi n = LOADI((const int32_t *)acc + q * stride + (c - c0));
+                vi dot = base - (n + n);
+                if (corrections[q]) dot = dot + LOADI(corrections[q] + (c - c0));
+                v = __builtin_convertvector(dot, vf) * scale;
+            }
+            if (has_k) v = v * SPREAD(k[q]);
+            v = v + shift;
+            if (act == EL_ACT_CLIP) {
+                v = SELECT(v < lo, lo, v);
+                v = SELECT(v > hi, hi, v);
+            } else if (act == EL_ACT_PRELU) {
+                v = SELECT(v >= none, v, v * ROW(EL_SLOPE));
+            }
+            if (has_affine) {
+                v = v * ROW(EL_SCALE2);
+                v = v + ROW(EL_SHIFT2);
+            }
+            if (how) {
+                vf l;
+                if (how == LINK_AS_IT_IS) {
+                    l = LOADF(links[q] + start);
+                } else if (how == LINK_SUM) {
+                    l = LOADF(links[q] + c);
+                    for (int j = co + c; j < ci; j += co) l = l + LOADF(links[q] + j);
+                } else {
+                    float lanes[LANES];
+                    link_slowly(links[q], squeeze, c, ci, co, lanes);
+                    l = LOADF(lanes);
+                }
+                l = l * inverse_gamma;
+                v = v + l;
+            }
+            if (has_post) {
+                v = v + ROW(EL_POST_IN);
+                v = SELECT(v >= none, v, v * ROW(EL_POST_SLOPE));
+                v = v + ROW(EL_POST_OUT);
+            }
+            float *out = y + (size_t)q * c_out + c;
+            if (c + LANES <= c1) {
+                if (added) v = v + LOADF(added + (size_t)q * c_out + c);
+                STOREF(out, v);
+            } else {
+                float lanes[LANES] = {0};
+                if (added) {
+                    memcpy(lanes, added + (size_t)q * c_out + c, sizeof(float) * (size_t)(c1 - c));
+                    v = v + LOADF(lanes);
+                }
+                STOREF(lanes, v);
+                memcpy(out, lanes, sizeof(float) * (size_t)(c1 - c));
+            }
         }
-        if (has_k) v = v * SPREAD(k);
-        v = v + ROW(EL_SHIFT, c);
-        if (act == EL_ACT_CLIP) {
-            v = SELECT(v < SPREAD(p->lo), SPREAD(p->lo), v);
-            v = SELECT(v > SPREAD(p->hi), SPREAD(p->hi), v);
-        } else if (act == EL_ACT_PRELU) {
-            v = SELECT(v >= SPREAD(0.f), v, v * ROW(EL_SLOPE, c));
-        }
-        if (has_affine) {
-            v = v * ROW(EL_SCALE2, c);
-            v = v + ROW(EL_SHIFT2, c);
-        }
-        if (how) {
-            vf l = link_value(p, link, c) * SPREAD(p->inverse_gamma);
-            v = v + l;
-        }
-        if (has_post) {
-            v = v + ROW(EL_POST_IN, c);
-            v = SELECT(v >= SPREAD(0.f), v, v * ROW(EL_POST_SLOPE, c));
-            v = v + ROW(EL_POST_OUT, c);
-        }
-        if (c + LANES <= c1) {
-            STOREF(y + c, v);
-        } else {
-            float lanes[LANES];
-            STOREF(lanes, v);
-            memcpy(y + c, lanes, sizeof(float) * (size_t)(c1 - c));
-        }
+        start += LANES;
+        if (how && start >= ci) start -= ci; /* as it is: ci is a multiple of LANES */
     }
 #undef ROW
 }
 
-static void finish(const el_plan *p, const void *acc, const int32_t *correction, int base, float k,
-                   const float *link, int c0, int c1, float *y) {
-    /* The commonest ones with everything that does not apply compiled away. */
-    if (!p->real && !p->act && !p->has_affine && !p->has_post && p->link && !p->has_k)
-        finish_as(p, acc, correction, base, k, link, c0, c1, y, 0, 0, EL_ACT_NONE, 0, 1, 0);
-    else if (!p->real && !p->act && !p->has_affine && !p->has_post && !p->link)
-        finish_as(p, acc, correction, base, k, link, c0, c1, y, 0, p->has_k, EL_ACT_NONE, 0, 0, 0);
-    else
-        finish_as(p, acc, correction, base, k, link, c0, c1, y, p->real, p->has_k, p->act, p->has_affine, p->link,
-                  p->has_post);
+static void finish(const el_plan *p, const void *acc, int stride, int tile, const int32_t *const *corrections,
+                   int base, const float *k, const float *const *links, int c0, int c1, const float *added,
+                   float *y) {
+#define AS(...) finish_as(p, acc, stride, tile, corrections, base, k, links, c0, c1, added, y, __VA_ARGS__)
+    const int plain = !p->act && !p->has_affine && !p->has_post, how = link_kind(p);
+    if (plain && !p->real && !p->has_k && how == LINK_AS_IT_IS) AS(0, 0, EL_ACT_NONE, 0, LINK_AS_IT_IS, 0);
+    else if (plain && !p->real && !p->has_k && how == LINK_SUM) AS(0, 0, EL_ACT_NONE, 0, LINK_SUM, 0);
+    else if (plain && !p->real && p->has_k && how == LINK_AS_IT_IS) AS(0, 1, EL_ACT_NONE, 0, LINK_AS_IT_IS, 0);
+    else if (plain && !p->real && p->has_k && how == LINK_SUM) AS(0, 1, EL_ACT_NONE, 0, LINK_SUM, 0);
+    else if (plain && !p->real && !how) AS(0, p->has_k, EL_ACT_NONE, 0, LINK_OFF, 0);
+    else if (plain && p->real && !how) AS(1, 0, EL_ACT_NONE, 0, LINK_OFF, 0);
+    else AS(p->real, p->has_k, p->act, p->has_affine, how, p->has_post);
+#undef AS
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -170,14 +199,14 @@ static void prepack(const uint64_t *rows, int words, int channels, void *weight)
  * processor has no masks. */
 
 #ifndef OWN_DEPTHWISE
-static void count_depthwise(const uint64_t *const *taps, int n_taps, const uint64_t *weight, int words,
+static void count_depthwise(const uint64_t *base, const size_t *offsets, int taps, int length, const uint64_t *weight,
                             int32_t *counts) {
-    for (int w = 0; w < words; w++) {
+    for (int w = 0; w < length; w++) {
         /* Bit-sliced: plane j holds bit j of the 64 counts. */
         uint64_t planes[16] = {0};
         int used = 0;
-        for (int t = 0; t < n_taps; t++) {
-            uint64_t carry = taps[t][w] ^ weight[(size_t)t * (size_t)words + (size_t)w];
+        for (int t = 0; t < taps; t++) {
+            uint64_t carry = base[offsets[t] + (size_t)w] ^ weight[(size_t)t * (size_t)length + (size_t)w];
             for (int j = 0; carry; j++) {
                 uint64_t both = planes[j] & carry;
                 planes[j] ^= carry;
@@ -193,20 +222,22 @@ static void count_depthwise(const uint64_t *const *taps, int n_taps, const uint6
 }
 #endif
 
-#ifndef OWN_PACK
-static void pack(const float *x, const float *threshold, const uint32_t *flip, int c, uint64_t *bits) {
-    for (int start = 0; start < c; start += 64) {
-        uint64_t word = 0;
-        int n = c - start < 64 ? c - start : 64;
-        for (int i = 0; i < n; i++) {
-            uint32_t value;
-            memcpy(&value, x + start + i, 4);
-            if (flip) value ^= flip[start + i];
-            float v;
-            memcpy(&v, &value, 4);
-            word |= (uint64_t)(v >= (threshold ? threshold[start + i] : 0.f)) << i;
-        }
-        bits[start / 64] = word;
-    }
+/* One bit, for what is left over where a processor takes several at a time. */
+INLINE uint64_t sign_bit(const float *x, const float *threshold, const uint32_t *flip, int i) {
+    uint32_t value;
+    float v;
+    memcpy(&value, x + i, 4);
+    if (flip) value ^= flip[i];
+    memcpy(&v, &value, 4);
+    return v >= (threshold ? threshold[i] : 0.f);
 }
-#endif
+
+/* pack() for n pixels, from a function that packs one word of up to 64 floats. */
+#define PACK_PIXELS(word64)                                                                                          \
+    static void pack(const float *x, int n, size_t x_step, const float *threshold, const uint32_t *flip, int c,      \
+                     uint64_t *bits, size_t step) {                                                                  \
+        for (int p = 0; p < n; p++, x += x_step, bits += step)                                                       \
+            for (int i = 0; i < c; i += 64)                                                                          \
+                bits[i / 64] = word64(x + i, threshold ? threshold + i : NULL, flip ? flip + i : NULL,               \
+                                      c - i < 64 ? c - i : 64);                                                      \
+    }

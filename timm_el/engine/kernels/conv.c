@@ -9,6 +9,7 @@
 #define CHUNK 512              /* binary output channels finished at a time: their counts stay in the first cache */
 #define REAL_CHUNK_BYTES 262144 /* real weights used at a time: they stay in the second cache */
 #define BAND_PIXELS 96         /* output pixels of a band, at least, if the image has them */
+#define FEW_PIXELS 96          /* for one thread */
 #define MOST_TILE 8
 
 static const el_body *body = &el_body_portable;
@@ -150,37 +151,50 @@ int el_prepack_real(const el_plan *p, const float *oihw, float *weight) {
 
 typedef struct {
     const el_plan *p;
-    const el_tensors *t;
-    int depthwise, direct;    /* direct: a pixel's string is its own packed, or real, input; nothing to gather */
+    const float *x, *link, *added;
+    float *y;
+    int depthwise, copied;    /* copied: the band's input is in the scratch, padded; else it is read where it is */
     int taps, tap, pixel;     /* words of a tap of a group, and of an input pixel; floats where real */
-    int string;               /* words, or floats, of an output pixel's string for one group */
+    int segments, length;     /* the runs of an output pixel's inputs */
+    int left, width;          /* columns of zeros before a row, and columns of a row with its padding */
     int band_rows, in_rows;   /* output and input rows of a band */
     int row_items, splits;    /* the work is cut to row_items * splits pieces */
     int chunk;                /* output channels at a time */
-    size_t bits_at, k_at, panel_at, pooled_at, acc_at, correction_at, bytes; /* in the scratch */
+    size_t rows_at, k_at, base_at, links_at, scale_at, border_at, pooled_at, zeros_at, acc_at, correction_at, bytes;
     atomic_int failed;
+    size_t offsets[EL_MAX_TAPS];
 } job;
 
-/* Rows of the band from input row y0 on: signs, and sums of abs(x). Rows outside the image are not touched. */
-static void pack_rows(const job *j, int image, int y0, int from, int to, uint64_t *bits, float *k) {
+#define AT(type, where) ((type *)(void *)(scratch + j->where))
+
+/* Input rows from .. to of the band that starts at y0: their signs and means of abs(x), or copies of real ones. */
+static void take_rows(const job *j, char *scratch, int image, int y0, int from, int to) {
     const el_plan *p = j->p;
     const int groups = j->depthwise ? 1 : p->groups, cg = p->c_in / groups;
+    const size_t unit = p->real ? sizeof(float) : sizeof(uint64_t), pixel = (size_t)j->pixel * unit;
     for (int y = from; y < to; y++) {
-        if (y < 0 || y >= p->h) continue;
-        const float *x = j->t->x + ((size_t)image * (size_t)p->h + (size_t)y) * (size_t)p->w * (size_t)p->c_in;
-        uint64_t *out = bits + (size_t)(y - y0) * (size_t)p->w * (size_t)j->pixel;
-        for (int i = 0; i < p->w; i++) {
-            for (int g = 0; g < groups; g++)
-                body->pack(x + g * cg, p->threshold ? p->threshold + g * cg : NULL, p->flip ? p->flip + g * cg : NULL,
-                           cg, out + g * j->tap);
-            if (p->has_k) k[(size_t)(y - y0) * (size_t)p->w + (size_t)i] = body->abs_sum(x, p->c_in) / (float)p->c_in;
-            x += p->c_in;
-            out += j->pixel;
+        char *row = scratch + j->rows_at + (size_t)(y - y0) * (size_t)j->width * pixel;
+        if (y < 0 || y >= p->h) {
+            memset(row, 0, (size_t)j->width * pixel);
+            continue;
         }
+        const float *x = j->x + ((size_t)image * (size_t)p->h + (size_t)y) * (size_t)p->w * (size_t)p->c_in;
+        const int right = j->width - j->left - p->w;
+        memset(row, 0, (size_t)j->left * pixel);
+        row += (size_t)j->left * pixel;
+        if (right > 0) memset(row + (size_t)p->w * pixel, 0, (size_t)right * pixel);
+        if (p->real) {
+            memcpy(row, x, (size_t)p->w * pixel);
+            continue;
+        }
+        for (int g = 0; g < groups; g++)
+            body->pack(x + g * cg, p->w, (size_t)p->c_in, p->threshold ? p->threshold + g * cg : NULL,
+                       p->flip ? p->flip + g * cg : NULL, cg, (uint64_t *)(void *)row + g * j->tap, (size_t)j->pixel);
+        if (p->has_k) body->abs_mean(x, p->w, p->c_in, AT(float, k_at) + (size_t)(y - y0) * (size_t)p->w);
     }
 }
 
-/* Mean of abs(x) over channels and taps; taps outside the image are zeros. */
+/* Mean of the means of abs(x) over the taps; taps outside the image are zeros. */
 static float scale_of_input(const job *j, const float *k, int y0, int oy, int ox) {
     const el_window *w = &j->p->conv;
     float sum = 0.f;
@@ -195,169 +209,157 @@ static float scale_of_input(const job *j, const float *k, int y0, int oy, int ox
     return sum / (float)j->taps;
 }
 
-/* The taps of one output pixel side by side, zeros where they are outside the image; `size` bytes a tap. */
-static void gather(const job *j, const char *rows, int y0, size_t size, size_t pixel, int oy, int ox, char *out) {
+/* What padding changes in the dot products of one pixel. */
+static void correct(const job *j, int oy, int ox, int c0, int c1, int32_t *out) {
     const el_plan *p = j->p;
     const el_window *w = &p->conv;
-    for (int ky = 0; ky < w->kh; ky++) {
-        const int y = oy * w->sh - w->ph + ky * w->dh, x0 = ox * w->sw - w->pw;
-        const int inside = y >= 0 && y < p->h;
-        if (inside && w->dw == 1 && size == pixel && x0 >= 0 && x0 + w->kw <= p->w) {
-            memcpy(out, rows + ((size_t)(y - y0) * (size_t)p->w + (size_t)x0) * pixel, size * (size_t)w->kw);
-            out += size * (size_t)w->kw;
-            continue;
-        }
-        for (int kx = 0; kx < w->kw; kx++, out += size) {
-            const int x = x0 + kx * w->dw;
-            if (inside && x >= 0 && x < p->w)
-                memcpy(out, rows + ((size_t)(y - y0) * (size_t)p->w + (size_t)x) * pixel, size);
-            else
-                memset(out, 0, size);
-        }
-    }
-}
-
-/* What padding changes in the dot products of one pixel; 0 if it has no tap outside the image. */
-static int correct(const job *j, int oy, int ox, int c0, int c1, int32_t *out) {
-    const el_plan *p = j->p;
-    const el_window *w = &p->conv;
-    int found = 0;
+    memset(out, 0, sizeof(int32_t) * (size_t)(c1 - c0));
     for (int ky = 0; ky < w->kh; ky++)
         for (int kx = 0; kx < w->kw; kx++) {
             const int y = oy * w->sh - w->ph + ky * w->dh, x = ox * w->sw - w->pw + kx * w->dw;
             if (y >= 0 && y < p->h && x >= 0 && x < p->w) continue;
             const int32_t *sums = p->tap_sums + (size_t)(ky * w->kw + kx) * (size_t)p->table_stride + c0;
-            if (found++)
-                for (int c = 0; c < c1 - c0; c++) out[c] += sums[c];
-            else
-                memcpy(out, sums, sizeof(int32_t) * (size_t)(c1 - c0));
+            for (int c = 0; c < c1 - c0; c++) out[c] += sums[c];
         }
-    return found;
 }
 
-/* The pixel that the link adds, pooled into `pooled` if need be. */
-static const float *link_row(const job *j, int image, int oy, int ox, float *pooled) {
+/* The window of the link's pool at one output pixel, to `out`. */
+static void pool_link(const job *j, const float *image, int oy, int ox, float *out) {
     const el_plan *p = j->p;
-    const size_t c = (size_t)p->link_c;
-    const float *x = j->t->link + (size_t)image * (size_t)p->link_h * (size_t)p->link_w * c;
-    if (!p->link_pool) return x + ((size_t)oy * (size_t)p->link_w + (size_t)ox) * c;
+    const el_window *w = &p->pool;
     const float *window[EL_MAX_POOL];
     int n = 0;
-    for (int ky = 0; ky < p->pool.kh; ky++) {
-        const int y = oy * p->pool.sh - p->pool.ph + ky * p->pool.dh;
+    for (int ky = 0; ky < w->kh; ky++) {
+        const int y = oy * w->sh - w->ph + ky * w->dh;
         if (y < 0 || y >= p->link_h) continue;
-        for (int kx = 0; kx < p->pool.kw; kx++) {
-            const int xx = ox * p->pool.sw - p->pool.pw + kx * p->pool.dw;
-            if (xx >= 0 && xx < p->link_w) window[n++] = x + ((size_t)y * (size_t)p->link_w + (size_t)xx) * c;
+        for (int kx = 0; kx < w->kw; kx++) {
+            const int x = ox * w->sw - w->pw + kx * w->dw;
+            if (x < 0 || x >= p->link_w) continue;
+            window[n++] = image + ((size_t)y * (size_t)p->link_w + (size_t)x) * (size_t)p->link_c;
         }
     }
-    body->pool(window, n, p->link_pool, p->link_c, pooled);
-    return pooled;
+    body->pool(window, n, p->link_pool, p->link_c, out);
+}
+
+/* For each output pixel of a band: where its inputs start, what its link adds, its K, whether padding touches it. */
+static void locate(const job *j, char *scratch, int image, int oy0, int oy1, int y0) {
+    const el_plan *p = j->p;
+    const el_window *w = &p->conv;
+    const size_t unit = p->real ? sizeof(float) : sizeof(uint64_t), pixel = (size_t)j->pixel * unit;
+    const char *rows = j->copied ? scratch + j->rows_at
+                                 : (const char *)(j->x + (size_t)image * (size_t)p->h * (size_t)p->w * (size_t)p->c_in);
+    const float *link = j->link;
+    if (p->link) link += (size_t)image * (size_t)p->link_h * (size_t)p->link_w * (size_t)p->link_c;
+    const int border_matters = p->tap_sums != NULL;
+    int i = 0;
+    for (int oy = oy0; oy < oy1; oy++) {
+        const int y = oy * w->sh - w->ph, row_touches = y < 0 || y + (w->kh - 1) * w->dh >= p->h;
+        for (int ox = 0; ox < p->ow; ox++, i++) {
+            const int x = ox * w->sw - w->pw;
+            /* A copied band starts at input row y0 and column -left, and both are where padding starts. */
+            AT(const char *, base_at)[i] =
+                rows + (j->copied ? ((size_t)(y - y0) * (size_t)j->width + (size_t)(x + j->left)) * pixel
+                                  : ((size_t)(y < 0 ? 0 : y) * (size_t)p->w + (size_t)(x < 0 ? 0 : x)) * pixel);
+            AT(uint8_t, border_at)[i] = border_matters && (row_touches || x < 0 || x + (w->kw - 1) * w->dw >= p->w);
+            if (p->has_k)
+                AT(float, scale_at)[i] = j->taps == 1 && y >= 0 && y < p->h && x >= 0 && x < p->w
+                                             ? AT(float, k_at)[(size_t)(y - y0) * (size_t)p->w + (size_t)x]
+                                             : scale_of_input(j, AT(float, k_at), y0, oy, ox);
+            if (p->link_pool) {
+                float *pooled = AT(float, pooled_at) + (size_t)i * (size_t)p->link_c;
+                pool_link(j, link, oy, ox, pooled);
+                AT(const float *, links_at)[i] = pooled;
+            } else if (p->link) {
+                AT(const float *, links_at)[i] =
+                    link + ((size_t)oy * (size_t)p->link_w + (size_t)ox) * (size_t)p->link_c;
+            }
+        }
+    }
+}
+
+/* Accumulators of a tile of pixels, for channels c .. c + n. */
+static void accumulate(const job *j, char *scratch, int first, int tile, int group, int c, int n, int stride,
+                       const float *image, int oy, int ox) {
+    const el_plan *p = j->p;
+    const void *const *base = AT(const void *const, base_at) + first;
+    if (j->depthwise && p->real) {
+        const el_window *w = &p->conv;
+        const float *taps[EL_MAX_TAPS];
+        for (int q = 0; q < tile; q++) {
+            int t = 0;
+            for (int ky = 0; ky < w->kh; ky++)
+                for (int kx = 0; kx < w->kw; kx++, t++) {
+                    const int y = oy * w->sh - w->ph + ky * w->dh, x = ox * w->sw - w->pw + kx * w->dw;
+                    taps[t] = y < 0 || y >= p->h || x < 0 || x >= p->w
+                                  ? AT(float, zeros_at)
+                                  : image + ((size_t)y * (size_t)p->w + (size_t)x) * (size_t)p->c_in;
+                }
+            body->dot_depthwise(taps, t, p->weight, round_up(p->c_out, 16), p->c_out,
+                                AT(float, acc_at) + (size_t)q * (size_t)stride);
+            if (++ox == p->ow) ox = 0, oy++;
+        }
+    } else if (j->depthwise) {
+        for (int q = 0; q < tile; q++)
+            body->count_depthwise(base[q], j->offsets, j->taps, j->tap, p->weight,
+                                  AT(int32_t, acc_at) + (size_t)q * (size_t)stride);
+    } else if (p->real) {
+        body->dot((const float *const *)base, tile, j->offsets, j->segments, j->length,
+                  (const float *)p->weight + (size_t)c * (size_t)j->taps * (size_t)j->tap, n, AT(float, acc_at), stride);
+    } else {
+        const int og = p->c_out / p->groups, string = j->taps * j->tap;
+        const uint64_t *starts[MOST_TILE];
+        for (int q = 0; q < tile; q++) starts[q] = (const uint64_t *)base[q] + group * j->tap;
+        const char *weight = (const char *)p->weight + (size_t)group * body->weight_size(string, og);
+        body->count(starts, tile, j->offsets, j->segments, j->length,
+                    weight + body->weight_size(string, c - group * og), n, AT(int32_t, acc_at), stride);
+    }
 }
 
 /* Output rows oy0 .. oy1 of one image, channels c0 .. c1. */
 static void band(const job *j, char *scratch, int image, int oy0, int oy1, int y0, int c0, int c1) {
     const el_plan *p = j->p;
-    const uint64_t *bits = (const uint64_t *)(void *)(scratch + j->bits_at);
-    const float *k = (const float *)(void *)(scratch + j->k_at);
-    const float *image_x = j->t->x + (size_t)image * (size_t)p->h * (size_t)p->w * (size_t)p->c_in;
-    int32_t *correction = (int32_t *)(void *)(scratch + j->correction_at);
-    char *acc = scratch + j->acc_at;
-    const int pixels = (oy1 - oy0) * p->ow, og = p->c_out / p->groups;
-    const int base = j->taps * (p->c_in / p->groups);
-    const size_t unit = p->real ? sizeof(float) : sizeof(uint64_t);
-    const int padded = p->tap_sums != NULL;
-    float *y = j->t->y + ((size_t)image * (size_t)p->oh + (size_t)oy0) * (size_t)p->ow * (size_t)p->c_out;
-
-    for (int i = 0; p->link_pool && i < pixels; i++)
-        link_row(j, image, oy0 + i / p->ow, i % p->ow,
-                 (float *)(void *)(scratch + j->pooled_at) + (size_t)i * (size_t)p->link_c);
-
-#define LINK(i) (!p->link ? NULL : p->link_pool                                                             \
-                 ? (const float *)(void *)(scratch + j->pooled_at) + (size_t)(i) * (size_t)p->link_c         \
-                 : link_row(j, image, oy0 + (i) / p->ow, (i) % p->ow, NULL))
-
-    if (j->depthwise) {
-        const void *taps[EL_MAX_TAPS];
-        for (int i = 0; i < pixels; i++) {
-            const int oy = oy0 + i / p->ow, ox = i % p->ow;
-            int t = 0;
-            for (int ky = 0; ky < p->conv.kh; ky++)
-                for (int kx = 0; kx < p->conv.kw; kx++, t++) {
-                    const int yy = oy * p->conv.sh - p->conv.ph + ky * p->conv.dh;
-                    const int xx = ox * p->conv.sw - p->conv.pw + kx * p->conv.dw;
-                    if (yy < 0 || yy >= p->h || xx < 0 || xx >= p->w)
-                        taps[t] = p->real ? NULL : scratch + j->panel_at; /* zeros */
-                    else if (p->real)
-                        taps[t] = image_x + ((size_t)yy * (size_t)p->w + (size_t)xx) * (size_t)p->c_in;
-                    else
-                        taps[t] = bits + ((size_t)(yy - y0) * (size_t)p->w + (size_t)xx) * (size_t)j->pixel;
+    const float *x = j->x + (size_t)image * (size_t)p->h * (size_t)p->w * (size_t)p->c_in;
+    const size_t place = ((size_t)image * (size_t)p->oh + (size_t)oy0) * (size_t)p->ow * (size_t)p->c_out;
+    const int pixels = (oy1 - oy0) * p->ow, groups = j->depthwise ? 1 : p->groups, og = p->c_out / groups;
+    const int base = j->taps * (p->c_in / p->groups), most = p->real ? body->real_tile_pixels : body->tile_pixels;
+    locate(j, scratch, image, oy0, oy1, y0);
+    for (int c = c0; c < c1;) {
+        const int group = c / og, end = (group + 1) * og < c1 ? (group + 1) * og : c1;
+        const int n = end - c < j->chunk ? end - c : j->chunk, stride = round_up(n, EL_REAL_BLOCK);
+        int oy = oy0, ox = 0;
+        for (int i = 0; i < pixels; i += most) {
+            const int tile = pixels - i < most ? pixels - i : most;
+            const int32_t *corrections[MOST_TILE] = {NULL};
+            accumulate(j, scratch, i, tile, group, c, n, stride, x, oy, ox);
+            for (int q = 0; q < tile; q++) {
+                if (AT(uint8_t, border_at)[i + q]) {
+                    int32_t *correction = AT(int32_t, correction_at) + (size_t)q * (size_t)stride;
+                    correct(j, oy, ox, c, c + n, correction);
+                    corrections[q] = correction;
                 }
-            int corrected = 0;
-            if (p->real) {
-                body->dot_depthwise((const float *const *)taps, t, p->weight, round_up(p->c_out, 16), p->c_out,
-                                    (float *)(void *)acc);
-            } else {
-                body->count_depthwise((const uint64_t *const *)taps, t, p->weight, j->tap, (int32_t *)(void *)acc);
-                corrected = padded && correct(j, oy, ox, 0, p->c_out, correction);
+                if (++ox == p->ow) ox = 0, oy++;
             }
-            body->finish(p, acc, corrected ? correction : NULL, base, 0.f, LINK(i), 0, p->c_out,
-                         y + (size_t)i * (size_t)p->c_out);
-        }
-        return;
-    }
-
-    char *panel = scratch + j->panel_at;
-    const size_t string = (size_t)j->string * unit;
-    for (int g = 0; g < p->groups; g++) {
-        const int from = g * og > c0 ? g * og : c0, to = (g + 1) * og < c1 ? (g + 1) * og : c1;
-        if (from >= to) continue;
-        const char *rows = p->real ? (const char *)image_x : (const char *)(bits + g * j->tap);
-        const int row0 = p->real ? 0 : y0;
-        const size_t pixel = (size_t)(p->real ? p->c_in : j->pixel) * unit;
-        if (!j->direct)
-            for (int i = 0; i < pixels; i++)
-                gather(j, rows, row0, (size_t)j->tap * unit, pixel, oy0 + i / p->ow, i % p->ow, panel + (size_t)i * string);
-        const char *weight = (const char *)p->weight;
-        if (!p->real) weight += (size_t)g * body->weight_size(j->string, og);
-        for (int c = from; c < to; c += j->chunk) {
-            const int n = to - c < j->chunk ? to - c : j->chunk;
-            const int stride = round_up(n, EL_REAL_BLOCK);
-            const int tile = p->real ? body->real_tile_pixels : body->tile_pixels;
-            for (int i = 0; i < pixels; i += tile) {
-                const int m = pixels - i < tile ? pixels - i : tile;
-                const void *strings[MOST_TILE];
-                for (int q = 0; q < m; q++) {
-                    const int oy = oy0 + (i + q) / p->ow, ox = (i + q) % p->ow;
-                    strings[q] = !j->direct ? panel + (size_t)(i + q) * string
-                                            : rows + ((size_t)(oy * p->conv.sh - row0) * (size_t)p->w +
-                                                      (size_t)(ox * p->conv.sw)) * pixel;
-                }
-                if (p->real)
-                    body->dot((const float *const *)strings, m, j->string,
-                              (const float *)(const void *)weight + (size_t)c * (size_t)j->string, n,
-                              (float *)(void *)acc, stride);
-                else
-                    body->count((const uint64_t *const *)strings, m, j->string,
-                                weight + body->weight_size(j->string, c - g * og), n, (int32_t *)(void *)acc, stride);
-                for (int q = 0; q < m; q++) {
-                    const int oy = oy0 + (i + q) / p->ow, ox = (i + q) % p->ow;
-                    const int corrected = padded && correct(j, oy, ox, c, c + n, correction);
-                    body->finish(p, acc + (size_t)q * (size_t)stride * 4, corrected ? correction : NULL, base,
-                                 p->has_k ? scale_of_input(j, k, y0, oy, ox) : 0.f, LINK(i + q), c, c + n,
-                                 y + (size_t)(i + q) * (size_t)p->c_out);
-                }
+            if (p->real && c + n < c1) { /* the next weights, while these are in use */
+                const size_t row = (size_t)j->taps * (size_t)j->tap * sizeof(float);
+                const size_t bytes = (size_t)(c1 - c - n < j->chunk ? c1 - c - n : j->chunk) * row;
+                const char *next = (const char *)p->weight + (size_t)(c + n) * row;
+                const size_t from = bytes * (size_t)i / (size_t)pixels, to = bytes * (size_t)(i + tile) / (size_t)pixels;
+                for (size_t at = from; at < to; at += 64) __builtin_prefetch(next + at, 0, 2);
             }
+            body->finish(p, AT(char, acc_at), stride, tile, corrections, base, AT(float, scale_at) + i,
+                         AT(const float *const, links_at) + i, c, c + n,
+                         j->added ? j->added + place + (size_t)i * (size_t)p->c_out : NULL,
+                         j->y + place + (size_t)i * (size_t)p->c_out);
         }
+        c += n;
     }
-#undef LINK
 }
 
 /* One piece of the work: a run of output rows of the whole batch, a range of channels. */
 static void piece(void *context, int item) {
     job *j = context;
     const el_plan *p = j->p;
-    char *scratch = el_scratch(j->bytes);
+    char *scratch = el_scratch(EL_SLOT_BAND, j->bytes);
     if (!scratch) {
         atomic_store(&j->failed, 1);
         return;
@@ -369,28 +371,28 @@ static void piece(void *context, int item) {
     const int c0 = (int)((int64_t)blocks * split / j->splits) * EL_REAL_BLOCK;
     int c1 = (int)((int64_t)blocks * (split + 1) / j->splits) * EL_REAL_BLOCK;
     if (c1 > p->c_out) c1 = p->c_out;
-    uint64_t *bits = (uint64_t *)(void *)(scratch + j->bits_at);
-    float *k = (float *)(void *)(scratch + j->k_at);
-    if (j->depthwise && !p->real) memset(scratch + j->panel_at, 0, (size_t)j->tap * sizeof(uint64_t));
-    int last_image = -1, packed_from = 0, packed_to = 0; /* input rows that are packed */
+    if (j->depthwise && p->real) memset(scratch + j->zeros_at, 0, (size_t)round_up(p->c_in, 16) * sizeof(float));
+    const size_t row_bytes = (size_t)j->width * (size_t)j->pixel * (p->real ? sizeof(float) : sizeof(uint64_t));
+    int last_image = -1, taken_from = 0, taken_to = 0; /* input rows that are in the scratch */
     for (int64_t row = from; row < to;) {
         const int image = (int)(row / p->oh), oy0 = (int)(row % p->oh);
         int oy1 = oy0 + j->band_rows < p->oh ? oy0 + j->band_rows : p->oh;
         if (row + (oy1 - oy0) > to) oy1 = oy0 + (int)(to - row);
         const int y0 = oy0 * p->conv.sh - p->conv.ph;
         const int y1 = (oy1 - 1) * p->conv.sh - p->conv.ph + (p->conv.kh - 1) * p->conv.dh + 1;
-        if (!p->real) {
+        if (j->copied) {
             int start = y0;
-            if (image == last_image && y0 < packed_to) { /* the rows that two bands share move to the front */
-                const size_t kept = (size_t)(packed_to - y0) * (size_t)p->w, gone = (size_t)(y0 - packed_from) * (size_t)p->w;
-                memmove(bits, bits + gone * (size_t)j->pixel, kept * (size_t)j->pixel * sizeof(uint64_t));
-                if (p->has_k) memmove(k, k + gone, kept * sizeof(float));
-                start = packed_to;
+            if (image == last_image && y0 < taken_to) { /* the rows that two bands share move to the front */
+                const size_t kept = (size_t)(taken_to - y0), gone = (size_t)(y0 - taken_from);
+                memmove(scratch + j->rows_at, scratch + j->rows_at + gone * row_bytes, kept * row_bytes);
+                if (p->has_k)
+                    memmove(AT(float, k_at), AT(float, k_at) + gone * (size_t)p->w, kept * (size_t)p->w * sizeof(float));
+                start = taken_to;
             }
-            pack_rows(j, image, y0, start, y1, bits, k);
+            take_rows(j, scratch, image, y0, start, y1);
             last_image = image;
-            packed_from = y0;
-            packed_to = y1;
+            taken_from = y0;
+            taken_to = y1;
         }
         band(j, scratch, image, oy0, oy1, y0, c0, c1);
         row += oy1 - oy0;
@@ -399,22 +401,42 @@ static void piece(void *context, int item) {
 
 static size_t aligned(size_t n) { return (n + 63) / 64 * 64; }
 
-int el_conv(const el_plan *p, const el_tensors *t, int threads) {
-    if (is_bad(p) || !t->x || !t->y || (p->link && !t->link)) return EL_BAD_PLAN;
+int el_conv(const el_plan *p, const float *x, const float *link, const float *added, float *y, int threads) {
+    if (is_bad(p) || !x || !y || (p->link && !link)) return EL_BAD_PLAN;
     if ((int64_t)p->n * p->oh * p->ow == 0) return EL_OK;
-    job j = {.p = p, .t = t};
+    job j;
+    j.p = p;
+    j.x = x;
+    j.link = link;
+    j.added = added;
+    j.y = y;
     atomic_init(&j.failed, 0);
     j.depthwise = is_depthwise(p);
     j.taps = p->conv.kh * p->conv.kw;
     j.tap = p->real ? p->c_in / p->groups : tap_words(p);
     j.pixel = p->real ? p->c_in : pixel_words(p);
-    j.string = j.taps * j.tap;
-    j.direct = j.taps == 1 && !p->conv.ph && !p->conv.pw && (int64_t)(p->oh - 1) * p->conv.sh < p->h &&
-               (int64_t)(p->ow - 1) * p->conv.sw < p->w;
+    const int last = (p->ow - 1) * p->conv.sw - p->conv.pw + (p->conv.kw - 1) * p->conv.dw; /* column of the last tap */
+    const int last_row = (p->oh - 1) * p->conv.sh - p->conv.ph + (p->conv.kh - 1) * p->conv.dh;
+    const int padded = p->conv.ph || p->conv.pw || last >= p->w || last_row >= p->h;
+    j.copied = !p->real || (padded && !j.depthwise);
+    j.left = p->conv.pw;
+    j.width = j.left + (last >= p->w ? last + 1 : p->w);
+    if (!j.copied) j.left = 0, j.width = p->w;
+    if (p->conv.dw == 1 && j.pixel == j.tap && !j.depthwise) {
+        j.segments = p->conv.kh;
+        j.length = p->conv.kw * j.tap;
+    } else {
+        j.segments = j.taps;
+        j.length = j.tap;
+    }
+    for (int s = 0; s < j.segments; s++) {
+        const int ky = j.segments == j.taps ? s / p->conv.kw : s, kx = j.segments == j.taps ? s % p->conv.kw : 0;
+        j.offsets[s] = ((size_t)(ky * p->conv.dh) * (size_t)j.width + (size_t)(kx * p->conv.dw)) * (size_t)j.pixel;
+    }
     const size_t unit = p->real ? sizeof(float) : sizeof(uint64_t);
-    j.chunk = CHUNK;
-    if (p->real) {
-        const size_t fit = REAL_CHUNK_BYTES / ((size_t)j.string * sizeof(float)) / EL_REAL_BLOCK;
+    j.chunk = j.depthwise ? round_up(p->c_out, EL_REAL_BLOCK) : CHUNK;
+    if (p->real && !j.depthwise) {
+        const size_t fit = REAL_CHUNK_BYTES / ((size_t)j.taps * (size_t)j.tap * sizeof(float)) / EL_REAL_BLOCK;
         j.chunk = (int)(fit < 1 ? 1 : fit > 8 ? 8 : fit) * EL_REAL_BLOCK;
     }
 
@@ -424,7 +446,7 @@ int el_conv(const el_plan *p, const el_tensors *t, int threads) {
     j.row_items = 1;
     if (threads > 1) {
         const int blocks = (p->c_out + EL_REAL_BLOCK - 1) / EL_REAL_BLOCK;
-        if (!j.depthwise && p->groups == 1 && pixels < (int64_t)BAND_PIXELS * threads && blocks >= threads)
+        if (!j.depthwise && p->groups == 1 && pixels < (int64_t)FEW_PIXELS * threads && blocks >= threads)
             j.splits = threads;
         else
             j.row_items = (int)(rows < threads ? rows : threads);
@@ -434,23 +456,48 @@ int el_conv(const el_plan *p, const el_tensors *t, int threads) {
     j.band_rows = (int)band_rows;
     j.in_rows = (j.band_rows - 1) * p->conv.sh + (p->conv.kh - 1) * p->conv.dh + 1;
 
-    const size_t band_pixels = (size_t)j.band_rows * (size_t)p->ow, wide = (size_t)round_up(p->c_out, EL_REAL_BLOCK) + 64;
+    const size_t band_pixels = (size_t)j.band_rows * (size_t)p->ow;
+    const size_t tile = (size_t)MOST_TILE * (size_t)(j.chunk + 64) * 4;
     size_t at = 0;
-    j.bits_at = at, at += p->real ? 0 : aligned((size_t)j.in_rows * (size_t)p->w * (size_t)j.pixel * unit);
+    j.rows_at = at, at += j.copied ? aligned((size_t)j.in_rows * (size_t)j.width * (size_t)j.pixel * unit) : 0;
     j.k_at = at, at += p->has_k ? aligned((size_t)j.in_rows * (size_t)p->w * sizeof(float)) : 0;
-    j.panel_at = at, at += j.depthwise ? aligned((size_t)j.tap * unit) : j.direct ? 0 : aligned(band_pixels * (size_t)j.string * unit);
+    j.base_at = at, at += aligned(band_pixels * sizeof(void *));
+    j.links_at = at, at += aligned(band_pixels * sizeof(void *));
+    j.scale_at = at, at += aligned(band_pixels * sizeof(float));
+    j.border_at = at, at += aligned(band_pixels);
     j.pooled_at = at, at += p->link_pool ? aligned(band_pixels * (size_t)p->link_c * sizeof(float)) : 0;
-    j.acc_at = at, at += aligned((j.depthwise ? wide : (size_t)MOST_TILE * (size_t)(j.chunk + 64)) * 4);
-    j.correction_at = at, at += p->tap_sums ? aligned(wide * sizeof(int32_t)) : 0;
+    j.zeros_at = at, at += aligned((size_t)round_up(p->c_in, 16) * sizeof(float));
+    j.acc_at = at, at += aligned(tile);
+    j.correction_at = at, at += p->tap_sums ? aligned(tile) : 0;
     j.bytes = at + 64;
 
     el_parallel(piece, &j, j.row_items * j.splits, threads);
     return atomic_load(&j.failed) ? EL_NO_MEMORY : EL_OK;
 }
 
+int el_chain(const el_plan *const *plans, int n, const float *x, const float *added, float *y, int threads) {
+    for (int i = 0; i < n; i++) {
+        const el_plan *p = plans[i];
+        float *out = y;
+        if (i > 0 && (p->n != plans[i - 1]->n || p->h != plans[i - 1]->oh || p->w != plans[i - 1]->ow ||
+                      p->c_in != plans[i - 1]->c_out))
+            return EL_BAD_PLAN;
+        if (i + 1 < n) {
+            out = el_scratch(i % 2 ? EL_SLOT_ODD : EL_SLOT_EVEN,
+                             (size_t)p->n * (size_t)p->oh * (size_t)p->ow * (size_t)p->c_out * sizeof(float));
+            if (!out) return EL_NO_MEMORY;
+        }
+        const int failed = el_conv(p, x, x, i + 1 == n ? added : NULL, out, threads);
+        if (failed) return failed;
+        x = out;
+    }
+    return EL_OK;
+}
+
 double el_count_time(int words, int channels, int pixels, int repeats) {
     if (words < 1 || channels < 1 || pixels < 1 || repeats < 1) return 0.;
     const int stride = round_up(channels, EL_REAL_BLOCK);
+    const size_t start = 0;
     uint64_t *rows = malloc(((size_t)channels + (size_t)pixels) * (size_t)words * 8);
     void *weight = aligned_alloc(64, aligned(body->weight_size(words, channels)));
     int32_t *counts = malloc((size_t)MOST_TILE * (size_t)stride * sizeof(int32_t));
@@ -470,7 +517,7 @@ double el_count_time(int words, int channels, int pixels, int repeats) {
                 const uint64_t *strings[MOST_TILE];
                 const int m = pixels - i < body->tile_pixels ? pixels - i : body->tile_pixels;
                 for (int q = 0; q < m; q++) strings[q] = x + (size_t)(i + q) * (size_t)words;
-                body->count(strings, m, words, weight, channels, counts, stride);
+                body->count(strings, m, &start, 1, words, weight, channels, counts, stride);
             }
             clock_gettime(CLOCK_MONOTONIC, &b);
             const double now = (double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec);

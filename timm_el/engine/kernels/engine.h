@@ -5,8 +5,8 @@
  * Activations are float32 in NHWC. A convolution runs in bands of output rows:
  *
  *     pack   the band's input rows to bits (bit 1 where x >= threshold), 64 channels to a word     [binary only]
- *     gather the taps of a few output pixels into one string of words, or floats, per pixel
- *     count  the bits in which that string and each output channel's weight differ, or take the dot product
+ *     count  the bits in which a few output pixels' inputs and each output channel's weight differ, or, where weights
+ *            are real, take the dot product
  *     finish with scale, shift, activation, link and post-activation, and write the output pixel
  *
  * so that a value of x is read from memory once for its sign and, still in cache, once more for the link.
@@ -44,6 +44,7 @@ typedef struct {
  *     v = v * scale2[c] + shift2[c]                               if has_affine
  *     v = v + link[c] * inverse_gamma                             by link, pooled by link_pool
  *     v = v + post_in[c]; v = v >= 0 ? v : v * post_slope[c]; v = v + post_out[c]        if has_post
+ *     v = v + added[c]                                            if another tensor is added: a block's shortcut
  *
  * in exactly this order, each operation rounded to float32, none contracted. A NaN stays a NaN.
  */
@@ -63,42 +64,41 @@ typedef struct {
     const int32_t *tap_sums; /* taps rows of c_out: (pad_value + 1) * sum of the tap's weights; NULL without padding */
 } el_plan;
 
-typedef struct {
-    const float *x; /* NHWC */
-    const float *link;
-    float *y;
-} el_tensors;
-
-/* What one body can do. A tile is up to tile_pixels pixels (real_tile_pixels for dot) by
- * any number of channels. */
+/* What one body can do.
+ *
+ * An output pixel's inputs are `segments` runs of `length` words (or floats): run s starts at base[pixel] + offsets[s].
+ * A tile is up to tile_pixels pixels (real_tile_pixels for dot) by any number of channels.
+ */
 typedef struct {
     const char *name;
     int tile_pixels, real_tile_pixels;
     int (*supported)(void);
-    /* Signs of c floats as bits; tail bits are 0. */
-    void (*pack)(const float *x, const float *threshold, const uint32_t *flip, int c, uint64_t *bits);
-    /* Sum of abs(x): 16 lanes, lane i sums x[i], x[16 + i], ... in order, then halves are added: 8, 4, 2, 1. */
-    float (*abs_sum)(const float *x, int c);
+    /* Signs of n pixels of c floats as bits, `step` words from pixel to pixel; tail bits are 0. */
+    void (*pack)(const float *x, int n, size_t x_step, const float *threshold, const uint32_t *flip, int c,
+                 uint64_t *bits, size_t step);
+    /* Mean of abs(x) of n pixels: 16 lanes, lane i sums x[i], x[16 + i], ... in order; then halves: 8, 4, 2, 1. */
+    void (*abs_mean)(const float *x, int n, int c, float *means);
     /* Bytes of the layout, and the layout, of `channels` rows of `words` words. */
     size_t (*weight_size)(int words, int channels);
     void (*prepack)(const uint64_t *rows, int words, int channels, void *weight);
     /* counts[p * stride + c] = bits in which pixel p and channel c differ; channels beyond the last are scratch. */
-    void (*count)(const uint64_t *const *pixels, int tile, int words, const void *weight, int channels,
-                  int32_t *counts, int stride);
-    /* counts[c] = taps in which channel c differs; words is that of one tap. */
-    void (*count_depthwise)(const uint64_t *const *taps, int n_taps, const uint64_t *weight, int words,
+    void (*count)(const uint64_t *const *base, int tile, const size_t *offsets, int segments, int length,
+                  const void *weight, int channels, int32_t *counts, int stride);
+    /* counts[c] = taps in which channel c of one pixel differs; length is the words of one tap. */
+    void (*count_depthwise)(const uint64_t *base, const size_t *offsets, int taps, int length, const uint64_t *weight,
                             int32_t *counts);
-    /* out[p * stride + c] = fma chain over k of pixels[p][k] * weight[k][c]; weight from el_prepack_real. */
-    void (*dot)(const float *const *pixels, int tile, int k, const float *weight, int channels, float *out,
-                int stride);
-    /* out[c] = fma chain over taps of taps[t][c] * weight[t * weight_stride + c]; a NULL tap is outside the image. */
+    /* out[p * stride + c] = fma chain over the runs of pixel p times weight[k][c]. */
+    void (*dot)(const float *const *base, int tile, const size_t *offsets, int segments, int length,
+                const float *weight, int channels, float *out, int stride);
+    /* out[c] = fma chain over taps of taps[t][c] * weight[t * weight_stride + c]. */
     void (*dot_depthwise)(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c,
                           float *out);
     /* out[c] = largest, or mean, of n pixels. */
     void (*pool)(const float *const *pixels, int n, int mode, int c, float *out);
-    /* The epilogue for channels c0 .. c1 of one pixel; accumulators and corrections start at c0. */
-    void (*finish)(const el_plan *plan, const void *acc, const int32_t *correction, int base, float k,
-                   const float *link, int c0, int c1, float *y);
+    /* The epilogue of a tile, for channels c0 .. c1. Accumulators and corrections (NULL for none) start at c0. */
+    void (*finish)(const el_plan *plan, const void *acc, int stride, int tile, const int32_t *const *corrections,
+                   int base, const float *k, const float *const *links, int c0, int c1, const float *added,
+                   float *y);
     double (*chip_rate)(void); /* binary MAC/s of xor, popcount and add on registers */
 } el_body;
 
@@ -115,8 +115,9 @@ extern const el_body el_body_portable, el_body_avx2, el_body_avx512, el_body_neo
 
 /* threads.c: run(context, i) for i in 0 .. n-1, on up to `threads` threads, the caller's among them. */
 void el_parallel(void (*run)(void *context, int i), void *context, int n, int threads);
-/* A block of memory that belongs to the calling thread, until it asks again; NULL if there is none. */
-void *el_scratch(size_t bytes);
+/* A block of memory that belongs to the calling thread, until it asks for the slot again; NULL if there is none. */
+enum { EL_SLOT_BAND, EL_SLOT_EVEN, EL_SLOT_ODD, EL_SLOTS };
+void *el_scratch(int slot, size_t bytes);
 
 EL_API int el_abi(void);
 EL_API const char *el_bodies(void);           /* names of the bodies that this processor runs, best first */
@@ -126,7 +127,11 @@ EL_API double el_chip_rate(void);
 EL_API size_t el_weight_size(const el_plan *plan);
 EL_API int el_prepack(const el_plan *plan, const uint8_t *bits, void *weight, int32_t *tap_sums);
 EL_API int el_prepack_real(const el_plan *plan, const float *oihw, float *weight);
-EL_API int el_conv(const el_plan *plan, const el_tensors *tensors, int threads);
+/* x, link and added (or NULL), NHWC, to y. */
+EL_API int el_conv(const el_plan *plan, const float *x, const float *link, const float *added, float *y, int threads);
+/* n convolutions, each one's output the next one's input and link; `added` is added to the last. What lies between stays
+ * in memory of the thread's own, which is still in cache. */
+EL_API int el_chain(const el_plan *const *plans, int n, const float *x, const float *added, float *y, int threads);
 /* The counting alone, for a benchmark: repeats over `pixels` pixels of random words. Seconds for one pass. */
 EL_API double el_count_time(int words, int channels, int pixels, int repeats);
 

@@ -5,103 +5,100 @@
 #include <arm_neon.h>
 #include <time.h>
 
-#define OWN_PACK
 #include "body.h"
 
 #define TILE 4
 #define FLUSH 31 /* words until a byte's sum of 8 each may pass 255 */
 
-static void pack(const float *x, const float *threshold, const uint32_t *flip, int c, uint64_t *bits) {
+INLINE uint64_t word64(const float *x, const float *threshold, const uint32_t *flip, int n) {
     static const uint32_t places[4] = {1, 2, 4, 8};
     const uint32x4_t place = vld1q_u32(places);
-    for (int start = 0; start < c; start += 64) {
-        uint64_t word = 0;
-        int n = c - start < 64 ? c - start : 64, i = 0;
-        for (; i + 4 <= n; i += 4) {
-            uint32x4_t v = vreinterpretq_u32_f32(vld1q_f32(x + start + i));
-            if (flip) v = veorq_u32(v, vld1q_u32(flip + start + i));
-            float32x4_t t = threshold ? vld1q_f32(threshold + start + i) : vdupq_n_f32(0.f);
-            uint32x4_t hit = vandq_u32(vcgeq_f32(vreinterpretq_f32_u32(v), t), place);
-            word |= (uint64_t)vaddvq_u32(hit) << i;
-        }
-        for (; i < n; i++) {
-            uint32_t value;
-            float v;
-            memcpy(&value, x + start + i, 4);
-            if (flip) value ^= flip[start + i];
-            memcpy(&v, &value, 4);
-            word |= (uint64_t)(v >= (threshold ? threshold[start + i] : 0.f)) << i;
-        }
-        bits[start / 64] = word;
+    uint64_t word = 0;
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {
+        uint32x4_t v = vreinterpretq_u32_f32(vld1q_f32(x + i));
+        if (flip) v = veorq_u32(v, vld1q_u32(flip + i));
+        float32x4_t t = threshold ? vld1q_f32(threshold + i) : vdupq_n_f32(0.f);
+        uint32x4_t hit = vandq_u32(vcgeq_f32(vreinterpretq_f32_u32(v), t), place);
+        word |= (uint64_t)vaddvq_u32(hit) << i;
     }
+    for (; i < n; i++) word |= sign_bit(x, threshold, flip, i) << i;
+    return word;
 }
+PACK_PIXELS(word64)
 
 /* P pixels by 8 channels. */
-INLINE void tile(const uint64_t *const *pixels, int words, const uint64_t *weight, int32_t *counts, int stride,
-                 const int P) {
+INLINE void tile_of(const uint64_t *const *base, const size_t *offsets, int segments, int length,
+                    const uint64_t *weight, int32_t *counts, int stride, const int P) {
     uint32x4_t wide[TILE][4]; /* two 32-bit halves a channel */
+    uint8x16_t sum[TILE][4];
     for (int p = 0; p < P; p++)
-        for (int i = 0; i < 4; i++) wide[p][i] = vdupq_n_u32(0);
-    for (int k = 0; k < words;) {
-        const int end = words - k > FLUSH ? k + FLUSH : words;
-        uint8x16_t sum[TILE][4];
-        for (int p = 0; p < P; p++)
-            for (int i = 0; i < 4; i++) sum[p][i] = vdupq_n_u8(0);
-        for (; k < end; k++) {
+        for (int i = 0; i < 4; i++) wide[p][i] = vdupq_n_u32(0), sum[p][i] = vdupq_n_u8(0);
+    int room = FLUSH;
+    for (int s = 0; s < segments; s++)
+        for (int k = 0; k < length; k++, weight += 8) {
             uint64x2_t w[4];
-            for (int i = 0; i < 4; i++) w[i] = vld1q_u64(weight + (size_t)k * 8 + 2 * i);
+            for (int i = 0; i < 4; i++) w[i] = vld1q_u64(weight + 2 * i);
             for (int p = 0; p < P; p++) {
-                uint64x2_t a = vdupq_n_u64(pixels[p][k]);
+                uint64x2_t a = vdupq_n_u64(base[p][offsets[s] + (size_t)k]);
                 for (int i = 0; i < 4; i++)
                     sum[p][i] = vaddq_u8(sum[p][i], vcntq_u8(vreinterpretq_u8_u64(veorq_u64(a, w[i]))));
             }
+            if (--room && !(s + 1 == segments && k + 1 == length)) continue;
+            room = FLUSH;
+            for (int p = 0; p < P; p++)
+                for (int i = 0; i < 4; i++) {
+                    wide[p][i] = vpadalq_u16(wide[p][i], vpaddlq_u8(sum[p][i]));
+                    sum[p][i] = vdupq_n_u8(0);
+                }
         }
-        for (int p = 0; p < P; p++)
-            for (int i = 0; i < 4; i++) wide[p][i] = vpadalq_u16(wide[p][i], vpaddlq_u8(sum[p][i]));
-    }
     for (int p = 0; p < P; p++)
         for (int i = 0; i < 2; i++)
             vst1q_s32(counts + p * stride + 4 * i,
                       vreinterpretq_s32_u32(vpaddq_u32(wide[p][2 * i], wide[p][2 * i + 1])));
 }
 
-static void count(const uint64_t *const *pixels, int n, int words, const void *weight, int channels, int32_t *counts,
-                  int stride) {
-    const int blocks = (channels + 7) / 8;
-    for (int b = 0; b < blocks; b++) {
-        const uint64_t *w = (const uint64_t *)weight + (size_t)b * (size_t)words * 8;
-        switch (n) {
-            case 1: tile(pixels, words, w, counts + 8 * b, stride, 1); break;
-            case 2: tile(pixels, words, w, counts + 8 * b, stride, 2); break;
-            case 3: tile(pixels, words, w, counts + 8 * b, stride, 3); break;
-            default: tile(pixels, words, w, counts + 8 * b, stride, 4); break;
+static void count(const uint64_t *const *base, int tile, const size_t *offsets, int segments, int length,
+                  const void *weight, int channels, int32_t *counts, int stride) {
+    for (int c = 0; c < channels; c += 8) {
+        const uint64_t *w = (const uint64_t *)weight + (size_t)c * (size_t)segments * (size_t)length;
+        switch (tile) {
+            case 1: tile_of(base, offsets, segments, length, w, counts + c, stride, 1); break;
+            case 2: tile_of(base, offsets, segments, length, w, counts + c, stride, 2); break;
+            case 3: tile_of(base, offsets, segments, length, w, counts + c, stride, 3); break;
+            default: tile_of(base, offsets, segments, length, w, counts + c, stride, 4); break;
         }
     }
 }
 
 /* P pixels by 16 channels. */
-INLINE void dot_tile(const float *const *pixels, int k, const float *weight, float *out, int stride, const int P) {
+INLINE void dot_tile(const float *const *base, const size_t *offsets, int segments, int length, const float *weight,
+                     float *out, int stride, const int P) {
     float32x4_t sum[TILE][4];
     for (int p = 0; p < P; p++)
         for (int i = 0; i < 4; i++) sum[p][i] = vdupq_n_f32(0.f);
-    for (int i = 0; i < k; i++) {
-        float32x4_t w[4];
-        for (int j = 0; j < 4; j++) w[j] = vld1q_f32(weight + (size_t)i * EL_REAL_BLOCK + 4 * j);
-        for (int p = 0; p < P; p++)
-            for (int j = 0; j < 4; j++) sum[p][j] = vfmaq_n_f32(sum[p][j], w[j], pixels[p][i]);
-    }
+    for (int s = 0; s < segments; s++)
+        for (int k = 0; k < length; k++, weight += EL_REAL_BLOCK) {
+            float32x4_t w[4];
+            for (int j = 0; j < 4; j++) w[j] = vld1q_f32(weight + 4 * j);
+            for (int p = 0; p < P; p++)
+                for (int j = 0; j < 4; j++)
+                    sum[p][j] = vfmaq_n_f32(sum[p][j], w[j], base[p][offsets[s] + (size_t)k]);
+        }
     for (int p = 0; p < P; p++)
         for (int j = 0; j < 4; j++) vst1q_f32(out + p * stride + 4 * j, sum[p][j]);
 }
 
-static void dot(const float *const *pixels, int n, int k, const float *weight, int channels, float *out, int stride) {
+static void dot(const float *const *base, int tile, const size_t *offsets, int segments, int length,
+                const float *weight, int channels, float *out, int stride) {
     for (int c = 0; c < channels; c += 16) {
-        const float *w = weight + (size_t)(c / EL_REAL_BLOCK) * EL_REAL_BLOCK * (size_t)k + c % EL_REAL_BLOCK;
-        switch (n) {
-            case 1: dot_tile(pixels, k, w, out + c, stride, 1); break;
-            case 2: dot_tile(pixels, k, w, out + c, stride, 2); break;
-            case 3: dot_tile(pixels, k, w, out + c, stride, 3); break;
-            default: dot_tile(pixels, k, w, out + c, stride, 4); break;
+        const float *w = weight + (size_t)(c / EL_REAL_BLOCK) * EL_REAL_BLOCK * (size_t)segments * (size_t)length +
+                         c % EL_REAL_BLOCK;
+        switch (tile) {
+            case 1: dot_tile(base, offsets, segments, length, w, out + c, stride, 1); break;
+            case 2: dot_tile(base, offsets, segments, length, w, out + c, stride, 2); break;
+            case 3: dot_tile(base, offsets, segments, length, w, out + c, stride, 3); break;
+            default: dot_tile(base, offsets, segments, length, w, out + c, stride, 4); break;
         }
     }
 }
@@ -112,15 +109,14 @@ static void dot_depthwise(const float *const *taps, int n_taps, const float *wei
     for (; i + 4 <= c; i += 4) {
         float32x4_t sum = vdupq_n_f32(0.f);
         for (int t = 0; t < n_taps; t++)
-            if (taps[t])
-                sum = vfmaq_f32(sum, vld1q_f32(taps[t] + i),
+            sum = vfmaq_f32(sum, vld1q_f32(taps[t] + i),
                                 vld1q_f32(weight + (size_t)t * (size_t)weight_stride + i));
         vst1q_f32(out + i, sum);
     }
     for (; i < c; i++) {
         float sum = 0.f;
         for (int t = 0; t < n_taps; t++)
-            if (taps[t]) sum = __builtin_fmaf(taps[t][i], weight[(size_t)t * (size_t)weight_stride + (size_t)i], sum);
+            sum = __builtin_fmaf(taps[t][i], weight[(size_t)t * (size_t)weight_stride + (size_t)i], sum);
         out[i] = sum;
     }
 }
@@ -146,7 +142,7 @@ static double chip_rate(void) {
 }
 
 const el_body el_body_neon = {
-    "neon", TILE, TILE, supported, pack, abs_sum, weight_size, prepack, count, count_depthwise, dot, dot_depthwise, pool,
+    "neon", TILE, TILE, supported, pack, abs_mean, weight_size, prepack, count, count_depthwise, dot, dot_depthwise, pool,
     finish, chip_rate,
 };
 #endif

@@ -8,29 +8,37 @@
 
 #define TILE 4
 
-static void count(const uint64_t *const *pixels, int n, int words, const void *weight, int channels, int32_t *counts,
-                  int stride) {
-    const int blocks = (channels + 7) / 8;
-    for (int b = 0; b < blocks; b++) {
-        const uint64_t *w = (const uint64_t *)weight + (size_t)b * (size_t)words * 8;
-        for (int p = 0; p < n; p++) {
-            int32_t sum[8] = {0};
-            for (int k = 0; k < words; k++)
-                for (int i = 0; i < 8; i++) sum[i] += __builtin_popcountll(pixels[p][k] ^ w[k * 8 + i]);
-            memcpy(counts + p * stride + 8 * b, sum, sizeof sum);
-        }
+INLINE uint64_t word64(const float *x, const float *threshold, const uint32_t *flip, int n) {
+    uint64_t word = 0;
+    for (int i = 0; i < n; i++) word |= sign_bit(x, threshold, flip, i) << i;
+    return word;
+}
+PACK_PIXELS(word64)
+
+static void count(const uint64_t *const *base, int tile, const size_t *offsets, int segments, int length,
+                  const void *weight, int channels, int32_t *counts, int stride) {
+    const uint64_t *w = weight;
+    for (int c = 0; c < channels; c += 8) {
+        for (int p = 0; p < tile; p++) memset(counts + p * stride + c, 0, 8 * sizeof(int32_t));
+        for (int s = 0; s < segments; s++)
+            for (int k = 0; k < length; k++, w += 8)
+                for (int p = 0; p < tile; p++)
+                    for (int i = 0; i < 8; i++)
+                        counts[p * stride + c + i] += __builtin_popcountll(base[p][offsets[s] + (size_t)k] ^ w[i]);
     }
 }
 
-static void dot(const float *const *pixels, int n, int k, const float *weight, int channels, float *out, int stride) {
+static void dot(const float *const *base, int tile, const size_t *offsets, int segments, int length,
+                const float *weight, int channels, float *out, int stride) {
     for (int c = 0; c < channels; c += EL_REAL_BLOCK) {
-        const float *w = weight + (size_t)c * (size_t)k;
-        for (int p = 0; p < n; p++) {
-            float sum[EL_REAL_BLOCK] = {0};
-            for (int i = 0; i < k; i++)
-                for (int j = 0; j < EL_REAL_BLOCK; j++) sum[j] = fmaf(pixels[p][i], w[i * EL_REAL_BLOCK + j], sum[j]);
-            memcpy(out + p * stride + c, sum, sizeof sum);
-        }
+        for (int p = 0; p < tile; p++) memset(out + p * stride + c, 0, EL_REAL_BLOCK * sizeof(float));
+        for (int s = 0; s < segments; s++)
+            for (int k = 0; k < length; k++, weight += EL_REAL_BLOCK)
+                for (int p = 0; p < tile; p++) {
+                    const float x = base[p][offsets[s] + (size_t)k];
+                    float *sum = out + p * stride + c;
+                    for (int j = 0; j < EL_REAL_BLOCK; j++) sum[j] = fmaf(x, weight[j], sum[j]);
+                }
     }
 }
 
@@ -39,7 +47,7 @@ static void dot_depthwise(const float *const *taps, int n_taps, const float *wei
     for (int i = 0; i < c; i++) {
         float sum = 0.f;
         for (int t = 0; t < n_taps; t++)
-            if (taps[t]) sum = fmaf(taps[t][i], weight[(size_t)t * (size_t)weight_stride + (size_t)i], sum);
+            sum = fmaf(taps[t][i], weight[(size_t)t * (size_t)weight_stride + (size_t)i], sum);
         out[i] = sum;
     }
 }
@@ -60,6 +68,6 @@ static double chip_rate(void) {
 }
 
 const el_body el_body_portable = {
-    "portable", TILE, TILE, supported, pack, abs_sum, weight_size, prepack, count, count_depthwise, dot, dot_depthwise,
+    "portable", TILE, TILE, supported, pack, abs_mean, weight_size, prepack, count, count_depthwise, dot, dot_depthwise,
     pool, finish, chip_rate,
 };

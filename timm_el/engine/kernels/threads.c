@@ -78,11 +78,11 @@ static void child_of_fork(void) {
 }
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
-static pthread_key_t scratch_key;
+static pthread_key_t scratch_keys[EL_SLOTS];
 
 static void set_up(void) {
     pthread_atfork(NULL, NULL, child_of_fork);
-    pthread_key_create(&scratch_key, free);
+    for (int i = 0; i < EL_SLOTS; i++) pthread_key_create(&scratch_keys[i], free);
 }
 
 void el_parallel(void (*run)(void *, int), void *context, int n, int threads) {
@@ -129,16 +129,16 @@ void el_parallel(void (*run)(void *, int), void *context, int n, int threads) {
 }
 
 /* The size stands in front of the block, at a cache line of its own. */
-void *el_scratch(size_t bytes) {
+void *el_scratch(int slot, size_t bytes) {
     pthread_once(&once, set_up);
-    char *block = pthread_getspecific(scratch_key);
+    char *block = pthread_getspecific(scratch_keys[slot]);
     if (block && *(size_t *)block >= bytes) return block + 64;
     free(block);
-    pthread_setspecific(scratch_key, NULL);
+    pthread_setspecific(scratch_keys[slot], NULL);
     size_t size = (bytes + 127) / 64 * 64;
     block = aligned_alloc(64, size);
     if (!block) return NULL;
     *(size_t *)block = size - 64;
-    pthread_setspecific(scratch_key, block);
+    pthread_setspecific(scratch_keys[slot], block);
     return block + 64;
 }
