@@ -517,7 +517,7 @@ class DeployedBlock(nn.Module):
 def _as_row(block: nn.Module) -> Optional[nn.Module]:
     """A `DeployedBlock` that gives what the block gives, bit for bit, None if there is none. Found out by a trial."""
     units = {m: name for name, m in block.named_modules() if isinstance(m, DeployedUnit)}
-    if len(units) < 2 or any(m.layer() is None for m in units) or _hooked(block):
+    if not 2 <= len(units) <= ops.MOST_LAYERS or any(m.layer() is None for m in units) or _hooked(block):
         return None
     calls: List[Tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
     handles = [m.register_forward_hook(lambda m, args, out: calls.append((m, args[0], out, out.clone())))

@@ -57,6 +57,7 @@ def _load() -> None:
     for name, result, arguments in (
             ('el_bodies', ctypes.c_char_p, ()), ('el_active', ctypes.c_char_p, ()),
             ('el_use', ctypes.c_int, (ctypes.c_char_p,)), ('el_chip_rate', ctypes.c_double, ()),
+            ('el_large_image', None, (ctypes.c_size_t,)),
             ('el_weight_size', ctypes.c_size_t, (plan,)),
             ('el_prepack', ctypes.c_int, (plan, *[ctypes.c_void_p] * 3)),
             ('el_prepack_real', ctypes.c_int, (plan, *[ctypes.c_void_p] * 2)),

@@ -22,6 +22,7 @@ _library.define(f'real_conv2d(Tensor x, Tensor weight, Tensor table, {_EPILOGUE}
 
 _library.define('chain(Tensor x, Tensor[] tensors, int[] specs, float[] constants, Tensor? added) -> Tensor')
 
+MOST_LAYERS = 8  # of a chain
 MOST_PLANS = 64  # of one layer: image sizes that it remembers
 
 
@@ -48,10 +49,10 @@ class Layer(NamedTuple):
     def all_of(cls, tensors: List[torch.Tensor], specs: List[int], constants: List[float]) -> List['Layer']:
         """The layers of a call."""
         n, size = len(tensors) // 4, ConvSpec.SIZE
-        if n < 1 or len(tensors) != 4 * n or len(specs) != size * n or len(constants) != 3 * n:
+        if not 1 <= n <= MOST_LAYERS or len(tensors) != 4 * n or len(specs) != size * n or len(constants) != 3 * n:
             raise ValueError(
                 f'chain: found {len(tensors)} tensors, {len(specs)} integers and {len(constants)} constants, '
-                f'expected 4, {size} and 3 for each layer')
+                f'expected 4, {size} and 3 for each of 1 to {MOST_LAYERS} layers')
         return [
             cls(*tensors[4 * i:4 * i + 2], *(t if t.numel() else None for t in tensors[4 * i + 2:4 * i + 4]),
                 specs[size * i:size * (i + 1)], constants[3 * i:3 * i + 3])

@@ -68,9 +68,9 @@ static void pool(const float *const *pixels, int n, int mode, int c, float *out)
 /* How a vector of the link is read: not at all, as it lies, as a sum of runs of c_out, or value by value. */
 enum { LINK_OFF, LINK_AS_IT_IS, LINK_SUM, LINK_SLOW };
 
-static int link_kind(const el_plan *p) {
+static int link_kind(const el_plan *p, int c0) {
     if (!p->link) return LINK_OFF;
-    if (p->c_out % LANES || p->link_c % LANES) return LINK_SLOW;
+    if (c0 % LANES || p->c_out % LANES || p->link_c % LANES) return LINK_SLOW;
     if (p->link != EL_LINK_SQUEEZE) return LINK_AS_IT_IS;
     return p->link_c % p->c_out ? LINK_SLOW : LINK_SUM;
 }
@@ -163,7 +163,7 @@ static void finish(const el_plan *p, const void *acc, int stride, int tile, cons
                    int base, const float *k, const float *const *links, int c0, int c1, const float *added,
                    float *y) {
 #define AS(...) finish_as(p, acc, stride, tile, corrections, base, k, links, c0, c1, added, y, __VA_ARGS__)
-    const int plain = !p->act && !p->has_affine && !p->has_post, how = link_kind(p);
+    const int plain = !p->act && !p->has_affine && !p->has_post, how = link_kind(p, c0);
     if (plain && !p->real && !p->has_k && how == LINK_AS_IT_IS) AS(0, 0, EL_ACT_NONE, 0, LINK_AS_IT_IS, 0);
     else if (plain && !p->real && !p->has_k && how == LINK_SUM) AS(0, 0, EL_ACT_NONE, 0, LINK_SUM, 0);
     else if (plain && !p->real && p->has_k && how == LINK_AS_IT_IS) AS(0, 1, EL_ACT_NONE, 0, LINK_AS_IT_IS, 0);

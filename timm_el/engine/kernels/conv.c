@@ -13,6 +13,7 @@
 #define MOST_TILE 8
 
 static const el_body *body = &el_body_portable;
+static size_t large_image_bytes = 1000000; /* half of what a core's second cache has these days */
 
 static const el_body *const bodies[] = {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -45,6 +46,8 @@ int el_use(const char *name) {
         }
     return EL_BAD_PLAN;
 }
+
+void el_large_image(size_t bytes) { large_image_bytes = bytes; }
 
 const char *el_active(void) { return body->name; }
 
@@ -149,39 +152,47 @@ int el_prepack_real(const el_plan *p, const float *oihw, float *weight) {
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
+/* One layer of the work: the same for all threads. */
 typedef struct {
     const el_plan *p;
-    const float *x, *link, *added;
-    float *y;
     int depthwise, copied;    /* copied: the band's input is in the scratch, padded; else it is read where it is */
     int taps, tap, pixel;     /* words of a tap of a group, and of an input pixel; floats where real */
     int segments, length;     /* the runs of an output pixel's inputs */
     int left, width;          /* columns of zeros before a row, and columns of a row with its padding */
     int band_rows, in_rows;   /* output and input rows of a band */
-    int row_items, splits;    /* the work is cut to row_items * splits pieces */
     int chunk;                /* output channels at a time */
     size_t rows_at, k_at, base_at, links_at, scale_at, border_at, pooled_at, zeros_at, acc_at, correction_at, bytes;
-    atomic_int failed;
     size_t offsets[EL_MAX_TAPS];
-} job;
+} layer;
 
-#define AT(type, where) ((type *)(void *)(scratch + j->where))
+/* One layer in one thread, in one image: where its rows are. x is input row x_row0, and so on. */
+typedef struct {
+    const layer *l;
+    char *scratch;
+    const float *x, *link, *added;
+    float *y;
+    int x_row0, link_row0, y_row0;
+    int taken_from, taken_to; /* input rows that are in the scratch */
+} stage;
+
+#define AT(type, where) ((type *)(void *)(s->scratch + s->l->where))
 
 /* Input rows from .. to of the band that starts at y0: their signs and means of abs(x), or copies of real ones. */
-static void take_rows(const job *j, char *scratch, int image, int y0, int from, int to) {
-    const el_plan *p = j->p;
-    const int groups = j->depthwise ? 1 : p->groups, cg = p->c_in / groups;
-    const size_t unit = p->real ? sizeof(float) : sizeof(uint64_t), pixel = (size_t)j->pixel * unit;
+static void take_rows(const stage *s, int y0, int from, int to) {
+    const layer *l = s->l;
+    const el_plan *p = l->p;
+    const int groups = l->depthwise ? 1 : p->groups, cg = p->c_in / groups;
+    const size_t unit = p->real ? sizeof(float) : sizeof(uint64_t), pixel = (size_t)l->pixel * unit;
     for (int y = from; y < to; y++) {
-        char *row = scratch + j->rows_at + (size_t)(y - y0) * (size_t)j->width * pixel;
+        char *row = AT(char, rows_at) + (size_t)(y - y0) * (size_t)l->width * pixel;
         if (y < 0 || y >= p->h) {
-            memset(row, 0, (size_t)j->width * pixel);
+            memset(row, 0, (size_t)l->width * pixel);
             continue;
         }
-        const float *x = j->x + ((size_t)image * (size_t)p->h + (size_t)y) * (size_t)p->w * (size_t)p->c_in;
-        const int right = j->width - j->left - p->w;
-        memset(row, 0, (size_t)j->left * pixel);
-        row += (size_t)j->left * pixel;
+        const float *x = s->x + (size_t)(y - s->x_row0) * (size_t)p->w * (size_t)p->c_in;
+        const int right = l->width - l->left - p->w;
+        memset(row, 0, (size_t)l->left * pixel);
+        row += (size_t)l->left * pixel;
         if (right > 0) memset(row + (size_t)p->w * pixel, 0, (size_t)right * pixel);
         if (p->real) {
             memcpy(row, x, (size_t)p->w * pixel);
@@ -189,29 +200,28 @@ static void take_rows(const job *j, char *scratch, int image, int y0, int from, 
         }
         for (int g = 0; g < groups; g++)
             body->pack(x + g * cg, p->w, (size_t)p->c_in, p->threshold ? p->threshold + g * cg : NULL,
-                       p->flip ? p->flip + g * cg : NULL, cg, (uint64_t *)(void *)row + g * j->tap, (size_t)j->pixel);
+                       p->flip ? p->flip + g * cg : NULL, cg, (uint64_t *)(void *)row + g * l->tap, (size_t)l->pixel);
         if (p->has_k) body->abs_mean(x, p->w, p->c_in, AT(float, k_at) + (size_t)(y - y0) * (size_t)p->w);
     }
 }
 
 /* Mean of the means of abs(x) over the taps; taps outside the image are zeros. */
-static float scale_of_input(const job *j, const float *k, int y0, int oy, int ox) {
-    const el_window *w = &j->p->conv;
+static float scale_of_input(const layer *l, const float *k, int y0, int oy, int ox) {
+    const el_window *w = &l->p->conv;
     float sum = 0.f;
     for (int ky = 0; ky < w->kh; ky++) {
         const int y = oy * w->sh - w->ph + ky * w->dh;
-        if (y < 0 || y >= j->p->h) continue;
+        if (y < 0 || y >= l->p->h) continue;
         for (int kx = 0; kx < w->kw; kx++) {
             const int x = ox * w->sw - w->pw + kx * w->dw;
-            if (x >= 0 && x < j->p->w) sum = sum + k[(size_t)(y - y0) * (size_t)j->p->w + (size_t)x];
+            if (x >= 0 && x < l->p->w) sum = sum + k[(size_t)(y - y0) * (size_t)l->p->w + (size_t)x];
         }
     }
-    return sum / (float)j->taps;
+    return sum / (float)l->taps;
 }
 
 /* What padding changes in the dot products of one pixel. */
-static void correct(const job *j, int oy, int ox, int c0, int c1, int32_t *out) {
-    const el_plan *p = j->p;
+static void correct(const el_plan *p, int oy, int ox, int c0, int c1, int32_t *out) {
     const el_window *w = &p->conv;
     memset(out, 0, sizeof(int32_t) * (size_t)(c1 - c0));
     for (int ky = 0; ky < w->kh; ky++)
@@ -224,8 +234,8 @@ static void correct(const job *j, int oy, int ox, int c0, int c1, int32_t *out) 
 }
 
 /* The window of the link's pool at one output pixel, to `out`. */
-static void pool_link(const job *j, const float *image, int oy, int ox, float *out) {
-    const el_plan *p = j->p;
+static void pool_link(const stage *s, int oy, int ox, float *out) {
+    const el_plan *p = s->l->p;
     const el_window *w = &p->pool;
     const float *window[EL_MAX_POOL];
     int n = 0;
@@ -235,54 +245,53 @@ static void pool_link(const job *j, const float *image, int oy, int ox, float *o
         for (int kx = 0; kx < w->kw; kx++) {
             const int x = ox * w->sw - w->pw + kx * w->dw;
             if (x < 0 || x >= p->link_w) continue;
-            window[n++] = image + ((size_t)y * (size_t)p->link_w + (size_t)x) * (size_t)p->link_c;
+            window[n++] = s->link + ((size_t)(y - s->link_row0) * (size_t)p->link_w + (size_t)x) * (size_t)p->link_c;
         }
     }
     body->pool(window, n, p->link_pool, p->link_c, out);
 }
 
 /* For each output pixel of a band: where its inputs start, what its link adds, its K, whether padding touches it. */
-static void locate(const job *j, char *scratch, int image, int oy0, int oy1, int y0) {
-    const el_plan *p = j->p;
+static void locate(const stage *s, int oy0, int oy1, int y0) {
+    const layer *l = s->l;
+    const el_plan *p = l->p;
     const el_window *w = &p->conv;
-    const size_t unit = p->real ? sizeof(float) : sizeof(uint64_t), pixel = (size_t)j->pixel * unit;
-    const char *rows = j->copied ? scratch + j->rows_at
-                                 : (const char *)(j->x + (size_t)image * (size_t)p->h * (size_t)p->w * (size_t)p->c_in);
-    const float *link = j->link;
-    if (p->link) link += (size_t)image * (size_t)p->link_h * (size_t)p->link_w * (size_t)p->link_c;
+    const size_t unit = p->real ? sizeof(float) : sizeof(uint64_t), pixel = (size_t)l->pixel * unit;
+    const char *rows = l->copied ? AT(char, rows_at) : (const char *)s->x;
     const int border_matters = p->tap_sums != NULL;
     int i = 0;
     for (int oy = oy0; oy < oy1; oy++) {
         const int y = oy * w->sh - w->ph, row_touches = y < 0 || y + (w->kh - 1) * w->dh >= p->h;
         for (int ox = 0; ox < p->ow; ox++, i++) {
             const int x = ox * w->sw - w->pw;
-            /* A copied band starts at input row y0 and column -left, and both are where padding starts. */
-            AT(const char *, base_at)[i] =
-                rows + (j->copied ? ((size_t)(y - y0) * (size_t)j->width + (size_t)(x + j->left)) * pixel
-                                  : ((size_t)(y < 0 ? 0 : y) * (size_t)p->w + (size_t)(x < 0 ? 0 : x)) * pixel);
+            if (l->copied) /* it starts at input row y0 and column -left, which is where padding starts */
+                AT(const char *, base_at)[i] =
+                    rows + ((size_t)(y - y0) * (size_t)l->width + (size_t)(x + l->left)) * pixel;
+            else if (!l->depthwise)
+                AT(const char *, base_at)[i] = rows + ((size_t)(y - s->x_row0) * (size_t)p->w + (size_t)x) * pixel;
             AT(uint8_t, border_at)[i] = border_matters && (row_touches || x < 0 || x + (w->kw - 1) * w->dw >= p->w);
             if (p->has_k)
-                AT(float, scale_at)[i] = j->taps == 1 && y >= 0 && y < p->h && x >= 0 && x < p->w
+                AT(float, scale_at)[i] = l->taps == 1 && y >= 0 && y < p->h && x >= 0 && x < p->w
                                              ? AT(float, k_at)[(size_t)(y - y0) * (size_t)p->w + (size_t)x]
-                                             : scale_of_input(j, AT(float, k_at), y0, oy, ox);
+                                             : scale_of_input(l, AT(float, k_at), y0, oy, ox);
             if (p->link_pool) {
                 float *pooled = AT(float, pooled_at) + (size_t)i * (size_t)p->link_c;
-                pool_link(j, link, oy, ox, pooled);
+                pool_link(s, oy, ox, pooled);
                 AT(const float *, links_at)[i] = pooled;
             } else if (p->link) {
                 AT(const float *, links_at)[i] =
-                    link + ((size_t)oy * (size_t)p->link_w + (size_t)ox) * (size_t)p->link_c;
+                    s->link + ((size_t)(oy - s->link_row0) * (size_t)p->link_w + (size_t)ox) * (size_t)p->link_c;
             }
         }
     }
 }
 
 /* Accumulators of a tile of pixels, for channels c .. c + n. */
-static void accumulate(const job *j, char *scratch, int first, int tile, int group, int c, int n, int stride,
-                       const float *image, int oy, int ox) {
-    const el_plan *p = j->p;
+static void accumulate(const stage *s, int first, int tile, int group, int c, int n, int stride, int oy, int ox) {
+    const layer *l = s->l;
+    const el_plan *p = l->p;
     const void *const *base = AT(const void *const, base_at) + first;
-    if (j->depthwise && p->real) {
+    if (l->depthwise && p->real) {
         const el_window *w = &p->conv;
         const float *taps[EL_MAX_TAPS];
         for (int q = 0; q < tile; q++) {
@@ -292,74 +301,169 @@ static void accumulate(const job *j, char *scratch, int first, int tile, int gro
                     const int y = oy * w->sh - w->ph + ky * w->dh, x = ox * w->sw - w->pw + kx * w->dw;
                     taps[t] = y < 0 || y >= p->h || x < 0 || x >= p->w
                                   ? AT(float, zeros_at)
-                                  : image + ((size_t)y * (size_t)p->w + (size_t)x) * (size_t)p->c_in;
+                                  : s->x + ((size_t)(y - s->x_row0) * (size_t)p->w + (size_t)x) * (size_t)p->c_in;
                 }
             body->dot_depthwise(taps, t, p->weight, round_up(p->c_out, 16), p->c_out,
                                 AT(float, acc_at) + (size_t)q * (size_t)stride);
             if (++ox == p->ow) ox = 0, oy++;
         }
-    } else if (j->depthwise) {
+    } else if (l->depthwise) {
         for (int q = 0; q < tile; q++)
-            body->count_depthwise(base[q], j->offsets, j->taps, j->tap, p->weight,
+            body->count_depthwise(base[q], l->offsets, l->taps, l->tap, p->weight,
                                   AT(int32_t, acc_at) + (size_t)q * (size_t)stride);
     } else if (p->real) {
-        body->dot((const float *const *)base, tile, j->offsets, j->segments, j->length,
-                  (const float *)p->weight + (size_t)c * (size_t)j->taps * (size_t)j->tap, n, AT(float, acc_at), stride);
+        body->dot((const float *const *)base, tile, l->offsets, l->segments, l->length,
+                  (const float *)p->weight + (size_t)c * (size_t)l->taps * (size_t)l->tap, n, AT(float, acc_at), stride);
     } else {
-        const int og = p->c_out / p->groups, string = j->taps * j->tap;
+        const int og = p->c_out / p->groups, string = l->taps * l->tap;
         const uint64_t *starts[MOST_TILE];
-        for (int q = 0; q < tile; q++) starts[q] = (const uint64_t *)base[q] + group * j->tap;
+        for (int q = 0; q < tile; q++) starts[q] = (const uint64_t *)base[q] + group * l->tap;
         const char *weight = (const char *)p->weight + (size_t)group * body->weight_size(string, og);
-        body->count(starts, tile, j->offsets, j->segments, j->length,
+        body->count(starts, tile, l->offsets, l->segments, l->length,
                     weight + body->weight_size(string, c - group * og), n, AT(int32_t, acc_at), stride);
     }
 }
 
-/* Output rows oy0 .. oy1 of one image, channels c0 .. c1. */
-static void band(const job *j, char *scratch, int image, int oy0, int oy1, int y0, int c0, int c1) {
-    const el_plan *p = j->p;
-    const float *x = j->x + (size_t)image * (size_t)p->h * (size_t)p->w * (size_t)p->c_in;
-    const size_t place = ((size_t)image * (size_t)p->oh + (size_t)oy0) * (size_t)p->ow * (size_t)p->c_out;
-    const int pixels = (oy1 - oy0) * p->ow, groups = j->depthwise ? 1 : p->groups, og = p->c_out / groups;
-    const int base = j->taps * (p->c_in / p->groups), most = p->real ? body->real_tile_pixels : body->tile_pixels;
-    locate(j, scratch, image, oy0, oy1, y0);
+/* Bring a part of the next weights nearer, while these are in use: the i-th tile of the band's pixels. */
+static void fetch_ahead(const layer *l, int c, int c1, int i, int tile, int pixels) {
+    const size_t row = (size_t)l->taps * (size_t)l->tap * sizeof(float);
+    const size_t bytes = (size_t)(c1 - c < l->chunk ? c1 - c : l->chunk) * row;
+    const char *next = (const char *)l->p->weight + (size_t)c * row;
+    const size_t to = bytes * (size_t)(i + tile) / (size_t)pixels;
+    for (size_t at = bytes * (size_t)i / (size_t)pixels; at < to; at += 64) __builtin_prefetch(next + at, 0, 2);
+}
+
+/* Output rows oy0 .. oy1, channels c0 .. c1. */
+static void band(const stage *s, int oy0, int oy1, int y0, int c0, int c1) {
+    const layer *l = s->l;
+    const el_plan *p = l->p;
+    const size_t place = (size_t)(oy0 - s->y_row0) * (size_t)p->ow * (size_t)p->c_out;
+    const int pixels = (oy1 - oy0) * p->ow, groups = l->depthwise ? 1 : p->groups, og = p->c_out / groups;
+    const int base = l->taps * (p->c_in / p->groups), most = p->real ? body->real_tile_pixels : body->tile_pixels;
+    locate(s, oy0, oy1, y0);
     for (int c = c0; c < c1;) {
         const int group = c / og, end = (group + 1) * og < c1 ? (group + 1) * og : c1;
-        const int n = end - c < j->chunk ? end - c : j->chunk, stride = round_up(n, EL_REAL_BLOCK);
+        const int n = end - c < l->chunk ? end - c : l->chunk, stride = round_up(n, EL_REAL_BLOCK);
         int oy = oy0, ox = 0;
         for (int i = 0; i < pixels; i += most) {
             const int tile = pixels - i < most ? pixels - i : most;
             const int32_t *corrections[MOST_TILE] = {NULL};
-            accumulate(j, scratch, i, tile, group, c, n, stride, x, oy, ox);
+            accumulate(s, i, tile, group, c, n, stride, oy, ox);
             for (int q = 0; q < tile; q++) {
                 if (AT(uint8_t, border_at)[i + q]) {
                     int32_t *correction = AT(int32_t, correction_at) + (size_t)q * (size_t)stride;
-                    correct(j, oy, ox, c, c + n, correction);
+                    correct(p, oy, ox, c, c + n, correction);
                     corrections[q] = correction;
                 }
                 if (++ox == p->ow) ox = 0, oy++;
             }
-            if (p->real && c + n < c1) { /* the next weights, while these are in use */
-                const size_t row = (size_t)j->taps * (size_t)j->tap * sizeof(float);
-                const size_t bytes = (size_t)(c1 - c - n < j->chunk ? c1 - c - n : j->chunk) * row;
-                const char *next = (const char *)p->weight + (size_t)(c + n) * row;
-                const size_t from = bytes * (size_t)i / (size_t)pixels, to = bytes * (size_t)(i + tile) / (size_t)pixels;
-                for (size_t at = from; at < to; at += 64) __builtin_prefetch(next + at, 0, 2);
-            }
+            if (p->real && !l->depthwise && c + n < c1) fetch_ahead(l, c + n, c1, i, tile, pixels);
             body->finish(p, AT(char, acc_at), stride, tile, corrections, base, AT(float, scale_at) + i,
                          AT(const float *const, links_at) + i, c, c + n,
-                         j->added ? j->added + place + (size_t)i * (size_t)p->c_out : NULL,
-                         j->y + place + (size_t)i * (size_t)p->c_out);
+                         s->added ? s->added + place + (size_t)i * (size_t)p->c_out : NULL,
+                         s->y + place + (size_t)i * (size_t)p->c_out);
         }
         c += n;
     }
 }
 
-/* One piece of the work: a run of output rows of the whole batch, a range of channels. */
-static void piece(void *context, int item) {
-    job *j = context;
-    const el_plan *p = j->p;
-    char *scratch = el_scratch(EL_SLOT_BAND, j->bytes);
+/* Output rows from .. to of the image, channels c0 .. c1. Rows of the input that the last call left are not taken again. */
+static void run_rows(stage *s, int from, int to, int c0, int c1) {
+    const layer *l = s->l;
+    const el_plan *p = l->p;
+    const el_window *w = &p->conv;
+    const size_t row_bytes = (size_t)l->width * (size_t)l->pixel * (p->real ? sizeof(float) : sizeof(uint64_t));
+    for (int oy0 = from; oy0 < to; oy0 += l->band_rows) {
+        const int oy1 = oy0 + l->band_rows < to ? oy0 + l->band_rows : to;
+        const int y0 = oy0 * w->sh - w->ph, y1 = (oy1 - 1) * w->sh - w->ph + (w->kh - 1) * w->dh + 1;
+        if (l->copied) {
+            int start = y0;
+            if (s->taken_from <= y0 && y0 < s->taken_to) { /* the rows that two bands share move to the front */
+                const size_t kept = (size_t)(s->taken_to - y0), gone = (size_t)(y0 - s->taken_from);
+                memmove(AT(char, rows_at), AT(char, rows_at) + gone * row_bytes, kept * row_bytes);
+                if (p->has_k)
+                    memmove(AT(float, k_at), AT(float, k_at) + gone * (size_t)p->w, kept * (size_t)p->w * sizeof(float));
+                start = s->taken_to;
+            }
+            take_rows(s, y0, start, y1);
+            s->taken_from = y0;
+            s->taken_to = start > y1 ? start : y1;
+        }
+        band(s, oy0, oy1, y0, c0, c1);
+    }
+}
+
+static size_t aligned(size_t n) { return (n + 63) / 64 * 64; }
+
+static void set_up(layer *l, const el_plan *p) {
+    l->p = p;
+    l->depthwise = is_depthwise(p);
+    l->taps = p->conv.kh * p->conv.kw;
+    l->tap = p->real ? p->c_in / p->groups : tap_words(p);
+    l->pixel = p->real ? p->c_in : pixel_words(p);
+    const int last = (p->ow - 1) * p->conv.sw - p->conv.pw + (p->conv.kw - 1) * p->conv.dw; /* column of the last tap */
+    const int last_row = (p->oh - 1) * p->conv.sh - p->conv.ph + (p->conv.kh - 1) * p->conv.dh;
+    const int padded = p->conv.ph || p->conv.pw || last >= p->w || last_row >= p->h;
+    l->copied = !p->real || (padded && !l->depthwise);
+    l->left = l->copied ? p->conv.pw : 0;
+    l->width = l->left + (l->copied && last >= p->w ? last + 1 : p->w);
+    const int whole_rows = p->conv.dw == 1 && l->pixel == l->tap && !l->depthwise; /* a kernel's row is one run */
+    l->segments = whole_rows ? p->conv.kh : l->taps;
+    l->length = whole_rows ? p->conv.kw * l->tap : l->tap;
+    for (int i = 0; i < l->segments; i++) {
+        const int ky = whole_rows ? i : i / p->conv.kw, kx = whole_rows ? 0 : i % p->conv.kw;
+        l->offsets[i] = ((size_t)(ky * p->conv.dh) * (size_t)l->width + (size_t)(kx * p->conv.dw)) * (size_t)l->pixel;
+    }
+    const size_t unit = p->real ? sizeof(float) : sizeof(uint64_t);
+    l->chunk = l->depthwise ? round_up(p->c_out, EL_REAL_BLOCK) : CHUNK;
+    if (p->real && !l->depthwise) {
+        const size_t fit = REAL_CHUNK_BYTES / ((size_t)l->taps * (size_t)l->tap * sizeof(float)) / EL_REAL_BLOCK;
+        l->chunk = (int)(fit < 1 ? 1 : fit > 8 ? 8 : fit) * EL_REAL_BLOCK;
+    }
+    const int band_rows = (BAND_PIXELS + p->ow - 1) / p->ow;
+    l->band_rows = band_rows < p->oh ? band_rows : p->oh;
+    l->in_rows = (l->band_rows - 1) * p->conv.sh + (p->conv.kh - 1) * p->conv.dh + 1;
+    if (l->in_rows < p->conv.kh) l->in_rows = p->conv.kh;
+
+    const size_t pixels = (size_t)l->band_rows * (size_t)p->ow, tile = (size_t)MOST_TILE * (size_t)(l->chunk + 64) * 4;
+    size_t at = 0;
+    l->rows_at = at, at += l->copied ? aligned((size_t)l->in_rows * (size_t)l->width * (size_t)l->pixel * unit) : 0;
+    l->k_at = at, at += p->has_k ? aligned((size_t)l->in_rows * (size_t)p->w * sizeof(float)) : 0;
+    l->base_at = at, at += aligned(pixels * sizeof(void *));
+    l->links_at = at, at += aligned(pixels * sizeof(void *));
+    l->scale_at = at, at += aligned(pixels * sizeof(float));
+    l->border_at = at, at += aligned(pixels);
+    l->pooled_at = at, at += p->link_pool ? aligned(pixels * (size_t)p->link_c * sizeof(float)) : 0;
+    l->zeros_at = at, at += aligned((size_t)round_up(p->c_in, 16) * sizeof(float));
+    l->acc_at = at, at += aligned(tile);
+    l->correction_at = at, at += p->tap_sums ? aligned(tile) : 0;
+    l->bytes = at + 64;
+}
+
+static void prepare(stage *s, const layer *l, char *scratch) {
+    s->l = l;
+    s->scratch = scratch;
+    s->taken_from = s->taken_to = 0;
+    if (l->depthwise && l->p->real) memset(AT(float, zeros_at), 0, (size_t)round_up(l->p->c_in, 16) * sizeof(float));
+}
+
+static size_t image_size(int h, int w, int c) { return (size_t)h * (size_t)w * (size_t)c; }
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* One convolution on all threads. */
+
+typedef struct {
+    layer l;
+    const float *x, *link, *added;
+    float *y;
+    int row_items, splits; /* the work is cut to row_items runs of rows times splits ranges of channels */
+    atomic_int failed;
+} conv_job;
+
+static void conv_piece(void *context, int item) {
+    conv_job *j = context;
+    const el_plan *p = j->l.p;
+    char *scratch = el_scratch(EL_SLOT_BAND, j->l.bytes);
     if (!scratch) {
         atomic_store(&j->failed, 1);
         return;
@@ -371,120 +475,202 @@ static void piece(void *context, int item) {
     const int c0 = (int)((int64_t)blocks * split / j->splits) * EL_REAL_BLOCK;
     int c1 = (int)((int64_t)blocks * (split + 1) / j->splits) * EL_REAL_BLOCK;
     if (c1 > p->c_out) c1 = p->c_out;
-    if (j->depthwise && p->real) memset(scratch + j->zeros_at, 0, (size_t)round_up(p->c_in, 16) * sizeof(float));
-    const size_t row_bytes = (size_t)j->width * (size_t)j->pixel * (p->real ? sizeof(float) : sizeof(uint64_t));
-    int last_image = -1, taken_from = 0, taken_to = 0; /* input rows that are in the scratch */
+    stage s = {0};
     for (int64_t row = from; row < to;) {
-        const int image = (int)(row / p->oh), oy0 = (int)(row % p->oh);
-        int oy1 = oy0 + j->band_rows < p->oh ? oy0 + j->band_rows : p->oh;
-        if (row + (oy1 - oy0) > to) oy1 = oy0 + (int)(to - row);
-        const int y0 = oy0 * p->conv.sh - p->conv.ph;
-        const int y1 = (oy1 - 1) * p->conv.sh - p->conv.ph + (p->conv.kh - 1) * p->conv.dh + 1;
-        if (j->copied) {
-            int start = y0;
-            if (image == last_image && y0 < taken_to) { /* the rows that two bands share move to the front */
-                const size_t kept = (size_t)(taken_to - y0), gone = (size_t)(y0 - taken_from);
-                memmove(scratch + j->rows_at, scratch + j->rows_at + gone * row_bytes, kept * row_bytes);
-                if (p->has_k)
-                    memmove(AT(float, k_at), AT(float, k_at) + gone * (size_t)p->w, kept * (size_t)p->w * sizeof(float));
-                start = taken_to;
-            }
-            take_rows(j, scratch, image, y0, start, y1);
-            last_image = image;
-            taken_from = y0;
-            taken_to = y1;
-        }
-        band(j, scratch, image, oy0, oy1, y0, c0, c1);
+        const size_t image = (size_t)(row / p->oh);
+        const int oy0 = (int)(row % p->oh), oy1 = to - row < p->oh - oy0 ? oy0 + (int)(to - row) : p->oh;
+        prepare(&s, &j->l, scratch);
+        s.x = j->x + image * image_size(p->h, p->w, p->c_in);
+        if (p->link) s.link = j->link + image * image_size(p->link_h, p->link_w, p->link_c);
+        s.y = j->y + image * image_size(p->oh, p->ow, p->c_out);
+        if (j->added) s.added = j->added + image * image_size(p->oh, p->ow, p->c_out);
+        run_rows(&s, oy0, oy1, c0, c1);
         row += oy1 - oy0;
     }
 }
 
-static size_t aligned(size_t n) { return (n + 63) / 64 * 64; }
-
 int el_conv(const el_plan *p, const float *x, const float *link, const float *added, float *y, int threads) {
     if (is_bad(p) || !x || !y || (p->link && !link)) return EL_BAD_PLAN;
     if ((int64_t)p->n * p->oh * p->ow == 0) return EL_OK;
-    job j;
-    j.p = p;
-    j.x = x;
-    j.link = link;
-    j.added = added;
-    j.y = y;
+    conv_job j = {.x = x, .link = link, .added = added, .y = y, .row_items = 1, .splits = 1};
     atomic_init(&j.failed, 0);
-    j.depthwise = is_depthwise(p);
-    j.taps = p->conv.kh * p->conv.kw;
-    j.tap = p->real ? p->c_in / p->groups : tap_words(p);
-    j.pixel = p->real ? p->c_in : pixel_words(p);
-    const int last = (p->ow - 1) * p->conv.sw - p->conv.pw + (p->conv.kw - 1) * p->conv.dw; /* column of the last tap */
-    const int last_row = (p->oh - 1) * p->conv.sh - p->conv.ph + (p->conv.kh - 1) * p->conv.dh;
-    const int padded = p->conv.ph || p->conv.pw || last >= p->w || last_row >= p->h;
-    j.copied = !p->real || (padded && !j.depthwise);
-    j.left = p->conv.pw;
-    j.width = j.left + (last >= p->w ? last + 1 : p->w);
-    if (!j.copied) j.left = 0, j.width = p->w;
-    if (p->conv.dw == 1 && j.pixel == j.tap && !j.depthwise) {
-        j.segments = p->conv.kh;
-        j.length = p->conv.kw * j.tap;
-    } else {
-        j.segments = j.taps;
-        j.length = j.tap;
-    }
-    for (int s = 0; s < j.segments; s++) {
-        const int ky = j.segments == j.taps ? s / p->conv.kw : s, kx = j.segments == j.taps ? s % p->conv.kw : 0;
-        j.offsets[s] = ((size_t)(ky * p->conv.dh) * (size_t)j.width + (size_t)(kx * p->conv.dw)) * (size_t)j.pixel;
-    }
-    const size_t unit = p->real ? sizeof(float) : sizeof(uint64_t);
-    j.chunk = j.depthwise ? round_up(p->c_out, EL_REAL_BLOCK) : CHUNK;
-    if (p->real && !j.depthwise) {
-        const size_t fit = REAL_CHUNK_BYTES / ((size_t)j.taps * (size_t)j.tap * sizeof(float)) / EL_REAL_BLOCK;
-        j.chunk = (int)(fit < 1 ? 1 : fit > 8 ? 8 : fit) * EL_REAL_BLOCK;
-    }
-
+    set_up(&j.l, p);
     /* Few pixels: threads share the output channels. Many: they share the rows. */
-    const int64_t rows = (int64_t)p->n * p->oh, pixels = rows * p->ow;
-    j.splits = 1;
-    j.row_items = 1;
+    const int64_t rows = (int64_t)p->n * p->oh;
+    const int blocks = (p->c_out + EL_REAL_BLOCK - 1) / EL_REAL_BLOCK;
     if (threads > 1) {
-        const int blocks = (p->c_out + EL_REAL_BLOCK - 1) / EL_REAL_BLOCK;
-        if (!j.depthwise && p->groups == 1 && pixels < (int64_t)FEW_PIXELS * threads && blocks >= threads)
+        if (!j.l.depthwise && p->groups == 1 && rows * p->ow < (int64_t)FEW_PIXELS * threads && blocks >= threads)
             j.splits = threads;
         else
             j.row_items = (int)(rows < threads ? rows : threads);
     }
-    int64_t band_rows = (BAND_PIXELS + p->ow - 1) / p->ow;
-    if (band_rows > p->oh) band_rows = p->oh;
-    j.band_rows = (int)band_rows;
-    j.in_rows = (j.band_rows - 1) * p->conv.sh + (p->conv.kh - 1) * p->conv.dh + 1;
-
-    const size_t band_pixels = (size_t)j.band_rows * (size_t)p->ow;
-    const size_t tile = (size_t)MOST_TILE * (size_t)(j.chunk + 64) * 4;
-    size_t at = 0;
-    j.rows_at = at, at += j.copied ? aligned((size_t)j.in_rows * (size_t)j.width * (size_t)j.pixel * unit) : 0;
-    j.k_at = at, at += p->has_k ? aligned((size_t)j.in_rows * (size_t)p->w * sizeof(float)) : 0;
-    j.base_at = at, at += aligned(band_pixels * sizeof(void *));
-    j.links_at = at, at += aligned(band_pixels * sizeof(void *));
-    j.scale_at = at, at += aligned(band_pixels * sizeof(float));
-    j.border_at = at, at += aligned(band_pixels);
-    j.pooled_at = at, at += p->link_pool ? aligned(band_pixels * (size_t)p->link_c * sizeof(float)) : 0;
-    j.zeros_at = at, at += aligned((size_t)round_up(p->c_in, 16) * sizeof(float));
-    j.acc_at = at, at += aligned(tile);
-    j.correction_at = at, at += p->tap_sums ? aligned(tile) : 0;
-    j.bytes = at + 64;
-
-    el_parallel(piece, &j, j.row_items * j.splits, threads);
+    el_parallel(conv_piece, &j, j.row_items * j.splits, threads);
     return atomic_load(&j.failed) ? EL_NO_MEMORY : EL_OK;
 }
 
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Several convolutions, a few rows of each at a time. */
+
+typedef struct {
+    layer l[EL_MAX_CHAIN];
+    size_t scratch_at[EL_MAX_CHAIN], out_at[EL_MAX_CHAIN], bytes;
+    int out_rows[EL_MAX_CHAIN]; /* rows that the output buffer of a layer holds */
+    int n, row_items;
+    const float *x, *added;
+    float *y;
+    atomic_int failed;
+} chain_job;
+
+/* Input rows that output rows from .. to need. */
+static void rows_for(const el_plan *p, int from, int to, int *first, int *last) {
+    const el_window *w = &p->conv;
+    *first = from * w->sh - w->ph;
+    *last = (to - 1) * w->sh - w->ph + (w->kh - 1) * w->dh + 1;
+    if (p->link) {
+        int a = from, b = to;
+        if (p->link_pool) {
+            a = from * p->pool.sh - p->pool.ph;
+            b = (to - 1) * p->pool.sh - p->pool.ph + (p->pool.kh - 1) * p->pool.dh + 1;
+        }
+        if (a < *first) *first = a;
+        if (b > *last) *last = b;
+    }
+    if (*first < 0) *first = 0;
+    if (*last > p->h) *last = p->h;
+}
+
+/* Input rows that any `rows` output rows need, at most. */
+static int rows_span(const el_plan *p, int rows) {
+    const el_window *w = &p->conv, *pool = &p->pool;
+    int before = w->ph, after = (w->kh - 1) * w->dh - w->ph;
+    if (p->link) {
+        const int link_before = p->link_pool ? pool->ph : 0, link_after = p->link_pool ? (pool->kh - 1) * pool->dh - pool->ph : 0;
+        if (link_before > before) before = link_before;
+        if (link_after > after) after = link_after;
+    }
+    const int span = (rows - 1) * w->sh + before + after + 1;
+    return span < p->h ? span : p->h;
+}
+
+/* Make output rows from .. to of layer i, and all that they need; rows that are there are kept. */
+static void make_rows(chain_job *j, stage *stages, int *have, int i, int from, int to) {
+    stage *s = stages + i;
+    const el_plan *p = s->l->p;
+    const size_t row = (size_t)p->ow * (size_t)p->c_out;
+    if (i + 1 < j->n) { /* the output is a window of rows: y_row0 .. have[i] */
+        if (from > s->y_row0) {
+            if (have[i] > from)
+                memmove(s->y, s->y + (size_t)(from - s->y_row0) * row, (size_t)(have[i] - from) * row * sizeof(float));
+            else
+                have[i] = from;
+            s->y_row0 = from;
+        }
+        if (have[i] >= to) return;
+        from = have[i];
+        if (to - s->y_row0 > j->out_rows[i]) { /* cannot be: rows_span() says so */
+            atomic_store(&j->failed, 1);
+            return;
+        }
+    }
+    if (i > 0) {
+        int first, last;
+        rows_for(p, from, to, &first, &last);
+        make_rows(j, stages, have, i - 1, first, last);
+        s->x = s->link = stages[i - 1].y;
+        s->x_row0 = s->link_row0 = stages[i - 1].y_row0;
+    }
+    run_rows(s, from, to, 0, p->c_out);
+    have[i] = to;
+}
+
+static void chain_piece(void *context, int item) {
+    chain_job *j = context;
+    const el_plan *first = j->l[0].p, *last = j->l[j->n - 1].p;
+    char *scratch = el_scratch(EL_SLOT_BAND, j->bytes);
+    if (!scratch) {
+        atomic_store(&j->failed, 1);
+        return;
+    }
+    const int64_t rows = (int64_t)last->n * last->oh;
+    const int64_t from = rows * item / j->row_items, to = rows * (item + 1) / j->row_items;
+    stage stages[EL_MAX_CHAIN] = {{0}};
+    int have[EL_MAX_CHAIN];
+    for (int64_t row = from; row < to;) {
+        const size_t image = (size_t)(row / last->oh), out = image * image_size(last->oh, last->ow, last->c_out);
+        const int oy0 = (int)(row % last->oh), oy1 = to - row < last->oh - oy0 ? oy0 + (int)(to - row) : last->oh;
+        for (int i = 0; i < j->n; i++) {
+            prepare(stages + i, j->l + i, scratch + j->scratch_at[i]);
+            stages[i].y = (float *)(void *)(scratch + j->out_at[i]);
+            stages[i].y_row0 = have[i] = 0;
+        }
+        stages[0].x = stages[0].link = j->x + image * image_size(first->h, first->w, first->c_in);
+        stages[j->n - 1].y = j->y + out;
+        if (j->added) stages[j->n - 1].added = j->added + out;
+        const int step = j->l[j->n - 1].band_rows;
+        for (int oy = oy0; oy < oy1; oy += step)
+            make_rows(j, stages, have, j->n - 1, oy, oy + step < oy1 ? oy + step : oy1);
+        row += oy1 - oy0;
+    }
+}
+
+/* A few rows of each layer at a time pay where images do not fit into a core's cache and threads have rows to share. */
+static int is_large(const el_plan *const *plans, int n, int threads) {
+    size_t most = image_size(plans[0]->h, plans[0]->w, plans[0]->c_in);
+    for (int i = 0; i < n; i++) {
+        const size_t size = image_size(plans[i]->oh, plans[i]->ow, plans[i]->c_out);
+        if (size > most) most = size;
+    }
+    for (int i = 0; i < n; i++) /* rows of input and link go hand in hand */
+        if (plans[i]->link && plans[i]->conv.sh != (plans[i]->link_pool ? plans[i]->pool.sh : 1)) return 0;
+    const el_plan *last = plans[n - 1];
+    return most * sizeof(float) > large_image_bytes && (threads == 1 || (int64_t)last->n * last->oh >= 8 * threads);
+}
+
+static int run_as_one(const el_plan *const *plans, int n, const float *x, const float *added, float *y, int threads) {
+    chain_job *j = malloc(sizeof *j);
+    if (!j) return EL_NO_MEMORY;
+    j->n = n;
+    j->x = x;
+    j->added = added;
+    j->y = y;
+    atomic_init(&j->failed, 0);
+    int rows = 0;
+    size_t at = 0;
+    for (int i = n - 1; i >= 0; i--) {
+        set_up(&j->l[i], plans[i]);
+        j->scratch_at[i] = at, at += aligned(j->l[i].bytes);
+        /* What layer i + 1 asks for at once, and what it may still hold of the call before. */
+        j->out_at[i] = at;
+        if (i + 1 < n) at += aligned((size_t)rows * (size_t)plans[i]->ow * (size_t)plans[i]->c_out * sizeof(float));
+        else rows = j->l[i].band_rows;
+        j->out_rows[i] = rows;
+        rows = rows_span(plans[i], rows);
+    }
+    j->bytes = at + 64;
+    const int64_t all = (int64_t)plans[n - 1]->n * plans[n - 1]->oh;
+    j->row_items = (int)(all < threads ? all : threads);
+    el_parallel(chain_piece, j, j->row_items, threads);
+    const int failed = atomic_load(&j->failed);
+    free(j);
+    return failed ? EL_NO_MEMORY : EL_OK;
+}
+
 int el_chain(const el_plan *const *plans, int n, const float *x, const float *added, float *y, int threads) {
+    if (n < 1 || n > EL_MAX_CHAIN || !x || !y) return EL_BAD_PLAN;
+    for (int i = 0; i < n; i++) {
+        const el_plan *p = plans[i], *before = plans[i ? i - 1 : 0];
+        if (is_bad(p) || (p->link && (p->link_h != p->h || p->link_w != p->w || p->link_c != p->c_in))) return EL_BAD_PLAN;
+        if (i && (p->n != before->n || p->h != before->oh || p->w != before->ow || p->c_in != before->c_out))
+            return EL_BAD_PLAN;
+        if ((int64_t)p->n * p->oh * p->ow == 0) return EL_OK;
+    }
+    if (is_large(plans, n, threads)) return run_as_one(plans, n, x, added, y, threads);
     for (int i = 0; i < n; i++) {
         const el_plan *p = plans[i];
         float *out = y;
-        if (i > 0 && (p->n != plans[i - 1]->n || p->h != plans[i - 1]->oh || p->w != plans[i - 1]->ow ||
-                      p->c_in != plans[i - 1]->c_out))
-            return EL_BAD_PLAN;
         if (i + 1 < n) {
             out = el_scratch(i % 2 ? EL_SLOT_ODD : EL_SLOT_EVEN,
-                             (size_t)p->n * (size_t)p->oh * (size_t)p->ow * (size_t)p->c_out * sizeof(float));
+                             (size_t)p->n * image_size(p->oh, p->ow, p->c_out) * sizeof(float));
             if (!out) return EL_NO_MEMORY;
         }
         const int failed = el_conv(p, x, x, i + 1 == n ? added : NULL, out, threads);
@@ -493,6 +679,8 @@ int el_chain(const el_plan *const *plans, int n, const float *x, const float *ad
     }
     return EL_OK;
 }
+
+/* ------------------------------------------------------------------------------------------------------------------ */
 
 double el_count_time(int words, int channels, int pixels, int repeats) {
     if (words < 1 || channels < 1 || pixels < 1 || repeats < 1) return 0.;

@@ -17,8 +17,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define EL_MAX_TAPS 4096 /* kernel height times width */
+#define EL_MAX_TAPS 1024 /* kernel height times width */
 #define EL_MAX_POOL 64   /* the same of a link's pool */
+#define EL_MAX_CHAIN 8    /* layers that run as one */
 #define EL_ABI 1         /* changes with el_plan */
 
 enum { EL_OK = 0, EL_BAD_PLAN = 1, EL_NO_MEMORY = 2 };
@@ -123,6 +124,7 @@ EL_API int el_abi(void);
 EL_API const char *el_bodies(void);           /* names of the bodies that this processor runs, best first */
 EL_API int el_use(const char *name);          /* EL_BAD_PLAN if the processor does not run it */
 EL_API const char *el_active(void);
+EL_API void el_large_image(size_t bytes);     /* from which size on a chain makes a few rows at a time; for tests */
 EL_API double el_chip_rate(void);
 EL_API size_t el_weight_size(const el_plan *plan);
 EL_API int el_prepack(const el_plan *plan, const uint8_t *bits, void *weight, int32_t *tap_sums);
