@@ -23,6 +23,7 @@ _library.define(f'real_conv2d(Tensor x, Tensor weight, Tensor table, {_EPILOGUE}
 _library.define('chain(Tensor x, Tensor[] tensors, int[] specs, float[] constants, Tensor? added) -> Tensor')
 
 MOST_LAYERS = 8  # of a chain
+HUGE_PAGE = 2 << 20
 MOST_PLANS = 64  # of one layer: image sizes that it remembers
 
 
@@ -174,8 +175,10 @@ def _lay_out(
         lib: ctypes.CDLL, plan: native.Plan, weight: torch.Tensor, spec: ConvSpec, padded: bool, real: bool,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """The weight in the body's layout, and what padding adds for each tap."""
-    ready = torch.empty(lib.el_weight_size(ctypes.byref(plan)) + 64, dtype=torch.uint8)
-    ready = ready[-ready.data_ptr() % 64:]
+    size = lib.el_weight_size(ctypes.byref(plan))
+    align = 64 if size < HUGE_PAGE else HUGE_PAGE
+    ready = torch.empty(size + align, dtype=torch.uint8)
+    ready = ready[-ready.data_ptr() % align:]
     if real:
         lib.el_prepack_real(ctypes.byref(plan), weight.data_ptr(), ready.data_ptr())
         return ready, None

@@ -134,6 +134,7 @@ int el_prepack(const el_plan *p, const uint8_t *bits, void *weight, int32_t *tap
 }
 
 int el_prepack_real(const el_plan *p, const float *oihw, float *weight) {
+    el_advise(weight, el_weight_size(p));
     const int taps = p->conv.kh * p->conv.kw, cg = p->c_in / p->groups, depthwise = is_depthwise(p);
     memset(weight, 0, el_weight_size(p));
     for (int o = 0; o < p->c_out; o++)
@@ -173,6 +174,8 @@ typedef struct {
     float *y;
     int x_row0, link_row0, y_row0;
     int taken_from, taken_to; /* input rows that are in the scratch */
+    const char *ahead;        /* weights of the layer that comes next, to be fetched while this one runs */
+    size_t ahead_bytes;
 } stage;
 
 #define AT(type, where) ((type *)(void *)(s->scratch + s->l->where))
@@ -324,13 +327,10 @@ static void accumulate(const stage *s, int first, int tile, int group, int c, in
     }
 }
 
-/* Bring a part of the next weights nearer, while these are in use: the i-th tile of the band's pixels. */
-static void fetch_ahead(const layer *l, int c, int c1, int i, int tile, int pixels) {
-    const size_t row = (size_t)l->taps * (size_t)l->tap * sizeof(float);
-    const size_t bytes = (size_t)(c1 - c < l->chunk ? c1 - c : l->chunk) * row;
-    const char *next = (const char *)l->p->weight + (size_t)c * row;
+/* Bring memory nearer that is needed next, a part for each tile of pixels: the i-th of all. */
+static void fetch_ahead(const char *next, size_t bytes, int64_t i, int64_t tile, int64_t pixels) {
     const size_t to = bytes * (size_t)(i + tile) / (size_t)pixels;
-    for (size_t at = bytes * (size_t)i / (size_t)pixels; at < to; at += 64) __builtin_prefetch(next + at, 0, 2);
+    for (size_t at = bytes * (size_t)i / (size_t)pixels / 64 * 64; at < to; at += 64) __builtin_prefetch(next + at, 0, 2);
 }
 
 /* Output rows oy0 .. oy1, channels c0 .. c1. */
@@ -357,7 +357,13 @@ static void band(const stage *s, int oy0, int oy1, int y0, int c0, int c1) {
                 }
                 if (++ox == p->ow) ox = 0, oy++;
             }
-            if (p->real && !l->depthwise && c + n < c1) fetch_ahead(l, c + n, c1, i, tile, pixels);
+            if (p->real && !l->depthwise && c + n < c1) {
+                const size_t row = (size_t)l->taps * (size_t)l->tap * sizeof(float);
+                fetch_ahead((const char *)p->weight + (size_t)(c + n) * row,
+                            (size_t)(c1 - c - n < l->chunk ? c1 - c - n : l->chunk) * row, i, tile, pixels);
+            } else if (s->ahead && c == c0) {
+                fetch_ahead(s->ahead, s->ahead_bytes, (int64_t)oy0 * p->ow + i, tile, (int64_t)p->oh * p->ow);
+            }
             body->finish(p, AT(char, acc_at), stride, tile, corrections, base, AT(float, scale_at) + i,
                          AT(const float *const, links_at) + i, c, c + n,
                          s->added ? s->added + place + (size_t)i * (size_t)p->c_out : NULL,
@@ -456,6 +462,7 @@ typedef struct {
     layer l;
     const float *x, *link, *added;
     float *y;
+    const el_plan *next;   /* what runs after this, or NULL */
     int row_items, splits; /* the work is cut to row_items runs of rows times splits ranges of channels */
     atomic_int failed;
 } conv_job;
@@ -476,6 +483,10 @@ static void conv_piece(void *context, int item) {
     int c1 = (int)((int64_t)blocks * (split + 1) / j->splits) * EL_REAL_BLOCK;
     if (c1 > p->c_out) c1 = p->c_out;
     stage s = {0};
+    if (j->next && item == 0) {
+        s.ahead = j->next->weight;
+        s.ahead_bytes = el_weight_size(j->next);
+    }
     for (int64_t row = from; row < to;) {
         const size_t image = (size_t)(row / p->oh);
         const int oy0 = (int)(row % p->oh), oy1 = to - row < p->oh - oy0 ? oy0 + (int)(to - row) : p->oh;
@@ -489,10 +500,11 @@ static void conv_piece(void *context, int item) {
     }
 }
 
-int el_conv(const el_plan *p, const float *x, const float *link, const float *added, float *y, int threads) {
+static int run_conv(const el_plan *p, const el_plan *next, const float *x, const float *link, const float *added, float *y,
+                    int threads) {
     if (is_bad(p) || !x || !y || (p->link && !link)) return EL_BAD_PLAN;
     if ((int64_t)p->n * p->oh * p->ow == 0) return EL_OK;
-    conv_job j = {.x = x, .link = link, .added = added, .y = y, .row_items = 1, .splits = 1};
+    conv_job j = {.x = x, .link = link, .added = added, .y = y, .next = next, .row_items = 1, .splits = 1};
     atomic_init(&j.failed, 0);
     set_up(&j.l, p);
     /* Few pixels: threads share the output channels. Many: they share the rows. */
@@ -506,6 +518,10 @@ int el_conv(const el_plan *p, const float *x, const float *link, const float *ad
     }
     el_parallel(conv_piece, &j, j.row_items * j.splits, threads);
     return atomic_load(&j.failed) ? EL_NO_MEMORY : EL_OK;
+}
+
+int el_conv(const el_plan *p, const float *x, const float *link, const float *added, float *y, int threads) {
+    return run_conv(p, NULL, x, link, added, y, threads);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -673,7 +689,7 @@ int el_chain(const el_plan *const *plans, int n, const float *x, const float *ad
                              (size_t)p->n * image_size(p->oh, p->ow, p->c_out) * sizeof(float));
             if (!out) return EL_NO_MEMORY;
         }
-        const int failed = el_conv(p, x, x, i + 1 == n ? added : NULL, out, threads);
+        const int failed = run_conv(p, i + 1 < n ? plans[i + 1] : NULL, x, x, i + 1 == n ? added : NULL, out, threads);
         if (failed) return failed;
         x = out;
     }

@@ -120,6 +120,9 @@ void el_parallel(void (*run)(void *context, int i), void *context, int n, int th
 enum { EL_SLOT_BAND, EL_SLOT_EVEN, EL_SLOT_ODD, EL_SLOTS };
 void *el_scratch(int slot, size_t bytes);
 
+#define EL_HUGE_PAGE ((size_t)2 << 20)
+void el_advise(void *memory, size_t bytes);
+
 EL_API int el_abi(void);
 EL_API const char *el_bodies(void);           /* names of the bodies that this processor runs, best first */
 EL_API int el_use(const char *name);          /* EL_BAD_PLAN if the processor does not run it */

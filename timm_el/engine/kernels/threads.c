@@ -11,6 +11,9 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #if defined(__x86_64__) || defined(__i386__)
 #define EL_PAUSE() __builtin_ia32_pause()
@@ -135,10 +138,23 @@ void *el_scratch(int slot, size_t bytes) {
     if (block && *(size_t *)block >= bytes) return block + 64;
     free(block);
     pthread_setspecific(scratch_keys[slot], NULL);
-    size_t size = (bytes + 127) / 64 * 64;
-    block = aligned_alloc(64, size);
+    const size_t align = bytes < EL_HUGE_PAGE ? 64 : EL_HUGE_PAGE, size = (bytes + 64 + align - 1) / align * align;
+    block = aligned_alloc(align, size);
     if (!block) return NULL;
+    el_advise(block, size);
     *(size_t *)block = size - 64;
     pthread_setspecific(scratch_keys[slot], block);
     return block + 64;
+}
+
+/* Large pages, where the system has them: with small ones a processor looks up more addresses than it remembers. */
+void el_advise(void *memory, size_t bytes) {
+#if defined(__linux__)
+    const uintptr_t from = ((uintptr_t)memory + EL_HUGE_PAGE - 1) / EL_HUGE_PAGE * EL_HUGE_PAGE;
+    const uintptr_t to = ((uintptr_t)memory + bytes) / EL_HUGE_PAGE * EL_HUGE_PAGE;
+    if (from < to) madvise((void *)from, to - from, MADV_HUGEPAGE); /* it is advice: nothing depends on it */
+#else
+    (void)memory;
+    (void)bytes;
+#endif
 }
