@@ -5,7 +5,7 @@ if TYPE_CHECKING:
     import torch.nn as nn
 
 VERBS = {
-    'bench': 'what training a binarized model costs beside its float host',
+    'bench': 'what inference of a deployed model costs beside its float host and other engines; or training',
     'demo': 'train a binarized network on real images, offline, in under three minutes',
     'push': 'write a Hub folder of packed weights, check it, and upload it',
     'run': "run one of timm's scripts with these models registered",

@@ -1,136 +1,145 @@
-"""python -m timm_el bench --train MODEL: what training a binarized model costs, beside its float host.
+"""python -m timm_el bench MODEL: what inference of a deployed model costs, or with --train what training costs.
 
-One step is forward, backward and optimizer step on the same random batch. Both models take turns in one run; the ratio
-is the median over the pairs. Memory is what autograd keeps for backward, parameters excluded.
+Inference: the float host, the latent model, the deployed one and every installed peer take turns in one run; ratios are
+medians over the pairs. A deployed time is only reported when the native path is active. TIMM_EL_ISA=avx2 (or another
+body) and ONEDNN_MAX_CPU_ISA force instruction sets; they are read when the process starts.
+
+Training: one step is forward, backward and optimizer step; the model and its float host take turns. Memory is what
+autograd keeps for backward, parameters excluded.
 """
 import argparse
 import json
-import platform
-import statistics
-import time
-from typing import Any, Callable, Dict, List
+from typing import Any, Dict, Iterable, List
 
-import timm
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
 
-from . import create
-
-# The float nets that the registered models stand for.
-FLOAT_HOSTS = {
-    'el_resnet18': 'resnet18', 'el_resnet26': 'resnet26', 'el_resnet34': 'resnet34', 'el_resnet50': 'resnet50',
-    'el_mobilenet_v1': 'mobilenetv1_100',
+# What an option is if it is not given, by what is measured; an option that is not listed for one does not belong to it.
+COMMON = {'pairs': 21, 'warmup': 2, 'batch': 1, 'size': None}
+DEFAULTS = {
+    'inference': {
+        **COMMON, 'peers': 'all', 'also': [], 'float_dtype': None, 'allow_reference': False},
+    'training': {
+        **COMMON, 'pairs': 9, 'batch': 32, 'size': 64, 'opt': 'sgd', 'compile': False, 'channels_last': False},
 }
 
 
-def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    """Bytes that autograd keeps between forward and backward, each storage once, parameters and input excluded."""
-    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
-    storages: Dict[int, int] = {}
+def parse(argv: List[str]) -> argparse.Namespace:
+    """Arguments with the defaults of what is measured.
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(x).sum()
-    total = sum(storages.values())
-    del loss
-    return total
-
-
-def train_step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, opt: str) -> Callable[[], None]:
-    """A function that takes one training step."""
-    optimizer = create_optimizer_v2(model, opt=opt, lr=1e-4, weight_decay=0.)
-
-    def step() -> None:
-        loss = F.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def bench_train(args: argparse.Namespace) -> Dict[str, Any]:
-    """Times and saved bytes of a model and its float host."""
-    host_name = args.host or FLOAT_HOSTS.get(args.model, args.model)
-    if host_name == args.model and not args.recipe:
-        raise ValueError(f'host: no float host of {args.model} is known, name one (--host) or a recipe (--recipe)')
-    torch.manual_seed(0)
-    host = timm.create_model(host_name)
-    model = create(args.model, args.recipe)
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    x = torch.randn(args.batch, 3, args.size, args.size).to(memory_format=memory_format)
-    y = torch.randint(1000, (args.batch,))
-    nets = {'host': host.to(memory_format=memory_format), 'model': model.to(memory_format=memory_format)}
-    memory = {name: saved_bytes(net.train(), x) for name, net in nets.items()}
-    if args.compile:
-        nets = {name: torch.compile(net) for name, net in nets.items()}
-    steps = {name: train_step(net, x, y, args.opt) for name, net in nets.items()}
-    times: Dict[str, List[float]] = {name: [] for name in steps}
-    for i in range(args.warmup + args.pairs):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if i >= args.warmup:
-                times[name].append(time.perf_counter() - start)
-    ratios = [m / h for m, h in zip(times['model'], times['host'])]
-    return {
-        'model': args.model, 'host': host_name, 'mode': 'compile' if args.compile else 'eager',
-        'batch': args.batch, 'size': args.size, 'opt': args.opt, 'channels_last': args.channels_last,
-        'threads': torch.get_num_threads(), 'pairs': args.pairs, 'torch': torch.__version__,
-        'cpu': cpu_name(),
-        'host_ms': 1e3 * statistics.median(times['host']), 'model_ms': 1e3 * statistics.median(times['model']),
-        'time_ratio': statistics.median(ratios), 'time_ratio_min': min(ratios), 'time_ratio_max': max(ratios),
-        'host_saved_mb': memory['host'] / 1e6, 'model_saved_mb': memory['model'] / 1e6,
-        'memory_ratio': memory['model'] / memory['host'],
-    }
-
-
-def cpu_name() -> str:
-    """Name of the processor."""
-    try:
-        with open('/proc/cpuinfo') as f:
-            return next(line.split(':', 1)[1].strip() for line in f if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    Raises:
+        ValueError: An option belongs to the other measurement, or a count is not positive.
+    """
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_el bench', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS)
+    parser.add_argument('model', help='name of a timm model')
+    parser.add_argument('--train', action='store_true', default=False, help='measure training in place of inference')
+    parser.add_argument('--host', default=None, help='float model to compare with (default: that of a registered one)')
+    parser.add_argument('--recipe', default=None, help='binarize the model with this recipe')
+    parser.add_argument('--batch', type=int, help='images (default: 1, training 32)')
+    parser.add_argument('--size', type=int, help="pixels (default: the model's own, training 64)")
+    parser.add_argument('--threads', type=int, default=None, help="of everybody (default: torch's own choice)")
+    parser.add_argument('--pairs', type=int, help='rounds that count (default: 21, training 9)')
+    parser.add_argument('--warmup', type=int, help='rounds before them (default: 2)')
+    parser.add_argument('--json', action='store_true', default=False, help='print data in place of text')
+    inference = parser.add_argument_group('inference')
+    inference.add_argument('--peers', help="'all', 'none', or names separated by commas (default: all)")
+    inference.add_argument('--also', action='append', metavar='RECIPE', help='deploy the net with this recipe too')
+    inference.add_argument('--float-dtype', choices=['bfloat16'], help='deploy once more with float parts of this type')
+    inference.add_argument(
+        '--allow-reference', action='store_true', help='report times of the plain torch reference as deployed')
+    training = parser.add_argument_group('training')
+    training.add_argument('--opt', help='optimizer of timm (default: sgd)')
+    training.add_argument('--compile', action='store_true', help='torch.compile both')
+    training.add_argument('--channels-last', action='store_true')
+    args = parser.parse_args(argv)
+    kind, other = ('training', 'inference') if args.train else ('inference', 'training')
+    for name in DEFAULTS[other].keys() - DEFAULTS[kind].keys():
+        if hasattr(args, name):
+            raise ValueError(
+                f'{name}: it belongs to {other}, found it with {kind}; {"leave out" if args.train else "add"} --train')
+    for name, value in DEFAULTS[kind].items():
+        setattr(args, name, getattr(args, name, value))
+    for name in ('batch', 'size', 'threads', 'pairs'):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ValueError(f'{name}: found {value}, expected a positive integer')
+    return args
 
 
 def main(argv: List[str]) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog='python -m timm_el bench', description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('model', help='name of a timm model')
-    parser.add_argument('--train', action='store_true', help='measure training (the only kind there is yet)')
-    parser.add_argument('--host', help='float model to compare with; the host of a registered model if not given')
-    parser.add_argument('--recipe', help='binarize the model with this recipe first')
-    parser.add_argument('--batch', type=int, default=32)
-    parser.add_argument('--size', type=int, default=64, help='pixels')
-    parser.add_argument('--threads', type=int, help="torch's own choice if not given")
-    parser.add_argument('--opt', default='sgd', help='optimizer of timm')
-    parser.add_argument('--compile', action='store_true', help='torch.compile both')
-    parser.add_argument('--channels-last', action='store_true')
-    parser.add_argument('--pairs', type=int, default=9)
-    parser.add_argument('--warmup', type=int, default=2)
-    parser.add_argument('--json', action='store_true', help='print data in place of text')
-    args = parser.parse_args(argv)
-    if not args.train:
-        parser.error('only --train can be measured yet')
+    args = parse(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    r = bench_train(args)
-    if args.json:
-        print(json.dumps(r, indent=2))
-        return
-    print(f'{r["cpu"]}, {r["threads"]} threads, torch {r["torch"]}, {r["mode"]}, batch {r["batch"]}, {r["size"]} px, '
-          f'{r["opt"]}, median of {r["pairs"]} pairs')
-    print(f'  {"":24} {"step, ms":>10} {"saved for backward, MB":>24}')
+    if args.train:
+        from .measure.train import measure_training as measure
+        show = show_training
+    else:
+        from .measure.infer import measure_inference as measure
+        show = show_inference
+    result = measure(args)
+    print(json.dumps(result, indent=2) if args.json else '\n'.join(show(result)))
+
+
+def show_training(r: Dict[str, Any]) -> Iterable[str]:
+    """Lines of text for a result of `measure_training`."""
+    yield (f'{r["cpu"]}, {r["threads"]} threads, torch {r["torch"]}, {r["mode"]}, batch {r["batch"]}, {r["size"]} px, '
+           f'{r["opt"]}, median of {r["pairs"]} pairs')
+    yield f'  {"":24} {"step, ms":>10} {"saved for backward, MB":>24}'
     for name in ('host', 'model'):
-        print(f'  {r[name]:24} {r[f"{name}_ms"]:>10.1f} {r[f"{name}_saved_mb"]:>24.1f}')
-    print(f'  {"ratio":24} {r["time_ratio"]:>10.3f} {r["memory_ratio"]:>24.3f}   '
-          f'(time {r["time_ratio_min"]:.3f} to {r["time_ratio_max"]:.3f})')
+        yield f'  {r[name]:24} {r[f"{name}_ms"]:>10.1f} {r[f"{name}_saved_mb"]:>24.1f}'
+    yield (f'  {"ratio":24} {r["time_ratio"]:>10.3f} {r["memory_ratio"]:>24.3f}   '
+           f'(time {r["time_ratio_min"]:.3f} to {r["time_ratio_max"]:.3f})')
+
+
+def show_inference(r: Dict[str, Any]) -> Iterable[str]:
+    """Lines of text for a result of `measure_inference`."""
+    machine, engine = r['machine'], r['engine']
+    amx = {True: 'AMX', False: 'no AMX', None: 'AMX unknown'}[machine['amx']]
+    forced = ''.join(f', {name}={value}' for name, value in machine['settings'].items())
+    native = 'native' if engine['native'] else f'NOT native: {engine["reason"]}'
+    yield f'{machine["cpu"]}, {amx}, {machine["threads"]} threads{forced}'
+    yield ', '.join(f'{name} {version}' for name, version in machine['versions'].items())
+    yield (f'deployed: body {engine["body"]} ({native}); batch {r["batch"]}, {"x".join(map(str, r["size"]))} px, '
+           f'medians of {r["pairs"]} rounds')
+    yield ''
+    yield (f'  {"":20} {"net":24} {"ms":>8} {"min..max":>15} {"/ deployed":>11} {"min..max":>13} {"difference":>11}')
+    for row in r['contestants']:
+        ms, ratio = row['ms'], row['ratio']
+        yield (f'  {row["name"]:20} {row["of"]:24} {ms["median"]:>8.2f} {_span(ms):>15} {ratio["median"]:>11.2f} '
+               f'{_span(ratio):>13} {row["difference"]:>11.1e}  {row["note"]}').rstrip()
+    for name, why in r['absent'].items():
+        yield f'  {name:20} {why}'
+    yield '  difference: largest one of a logit from the same net in torch, relative to the largest logit. One flipped'
+    yield '  sign avalanches through an untrained binarized net.'
+    yield ''
+    yield from _show_layers(r)
+
+
+def _show_layers(r: Dict[str, Any]) -> Iterable[str]:
+    width = max(len(row['path']) for row in r['layers'])
+    head = f'{"kind":13} {"ms":>8} {"share":>6} {"binary M MACs":>14} {"float M MACs":>13} {"G MAC/s":>9}'
+    yield f'  {"deployed, by layer":{width}} {head}'
+    for row in r['layers']:
+        share = row['ms'] / r['whole_ms']
+        if row['binary_macs'] or row['real_macs'] or share > 5e-3:
+            yield f'  {row["path"]:{width}} {_cells(row["kind"], {**row, "share": share})}'
+    yield f'  {"all":{width}} {"":13} {r["whole_ms"]:>8.3f}'
+    yield ''
+    yield f'  {head}'
+    for kind, total in r['kinds'].items():
+        yield f'  {_cells(kind, total)}'
+    if r['binary']:
+        binary = r['binary']
+        yield (f'  binary layers: {binary["macs_per_s"] / 1e12:.3f} T binary MAC/s, {binary["share_of_chip"]:.0%} of '
+               f'the {binary["chip_macs_per_s"] / 1e12:.2f} that xor, popcount and add reach on registers')
+
+
+def _cells(kind: str, row: Dict[str, float]) -> str:
+    return (f'{kind:13} {row["ms"]:>8.3f} {row["share"]:>6.1%} {row["binary_macs"] / 1e6:>14.1f} '
+            f'{row["real_macs"] / 1e6:>13.1f} {row["macs_per_s"] / 1e9:>9.1f}')
+
+
+def _span(spread: Dict[str, float]) -> str:
+    return f'{spread["min"]:.2f}..{spread["max"]:.2f}'

@@ -1,0 +1,154 @@
+"""What inference of a deployed model costs, beside its float host, its latent original and the engines of others."""
+import argparse
+import copy
+import importlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+
+from ...shapes import own_input_size
+from .. import create
+from .layers import layer_table
+from .machine import describe
+from .nets import host_name, settle_norms
+from .peers import PACKAGES, PEERS, Setting, build_all, choose
+from .turns import Spread, ratios, take_turns
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What takes part in the rounds.
+
+    Args:
+        run: One inference; returns the logits.
+        of: What it computes: the name of a model, with a recipe if one is given.
+        original: Logits of the same net in torch.
+        note: What else there is to know.
+    """
+    run: Callable[[], Any]
+    of: str
+    original: torch.Tensor
+    note: str = ''
+
+    def difference(self) -> Tuple[float, float]:
+        """Largest difference of a logit from the original's, relative to the largest logit, and top-1 agreement."""
+        found = torch.as_tensor(self.run()).float()
+        difference = (found - self.original).abs().max() / self.original.abs().max()
+        return difference.item(), (found.argmax(1) == self.original.argmax(1)).float().mean().item()
+
+
+def load_engine(allow_reference: bool) -> Tuple[Callable[..., nn.Module], ModuleType]:
+    """`timm_el.deploy` and the module `timm_el.engine`.
+
+    Raises:
+        RuntimeError: There is no engine, or its native path is not active and `allow_reference` is False.
+    """
+    try:
+        engine = importlib.import_module('timm_el.engine')
+        deploy = importlib.import_module('timm_el').deploy
+    except (ImportError, AttributeError) as e:
+        raise RuntimeError(f'deploy: this timm_el has no engine ({e}), expected one that has timm_el.deploy') from e
+    info = engine.info()
+    if not info['native'] and not allow_reference:
+        raise RuntimeError(
+            f'deploy: found the body {info["body"]!r} ({info["reason"]}), expected a native one: a time of the '
+            f'reference says nothing about a deployed model; make the native path work, or pass --allow-reference')
+    return deploy, engine
+
+
+def runner(net: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A function that runs a net once without gradients."""
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        return net(x)
+
+    return run
+
+
+def measure_inference(args: argparse.Namespace) -> Dict[str, Any]:
+    """Times of all contestants in turns, and of the layers of the deployed model.
+
+    Args:
+        args: model, host, recipe, also, batch, size, pairs, warmup, peers, float_dtype, allow_reference.
+    """
+    host_of = host_name(args.model, args.host, args.recipe)
+    chosen = choose(args.peers)
+    deploy, engine = load_engine(args.allow_reference)
+    torch.manual_seed(0)
+    latent = create(args.model, args.recipe)
+    channels, *own = own_input_size(latent)
+    size = [args.size, args.size] if args.size else own
+    x = torch.randn(args.batch, channels, *size)
+    batch_of_norms = torch.randn(4, channels, *size)
+
+    def prepare(net: nn.Module) -> Tuple[nn.Module, torch.Tensor]:
+        """A net with norms that suit its values, and its logits."""
+        net = settle_norms(net, batch_of_norms)
+        return net, runner(net, x)().clone()
+
+    latent, of_latent = prepare(latent)
+    host, of_host = prepare(timm.create_model(host_of))
+    others = {recipe: prepare(create(args.model, recipe)) for recipe in args.also}
+    deployed = deploy(copy.deepcopy(latent))
+    channels_last = copy.deepcopy(host).to(memory_format=torch.channels_last)
+    name = args.model if args.recipe is None else f'{args.model}, {args.recipe}'
+    contestants = {
+        'host': Contestant(runner(host, x), host_of, of_host),
+        'host channels_last': Contestant(runner(channels_last, x), host_of, of_host),
+        'latent': Contestant(runner(latent, x), name, of_latent),
+        'deployed': Contestant(runner(deployed, x), name, of_latent),
+    }
+    if args.float_dtype:
+        net = deploy(copy.deepcopy(latent), float_dtype=getattr(torch, args.float_dtype))
+        contestants[f'deployed {args.float_dtype}'] = Contestant(runner(net, x), name, of_latent)
+    for recipe, (net, logits) in others.items():
+        run = runner(deploy(copy.deepcopy(net)), x)
+        contestants[f'deployed {recipe}'] = Contestant(run, f'{args.model}, {recipe}', logits)
+
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(host, latent, x, torch.get_num_threads(), Path(folder))
+        built, absent = build_all(chosen, setting)
+        for peer, (run, note) in built.items():
+            of, logits = (name, of_latent) if PEERS[peer].binary else (host_of, of_host)
+            contestants[peer] = Contestant(run, of, logits, note)
+        rows = _race(contestants, args.pairs, args.warmup)
+    table = layer_table(deployed, latent, x, args.pairs)
+    return {
+        'model': args.model, 'recipe': args.recipe, 'host': host_of, 'batch': args.batch, 'size': list(size),
+        'pairs': args.pairs, 'machine': describe(PACKAGES), 'engine': engine.info(),
+        'contestants': rows, 'absent': absent, **table, 'binary': _binary_rates(table['kinds'], engine),
+    }
+
+
+def _race(contestants: Dict[str, Contestant], rounds: int, warmup: int) -> List[Dict[str, Any]]:
+    differences = {name: contestant.difference() for name, contestant in contestants.items()}
+    seconds = take_turns({name: c.run for name, c in contestants.items()}, rounds, warmup, settle=True)
+    ratio = ratios(seconds, 'deployed')
+    rows = []
+    for name, contestant in contestants.items():
+        ms = Spread.of([1e3 * s for s in seconds[name]])
+        rows.append({
+            'name': name, 'of': contestant.of, 'ms': ms._asdict(), 'ratio': ratio[name]._asdict(),
+            'difference': differences[name][0], 'top1_agreement': differences[name][1], 'note': contestant.note})
+    return rows
+
+
+def _binary_rates(kinds: Dict[str, Dict[str, float]], engine: ModuleType) -> Optional[Dict[str, float]]:
+    """Rate of the binary layers beside what the chip can do, both in binary MAC/s; None without binary layers.
+
+    The time of a binary layer holds all of its unit: signs, packing, product, scale and shift, link. The rate of the
+    products alone, which only the engine can time, belongs beside it.
+    """
+    binary = [kinds[kind] for kind in ('binary conv', 'binary linear') if kind in kinds]
+    if not binary:
+        return None
+    macs, ms = (sum(total[key] for total in binary) for key in ('binary_macs', 'ms'))
+    chip = engine.peak_rate()
+    return {'macs': macs, 'ms': ms, 'macs_per_s': macs / (ms * 1e-3), 'chip_macs_per_s': chip,
+            'share_of_chip': macs / (ms * 1e-3) / chip}
