@@ -2,9 +2,10 @@
 
 Importing this package registers its models with timm and does nothing else.
 """
-from . import models
+from . import engine, models
 from .checkpoints import CheckpointError, load_float, load_packed
 from .convert import binarize
+from .engine import deploy
 from .hub import from_hub, push_to_hub, save_for_hub
 from .packed import pack_state_dict, save_packed, unpack_state_dict
 from .recipes import RECIPES, Recipe
@@ -12,6 +13,6 @@ from .summary import summarize
 from .version import __version__
 
 __all__ = [
-    '__version__', 'binarize', 'CheckpointError', 'from_hub', 'load_float', 'load_packed', 'models', 'pack_state_dict',
+    '__version__', 'binarize', 'CheckpointError', 'deploy', 'engine', 'from_hub', 'load_float', 'load_packed', 'models', 'pack_state_dict',
     'push_to_hub', 'Recipe', 'RECIPES', 'save_for_hub', 'save_packed', 'summarize', 'unpack_state_dict',
 ]
