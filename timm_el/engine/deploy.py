@@ -756,7 +756,8 @@ def _refuse_unfit(model: nn.Module, float_dtype: torch.dtype) -> None:
             'model: there is no BinaryUnit in it; binarize it, or create one of the registered models, first')
 
 
-def deploy(model: nn.Module, *, float_dtype: torch.dtype = torch.float32) -> nn.Module:
+def deploy(
+        model: nn.Module, *, float_dtype: torch.dtype = torch.float32, fuse_blocks: bool = True) -> nn.Module:
     """An inference copy of a binarized network: binary convolutions run as xor and popcount on the CPU.
 
     Every `BinaryUnit` becomes one operator: signs are packed, differing bits counted, and scale, K, norm, activation,
@@ -769,6 +770,8 @@ def deploy(model: nn.Module, *, float_dtype: torch.dtype = torch.float32) -> nn.
     Args:
         model: A latent network in eval mode, float32, on the CPU. It is not changed.
         float_dtype: Dtype in which float convolutions compute; activations between layers stay float32.
+        fuse_blocks: Run each block that is a row of units as one operator: the same bits, faster. Without it every unit
+            stands by itself, for time by layer and for hooks.
 
     Returns:
         A module of the model's class. Its state dict is its own; save the latent network, not this one.
@@ -807,5 +810,6 @@ def deploy(model: nn.Module, *, float_dtype: torch.dtype = torch.float32) -> nn.
             getattr(new, hooks).update(copy.deepcopy(getattr(old, hooks), memo))
             if hasattr(old, 'min_input_size'):
                 new.min_input_size = old.min_input_size
-    _join_units(twin)
+    if fuse_blocks:
+        _join_units(twin)
     return twin.requires_grad_(False)

@@ -12,8 +12,8 @@ ROWS = ('scale', 'shift', 'slope', 'scale2', 'shift2', 'post_in', 'post_slope', 
 
 
 def table_stride(channels: int) -> int:
-    """Length of a table's row: the kernels read 16 floats at a time."""
-    return (channels + 15) // 16 * 16
+    """Length of a table's row: the kernels read 16 floats at a time, from any channel on."""
+    return (channels + 30) // 16 * 16
 
 
 @dataclass(frozen=True)

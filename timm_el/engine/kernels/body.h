@@ -13,6 +13,7 @@
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES))); /* wraps where channels are scratch */
 typedef float vf_loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t vi_loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -102,10 +103,10 @@ INLINE void finish_as(const el_plan *p, const void *acc, int stride, int tile, c
             if (real) {
                 v = LOADF((const float *)acc + q * stride + (c - c0));
             } else {
-                vi n = LOADI((const int32_t *)acc + q * stride + (c - c0));
-                vi dot = base - (n + n);
-                if (corrections[q]) dot = dot + LOADI(corrections[q] + (c - c0));
-                v = __builtin_convertvector(dot, vf) * scale;
+                vu n = (vu)LOADI((const int32_t *)acc + q * stride + (c - c0));
+                vu dot = (uint32_t)base - (n + n);
+                if (corrections[q]) dot = dot + (vu)LOADI(corrections[q] + (c - c0));
+                v = __builtin_convertvector((vi)dot, vf) * scale;
             }
             if (has_k) v = v * SPREAD(k[q]);
             v = v + shift;

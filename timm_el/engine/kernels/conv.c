@@ -70,7 +70,7 @@ static int is_bad(const el_plan *p) {
     if (bad_window(&p->conv) || (int64_t)p->conv.kh * p->conv.kw > EL_MAX_TAPS) return 1;
     if (p->groups < 1 || p->c_in % p->groups || p->c_out % p->groups) return 1;
     if (p->pad_value < -1 || p->pad_value > 1 || !p->table || !p->weight) return 1;
-    if (p->table_stride % 16 || p->table_stride < p->c_out) return 1;
+    if (p->table_stride % 16 || p->table_stride < p->c_out + 15) return 1;
     if (p->has_k && (p->groups != 1 || p->real)) return 1;
     if (p->real && p->groups > 1 && !is_depthwise(p)) return 1;
     if (p->act < 0 || p->act > EL_ACT_PRELU || p->link < 0 || p->link > EL_LINK_EXPAND) return 1;

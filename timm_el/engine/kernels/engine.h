@@ -27,7 +27,8 @@ enum { EL_ACT_NONE, EL_ACT_CLIP, EL_ACT_PRELU };
 enum { EL_LINK_NONE, EL_LINK_IDENTITY, EL_LINK_SQUEEZE, EL_LINK_EXPAND };
 enum { EL_POOL_NONE, EL_POOL_MAX, EL_POOL_AVG };
 
-/* Rows of the table of per-channel constants, each `table_stride` floats long (a multiple of 16, zero-filled). */
+/* Rows of the table of per-channel constants, each `table_stride` floats long: zero-filled, a multiple of 16, and
+ * 15 more than there are channels, because vectors of 16 may start at any of them. */
 enum { EL_SCALE, EL_SHIFT, EL_SLOPE, EL_SCALE2, EL_SHIFT2, EL_POST_IN, EL_POST_SLOPE, EL_POST_OUT, EL_ROWS };
 
 typedef struct {
