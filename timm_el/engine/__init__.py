@@ -1,5 +1,7 @@
 """The engine: deployed networks, their operators and kernels."""
-from .deploy import deploy
+from .deploy import DeployedBlock, DeployedConv, DeployedUnit, deploy
 from .native import chip_rate, count_rate, info, use_isa
 
-__all__ = ['deploy', 'info', 'use_isa', 'chip_rate', 'count_rate']
+__all__ = [
+    'deploy', 'DeployedBlock', 'DeployedConv', 'DeployedUnit', 'info', 'use_isa', 'chip_rate', 'count_rate',
+]

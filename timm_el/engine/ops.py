@@ -117,10 +117,15 @@ def _pointer(tensor: Optional[torch.Tensor]) -> Optional[int]:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _version(weight: torch.Tensor) -> int:
+    """Changes when the weight is written to; inference tensors do not count."""
+    return 0 if weight.is_inference() else weight._version
+
+
 def _prepared_for(weight: torch.Tensor) -> _Prepared:
-    prepared = _prepared.get(weight)
-    if prepared is None or prepared.version != weight._version or prepared.generation != native.generation():
-        prepared = _prepared[weight] = _Prepared(weight._version)
+    prepared, version = _prepared.get(weight), _version(weight)
+    if prepared is None or prepared.version != version or prepared.generation != native.generation():
+        prepared = _prepared[weight] = _Prepared(version)
     return prepared
 
 
@@ -260,7 +265,8 @@ def _chain(
             y = y + added
         return y
     prepared = _prepared_for(tensors[0])
-    key = (x.shape, x.dtype, *specs, *constants, *[t.data_ptr() for t in tensors])
+    key = (
+        x.shape, x.dtype, *specs, *constants, *[t.data_ptr() for t in tensors], *[_version(t) for t in tensors[::4]])
     found = prepared.plans.get(key)
     if found is None:
         found = _remember(prepared, key, _chain_plans(lib, x, Layer.all_of(tensors, specs, constants)))
