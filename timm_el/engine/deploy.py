@@ -15,7 +15,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..bits import pack_weight
 from ..layers import (
     BinaryConv2d,
     BinaryLinear,
@@ -31,6 +30,7 @@ from ..layers import (
 )
 from . import native, ops
 from .follow import followers
+from .layout import store
 from .spec import ROWS, ConvSpec, Window, table_stride
 
 __all__ = ['deploy', 'DeployedBlock', 'DeployedConv', 'DeployedUnit']
@@ -170,10 +170,10 @@ class _Fusion:
             self.rows[name] = row.detach().double()
         return True
 
-    def table(self) -> torch.Tensor:
+    def table(self, rows: Sequence[str]) -> torch.Tensor:
         """The rows as the operator takes them."""
-        table = torch.zeros(len(ROWS), table_stride(self.channels))
-        for i, name in enumerate(ROWS):
+        table = torch.zeros(len(rows), table_stride(self.channels))
+        for i, name in enumerate(rows):
             table[i, :self.channels] = self.rows[name].float()
         return table
 
@@ -208,7 +208,7 @@ class _Engine(nn.Module):
     def _set_up(self, source: nn.Module, spec: ConvSpec, fusion: _Fusion) -> None:
         self.spec = replace(spec, **fusion.facts)
         self.constants = fusion.constants
-        self.register_buffer('table', fusion.table())
+        self.register_buffer('table', fusion.table(self.spec.rows))
         self.ints = list(self.spec.ints())
         self.host_attributes(source)
 
@@ -257,7 +257,7 @@ class DeployedConv(_Engine):
         self.path = path
         weight = conv.weight.detach().double() * fusion.rows['scale'].reshape(-1, 1, 1, 1)
         fusion.rows['scale'] = torch.ones_like(fusion.rows['scale'])
-        self.register_buffer('weight', weight.float().contiguous())
+        self.register_buffer('weight', store(weight.float(), _spec_of(conv), True))
         self._set_up(conv, _spec_of(conv), fusion)
 
     def layer(self) -> ops.Layer:
@@ -355,7 +355,7 @@ class DeployedUnit(_Engine):
             else:
                 threshold, flip = found
         weight = conv.latent_weight().detach()
-        self.register_buffer('bits', pack_weight(weight if weight.dim() == 4 else weight[:, :, None, None]))
+        self.register_buffer('bits', store(weight if weight.dim() == 4 else weight[:, :, None, None], spec, False))
         self.register_buffer('threshold', threshold)
         self.register_buffer('flip', flip)
         self._set_up(conv, spec, fusion)

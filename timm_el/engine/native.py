@@ -59,8 +59,9 @@ def _load() -> None:
             ('el_use', ctypes.c_int, (ctypes.c_char_p,)), ('el_chip_rate', ctypes.c_double, ()),
             ('el_large_image', None, (ctypes.c_size_t,)),
             ('el_weight_size', ctypes.c_size_t, (plan,)),
-            ('el_prepack', ctypes.c_int, (plan, *[ctypes.c_void_p] * 3)),
-            ('el_prepack_real', ctypes.c_int, (plan, *[ctypes.c_void_p] * 2)),
+            ('el_own_layout', ctypes.c_int, ()), ('el_advise', None, (ctypes.c_void_p, ctypes.c_size_t)),
+            ('el_lay_out', None, (plan, *[ctypes.c_void_p] * 2)),
+            ('el_tap_sums', None, (plan, *[ctypes.c_void_p] * 2)),
             ('el_conv', ctypes.c_int, (*[ctypes.c_void_p] * 5, ctypes.c_int)),
             ('el_chain', ctypes.c_int, (ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_int)),
             ('el_count_time', ctypes.c_double, (ctypes.c_int,) * 4)):

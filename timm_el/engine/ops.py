@@ -9,9 +9,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
-from ..bits import packed_size
 from . import native, reference
-from .spec import ACTS, LINKS, POOLS, ROWS, ConvSpec, table_stride
+from .layout import stored_shape
+from .spec import ACTS, LINKS, POOLS, ConvSpec, table_stride
 
 __all__ = ['binary_conv2d', 'real_conv2d', 'chain', 'Layer']
 
@@ -23,7 +23,6 @@ _library.define(f'real_conv2d(Tensor x, Tensor weight, Tensor table, {_EPILOGUE}
 _library.define('chain(Tensor x, Tensor[] tensors, int[] specs, float[] constants, Tensor? added) -> Tensor')
 
 MOST_LAYERS = 8  # of a chain
-HUGE_PAGE = 2 << 20
 MOST_PLANS = 64  # of one layer: image sizes that it remembers
 
 
@@ -66,7 +65,7 @@ class _Prepared:
     def __init__(self, version: int) -> None:
         self.version = version
         self.generation = native.generation()
-        self.weights: Dict[Tuple[int, ...], Tuple[torch.Tensor, Optional[torch.Tensor]]] = {}
+        self.weights: Dict[Tuple[int, ...], Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]] = {}
         self.plans: Dict[Tuple[Any, ...], Any] = {}
 
 
@@ -94,12 +93,9 @@ def _check(
         raise ValueError(problem)
     if real and (spec.has_k or 1 < spec.groups and not spec.is_depthwise):
         raise ValueError(f'spec: found {spec}, a real convolution has no K and is full or depthwise')
-    channels = spec.c_in // spec.groups
     expected: Dict[str, Tuple[Optional[torch.Tensor], Tuple[int, ...], torch.dtype]] = {
-        'weight': (
-            weight, (spec.c_out, channels, *spec.conv.kernel) if real else
-            (spec.c_out, *spec.conv.kernel, packed_size(channels)), torch.float32 if real else torch.uint8),
-        'table': (table, (len(ROWS), table_stride(spec.c_out)), torch.float32),
+        'weight': (weight, stored_shape(spec, real), torch.float32 if real else torch.uint8),
+        'table': (table, (len(spec.rows), table_stride(spec.c_out)), torch.float32),
         'threshold': (threshold, (spec.c_in,), torch.float32),
         'flip': (flip, (spec.c_in,), torch.int32),
     }
@@ -172,24 +168,24 @@ def _plan(
     if layout not in prepared.weights:
         prepared.weights[layout] = _lay_out(lib, plan, weight, spec, padded, real)
     ready, sums = prepared.weights[layout]
-    plan.weight, plan.tap_sums = ready.data_ptr(), _pointer(sums)
+    plan.weight, plan.tap_sums = _pointer(weight if ready is None else ready), _pointer(sums)
     return _remember(prepared, key, (ctypes.addressof(plan), [n, spec.c_out, oh, ow], plan))
 
 
 def _lay_out(
         lib: ctypes.CDLL, plan: native.Plan, weight: torch.Tensor, spec: ConvSpec, padded: bool, real: bool,
-) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """The weight in the body's layout, and what padding adds for each tap."""
-    size = lib.el_weight_size(ctypes.byref(plan))
-    align = 64 if size < HUGE_PAGE else HUGE_PAGE
-    ready = torch.empty(size + align, dtype=torch.uint8)
-    ready = ready[-ready.data_ptr() % align:]
+) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """The weight in the body's own layout, None if it reads the weight as it is, and what padding adds for each tap."""
+    plan_at = ctypes.byref(plan)
+    ready = sums = None
     if real:
-        lib.el_prepack_real(ctypes.byref(plan), weight.data_ptr(), ready.data_ptr())
-        return ready, None
-    sums = torch.empty((spec.taps, table_stride(spec.c_out)), dtype=torch.int32) if padded else None
-    if lib.el_prepack(ctypes.byref(plan), weight.data_ptr(), ready.data_ptr(), _pointer(sums)):
-        raise MemoryError('the weights could not be laid out')
+        lib.el_advise(weight.data_ptr(), weight.numel() * 4)
+    elif lib.el_own_layout() and not spec.is_depthwise:
+        ready = torch.empty(lib.el_weight_size(plan_at), dtype=torch.uint8)
+        lib.el_lay_out(plan_at, weight.data_ptr(), ready.data_ptr())
+    if padded:
+        sums = torch.empty((spec.taps, table_stride(spec.c_out)), dtype=torch.int32)
+        lib.el_tap_sums(plan_at, weight.data_ptr(), sums.data_ptr())
     return ready, sums
 
 

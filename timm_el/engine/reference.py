@@ -4,8 +4,8 @@ from typing import List, Optional, Sequence
 import torch
 import torch.nn.functional as F
 
-from ..bits import unpack_weight
-from .spec import ROWS, ConvSpec
+from .layout import restore
+from .spec import ConvSpec
 
 __all__ = ['binary_conv2d', 'real_conv2d', 'input_scale', 'fma']
 
@@ -22,12 +22,12 @@ def binary_conv2d(
         spec: ConvSpec,
         constants: Sequence[float],
 ) -> torch.Tensor:
-    """See `ConvSpec`; x (N, C, H, W), weight (O, kH, kW, ceil(I / 8)) bytes, table (8, stride)."""
+    """See `ConvSpec`; x (N, C, H, W), weight as in `layout`, table (rows, stride)."""
     value = x if flip is None else torch.where(flip.reshape(-1, 1, 1) < 0, -x, x)
     plus = value >= (0. if threshold is None else threshold.reshape(-1, 1, 1))
     # Integers, so that any order of summation is exact.
     signs = _pad(plus.to(torch.float64) * 2 - 1, spec, float(spec.pad_value))
-    kernel = unpack_weight(weight, spec.c_in // spec.groups, torch.float64)
+    kernel = restore(weight, spec, torch.float64)
     dot = F.conv2d(signs, kernel, None, spec.conv.stride, 0, spec.conv.dilation, spec.groups)
     rows = _rows(table, spec)
     v = dot.to(torch.float32) * rows['scale']
@@ -44,7 +44,8 @@ def real_conv2d(
         spec: ConvSpec,
         constants: Sequence[float],
 ) -> torch.Tensor:
-    """The same with a real weight (O, I, kH, kW): a chain of fused multiply-adds over taps, then channels."""
+    """The same with a real weight: a chain of fused multiply-adds over taps, then channels."""
+    weight = restore(weight, spec, torch.float32)
     padded = _pad(x, spec, 0.)
     height, width = spec.output_size(*x.shape[2:])
     v = x.new_zeros((x.shape[0], spec.c_out, height, width))
@@ -105,7 +106,7 @@ def _pad(x: torch.Tensor, spec: ConvSpec, value: float) -> torch.Tensor:
 
 
 def _rows(table: torch.Tensor, spec: ConvSpec) -> dict:
-    return {name: table[i, :spec.c_out].reshape(-1, 1, 1) for i, name in enumerate(ROWS)}
+    return {name: table[i, :spec.c_out].reshape(-1, 1, 1) for i, name in enumerate(spec.rows)}
 
 
 def _finish(

@@ -7,7 +7,7 @@ __all__ = ['ACTS', 'LINKS', 'POOLS', 'ROWS', 'ConvSpec', 'Window', 'table_stride
 ACTS = ('none', 'clip', 'prelu')
 LINKS = ('none', 'identity', 'squeeze', 'expand')
 POOLS = ('none', 'max', 'avg')
-# Rows of the table of constants per output channel.
+# Rows of the table of constants per output channel: the first two always, the others where a spec asks for them.
 ROWS = ('scale', 'shift', 'slope', 'scale2', 'shift2', 'post_in', 'post_slope', 'post_out')
 
 
@@ -104,6 +104,12 @@ class ConvSpec:
         return replace(self, conv=replace(self.conv, padding=(top, left)), pad_end=(bottom, right))
 
     @property
+    def rows(self) -> List[str]:
+        """Names of the table's rows, in order."""
+        wanted = {'slope': self.act == 'prelu', 'scale2': self.has_affine, 'shift2': self.has_affine}
+        return [name for name in ROWS if wanted.get(name, self.has_post or not name.startswith('post'))]
+
+    @property
     def taps(self) -> int:
         """Kernel height times width."""
         return self.conv.kernel[0] * self.conv.kernel[1]
@@ -140,8 +146,8 @@ class ConvSpec:
             return f'spec: found groups={self.groups}, expected a divisor of {self.c_in} and {self.c_out} channels'
         if self.has_k and self.groups != 1:
             return f'spec: found has_k with groups={self.groups}, expected groups=1'
-        if self.taps > 4096 or self.pool.kernel[0] * self.pool.kernel[1] > 64:
-            return f'spec: found {self.taps} taps, expected at most 4096, and 64 in the pool of a link'
+        if self.taps > 1024 or self.pool.kernel[0] * self.pool.kernel[1] > 64:
+            return f'spec: found {self.taps} taps, expected at most 1024, and 64 in the pool of a link'
         if len(x_shape) != 4 or x_shape[1] != self.c_in or min(x_shape[2:]) < 1:
             return f'x: found shape {tuple(x_shape)}, expected (N, {self.c_in}, H, W) with at least one pixel'
         if (self.link != 'none') != (link_shape is not None):

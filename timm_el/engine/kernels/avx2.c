@@ -41,14 +41,13 @@ static size_t weight_size(int words, int channels) {
     return (size_t)((channels + BLOCK - 1) / BLOCK) * BLOCK * (size_t)words * sizeof(uint64_t);
 }
 
-static void prepack(const uint64_t *rows, int words, int channels, void *weight) {
+static void lay_out(const uint64_t *blocks, int words, int channels, void *weight) {
     uint8_t *out = weight;
     memset(out, 0, weight_size(words, channels));
     for (int c = 0; c < channels; c++) {
-        uint8_t *block = out + (size_t)(c / BLOCK) * BLOCK * (size_t)words * 8;
-        for (int j = 0; j < words * 8; j++)
-            block[(size_t)j * BLOCK + (size_t)(c % BLOCK)] =
-                (uint8_t)(rows[(size_t)c * (size_t)words + (size_t)(j / 8)] >> (8 * (j % 8)));
+        const uint64_t *from = blocks + (size_t)(c / 8) * 8 * (size_t)words + (size_t)(c % 8);
+        uint8_t *to = out + (size_t)(c / BLOCK) * BLOCK * (size_t)words * 8 + (size_t)(c % BLOCK);
+        for (int j = 0; j < words * 8; j++) to[(size_t)j * BLOCK] = (uint8_t)(from[(size_t)(j / 8) * 8] >> (8 * (j % 8)));
     }
 }
 
@@ -206,7 +205,7 @@ static double chip_rate(void) {
 }
 
 const el_body el_body_avx2 = {
-    "avx2", TILE, REAL_TILE, supported, pack, abs_mean, weight_size, prepack, count, count_depthwise, dot, dot_depthwise, pool,
+    "avx2", TILE, REAL_TILE, supported, pack, abs_mean, weight_size, lay_out, count, count_depthwise, dot, dot_depthwise, pool,
     finish, chip_rate,
 };
 #if defined(__clang__)

@@ -182,7 +182,7 @@ static double chip_rate(void) {
 }
 
 const el_body el_body_avx512 = {
-    "avx512", TILE, TILE, supported, pack, abs_mean, weight_size, prepack, count, count_depthwise, dot, dot_depthwise, pool,
+    "avx512", TILE, TILE, supported, pack, abs_mean, weight_size, lay_out, count, count_depthwise, dot, dot_depthwise, pool,
     finish, chip_rate,
 };
 #if defined(__clang__)

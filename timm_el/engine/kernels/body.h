@@ -94,10 +94,12 @@ INLINE void finish_as(const el_plan *p, const void *acc, int stride, int tile, c
     const size_t row = (size_t)p->table_stride, c_out = (size_t)p->c_out;
     const int ci = p->link_c, co = p->c_out, squeeze = p->link == EL_LINK_SQUEEZE;
     const vf none = SPREAD(0.f), lo = SPREAD(p->lo), hi = SPREAD(p->hi), inverse_gamma = SPREAD(p->inverse_gamma);
+    /* Rows that are not asked for are not there. */
+    const size_t slope = 2, scale2 = slope + (act == EL_ACT_PRELU), post = scale2 + (has_affine ? 2 : 0);
     int start = how ? c0 % ci : 0;
-#define ROW(name) LOADF(table + (size_t)(name) * row + c)
+#define ROW(i) LOADF(table + (size_t)(i) * row + c)
     for (int c = c0; c < c1; c += LANES) {
-        const vf scale = real ? none : ROW(EL_SCALE), shift = ROW(EL_SHIFT);
+        const vf scale = real ? none : ROW(0), shift = ROW(1);
         for (int q = 0; q < tile; q++) {
             vf v;
             if (real) {
@@ -114,11 +116,11 @@ INLINE void finish_as(const el_plan *p, const void *acc, int stride, int tile, c
                 v = SELECT(v < lo, lo, v);
                 v = SELECT(v > hi, hi, v);
             } else if (act == EL_ACT_PRELU) {
-                v = SELECT(v >= none, v, v * ROW(EL_SLOPE));
+                v = SELECT(v >= none, v, v * ROW(slope));
             }
             if (has_affine) {
-                v = v * ROW(EL_SCALE2);
-                v = v + ROW(EL_SHIFT2);
+                v = v * ROW(scale2);
+                v = v + ROW(scale2 + 1);
             }
             if (how) {
                 vf l;
@@ -136,9 +138,9 @@ INLINE void finish_as(const el_plan *p, const void *acc, int stride, int tile, c
                 v = v + l;
             }
             if (has_post) {
-                v = v + ROW(EL_POST_IN);
-                v = SELECT(v >= none, v, v * ROW(EL_POST_SLOPE));
-                v = v + ROW(EL_POST_OUT);
+                v = v + ROW(post);
+                v = SELECT(v >= none, v, v * ROW(post + 1));
+                v = v + ROW(post + 2);
             }
             float *out = y + (size_t)q * c_out + c;
             if (c + LANES <= c1) {
@@ -176,23 +178,13 @@ static void finish(const el_plan *p, const void *acc, int stride, int tile, cons
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
-/* The layout of the 64-bit bodies: blocks of 8 channels, in a block word by word, 8 channels side by side. */
+/* Bodies that read 64-bit words of 8 channels side by side. */
 
 #ifndef OWN_LAYOUT
 static size_t weight_size(int words, int channels) {
-    size_t blocks = (size_t)(channels + EL_CHANNEL_BLOCK - 1) / EL_CHANNEL_BLOCK;
-    return blocks * EL_CHANNEL_BLOCK * (size_t)words * sizeof(uint64_t);
+    return (size_t)(channels + EL_CHANNEL_BLOCK - 1) / EL_CHANNEL_BLOCK * EL_CHANNEL_BLOCK * (size_t)words * sizeof(uint64_t);
 }
-
-static void prepack(const uint64_t *rows, int words, int channels, void *weight) {
-    uint64_t *out = weight;
-    memset(out, 0, weight_size(words, channels));
-    for (int c = 0; c < channels; c++) {
-        uint64_t *block = out + (size_t)(c / EL_CHANNEL_BLOCK) * EL_CHANNEL_BLOCK * (size_t)words;
-        for (int k = 0; k < words; k++)
-            block[(size_t)k * EL_CHANNEL_BLOCK + (size_t)(c % EL_CHANNEL_BLOCK)] = rows[(size_t)c * (size_t)words + (size_t)k];
-    }
-}
+#define lay_out NULL
 #endif
 
 /* ------------------------------------------------------------------------------------------------------------------ */

@@ -102,53 +102,40 @@ size_t el_weight_size(const el_plan *p) {
     return (size_t)p->groups * body->weight_size(taps * tap_words(p), p->c_out / p->groups);
 }
 
-/* From (O, kH, kW, ceil(I / 8)) bytes, least significant bit first. */
-int el_prepack(const el_plan *p, const uint8_t *bits, void *weight, int32_t *tap_sums) {
-    const int taps = p->conv.kh * p->conv.kw, cg = p->c_in / p->groups, og = p->c_out / p->groups;
-    const int bytes = (cg + 7) / 8, words = tap_words(p), depthwise = is_depthwise(p);
-    const size_t row = (size_t)taps * (size_t)words;
-    uint64_t *rows = NULL;
-    if (depthwise) memset(weight, 0, el_weight_size(p));
-    else if (!(rows = malloc((size_t)og * row * sizeof(uint64_t)))) return EL_NO_MEMORY;
-    if (tap_sums) memset(tap_sums, 0, (size_t)taps * (size_t)p->table_stride * sizeof(int32_t));
-    for (int g = 0; g < p->groups; g++) {
-        if (rows) memset(rows, 0, (size_t)og * row * sizeof(uint64_t));
-        for (int o = 0; o < og; o++)
-            for (int t = 0; t < taps; t++) {
-                const int c = g * og + o;
-                const uint8_t *source = bits + ((size_t)c * (size_t)taps + (size_t)t) * (size_t)bytes;
-                int ones = 0;
-                for (int i = 0; i < cg; i++) {
-                    const uint64_t bit = source[i / 8] >> (i % 8) & 1;
-                    ones += (int)bit;
-                    if (depthwise) ((uint64_t *)weight)[(size_t)t * (size_t)words + (size_t)(c / 64)] |= bit << (c % 64);
-                    else rows[(size_t)o * row + (size_t)t * (size_t)words + (size_t)(i / 64)] |= bit << (i % 64);
-                }
-                if (tap_sums)
-                    tap_sums[(size_t)t * (size_t)p->table_stride + (size_t)c] = (p->pad_value + 1) * (2 * ones - cg);
-            }
-        if (rows) body->prepack(rows, (int)row, og, (char *)weight + (size_t)g * body->weight_size((int)row, og));
-    }
-    free(rows);
-    return EL_OK;
+static size_t blocks_size(int words, int channels) {
+    return (size_t)round_up(channels, EL_CHANNEL_BLOCK) * (size_t)words * sizeof(uint64_t);
 }
 
-int el_prepack_real(const el_plan *p, const float *oihw, float *weight) {
-    el_advise(weight, el_weight_size(p));
-    const int taps = p->conv.kh * p->conv.kw, cg = p->c_in / p->groups, depthwise = is_depthwise(p);
-    memset(weight, 0, el_weight_size(p));
-    for (int o = 0; o < p->c_out; o++)
-        for (int i = 0; i < cg; i++)
-            for (int t = 0; t < taps; t++) {
-                const float value = oihw[((size_t)o * (size_t)cg + (size_t)i) * (size_t)taps + (size_t)t];
-                if (depthwise) {
-                    weight[(size_t)t * (size_t)round_up(p->c_out, 16) + (size_t)o] = value;
-                } else {
-                    const size_t k = (size_t)t * (size_t)cg + (size_t)i, all = (size_t)taps * (size_t)cg;
-                    weight[(size_t)(o / EL_REAL_BLOCK) * EL_REAL_BLOCK * all + k * EL_REAL_BLOCK + (size_t)(o % EL_REAL_BLOCK)] = value;
-                }
+int el_own_layout(void) { return body->lay_out != NULL; }
+
+void el_lay_out(const el_plan *p, const void *stored, void *weight) {
+    const int words = p->conv.kh * p->conv.kw * tap_words(p), og = p->c_out / p->groups;
+    if (is_depthwise(p) || !body->lay_out) {
+        memcpy(weight, stored, el_weight_size(p));
+        return;
+    }
+    for (int g = 0; g < p->groups; g++)
+        body->lay_out((const uint64_t *)(const void *)((const char *)stored + (size_t)g * blocks_size(words, og)), words, og,
+                      (char *)weight + (size_t)g * body->weight_size(words, og));
+}
+
+/* (pad_value + 1) times the sum of each tap's weights, which are +1 where a bit is 1 and -1 elsewhere. */
+void el_tap_sums(const el_plan *p, const void *stored, int32_t *sums) {
+    const int taps = p->conv.kh * p->conv.kw, words = tap_words(p), og = p->c_out / p->groups, cg = p->c_in / p->groups;
+    memset(sums, 0, (size_t)taps * (size_t)p->table_stride * sizeof(int32_t));
+    for (int c = 0; c < p->c_out; c++)
+        for (int t = 0; t < taps; t++) {
+            int ones = 0;
+            if (is_depthwise(p)) {
+                ones = (int)(((const uint64_t *)stored)[t * words + c / 64] >> (c % 64) & 1);
+            } else {
+                const char *group = (const char *)stored + (size_t)(c / og) * blocks_size(taps * words, og);
+                const uint64_t *channel = (const uint64_t *)(const void *)group +
+                                          (size_t)(c % og / 8) * 8 * (size_t)(taps * words) + (size_t)(c % og % 8);
+                for (int i = 0; i < words; i++) ones += __builtin_popcountll(channel[(size_t)(t * words + i) * 8]);
             }
-    return EL_OK;
+            sums[(size_t)t * (size_t)p->table_stride + (size_t)c] = (p->pad_value + 1) * (2 * ones - cg);
+        }
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -712,7 +699,8 @@ double el_count_time(int words, int channels, int pixels, int repeats) {
             seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17;
             rows[i] = seed;
         }
-        body->prepack(rows, words, channels, weight);
+        if (body->lay_out) body->lay_out(rows, words, channels, weight);
+        else memcpy(weight, rows, (size_t)channels / 8 * 8 * (size_t)words * 8);
         const uint64_t *x = rows + (size_t)channels * (size_t)words;
         struct timespec a, b;
         for (int r = 0; r < repeats; r++) {

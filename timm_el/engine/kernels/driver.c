@@ -43,9 +43,10 @@ static float *reals(size_t n) {
 typedef struct {
     el_plan plan;
     uint8_t *bits;
+    void *stored; /* see layout.py */
     float *weight, *table, *threshold;
     uint32_t *flip;
-    int padded;
+    int padded, rows;
 } subject;
 
 static size_t size_of(int n, int h, int w, int c) { return (size_t)n * (size_t)h * (size_t)w * (size_t)c; }
@@ -86,8 +87,9 @@ static int make(subject *s, int n, int h, int w, int c, int in_chain) {
     }
     const int taps = k->kh * k->kw, cg = c / p->groups;
     p->table_stride = (p->c_out + 30) / 16 * 16;
-    s->table = calloc((size_t)EL_ROWS * (size_t)p->table_stride, sizeof(float));
-    for (int r = 0; r < EL_ROWS; r++)
+    s->rows = 2 + (p->act == EL_ACT_PRELU) + 2 * p->has_affine + 3 * p->has_post;
+    s->table = calloc((size_t)s->rows * (size_t)p->table_stride, sizeof(float));
+    for (int r = 0; r < s->rows; r++)
         for (int i = 0; i < p->c_out; i++) s->table[r * p->table_stride + i] = (float)pick(-100, 100) / 64.f;
     p->table = s->table;
     if (!p->real && pick(0, 1)) p->threshold = s->threshold = reals((size_t)c);
@@ -107,23 +109,48 @@ static int make(subject *s, int n, int h, int w, int c, int in_chain) {
     return 1;
 }
 
-/* What a body needs; made again for each body. */
+static size_t up(int n, int to) { return (size_t)(n + to - 1) / (size_t)to * (size_t)to; }
+
+/* The weight as layout.py stores it, and what the active body needs. */
 static void lay_out(subject *s) {
     el_plan *p = &s->plan;
-    free((void *)p->weight);
-    free((void *)p->tap_sums);
-    void *weight = aligned_alloc(64, (el_weight_size(p) + 63) / 64 * 64 + 64);
-    int32_t *sums = s->padded ? malloc((size_t)p->conv.kh * (size_t)p->conv.kw * (size_t)p->table_stride * 4) : NULL;
-    if (p->real) el_prepack_real(p, s->weight, weight);
-    else el_prepack(p, s->bits, weight, sums);
+    const int taps = p->conv.kh * p->conv.kw, cg = p->c_in / p->groups, og = p->c_out / p->groups;
+    const int depthwise = p->groups > 1 && p->groups == p->c_in && p->c_in == p->c_out, words = (cg + 63) / 64;
+    free((void *)p->weight), free((void *)p->tap_sums), free(s->stored);
+    p->weight = p->tap_sums = s->stored = NULL;
+    if (p->real) {
+        float *stored = calloc(depthwise ? (size_t)taps * up(p->c_out, 16) : up(p->c_out, 64) * (size_t)(taps * cg), sizeof(float));
+        for (int o = 0; o < p->c_out; o++)
+            for (int i = 0; i < cg; i++)
+                for (int t = 0; t < taps; t++)
+                    stored[depthwise ? (size_t)t * up(p->c_out, 16) + (size_t)o
+                                     : (size_t)(o / 64 * taps * cg + t * cg + i) * 64 + (size_t)(o % 64)] =
+                        s->weight[(o * cg + i) * taps + t];
+        p->weight = stored;
+        return;
+    }
+    const size_t group = up(og, 8) * (size_t)(taps * words);
+    uint64_t *stored = s->stored = calloc(depthwise ? (size_t)taps * up(p->c_out, 64) / 64 : (size_t)p->groups * group, 8);
+    for (int o = 0; o < p->c_out; o++)
+        for (int t = 0; t < taps; t++)
+            for (int i = 0; i < cg; i++) {
+                const uint64_t bit = s->bits[(o * taps + t) * ((cg + 7) / 8) + i / 8] >> (i % 8) & 1;
+                if (depthwise) stored[(size_t)t * up(p->c_out, 64) / 64 + (size_t)(o / 64)] |= bit << (o % 64);
+                else stored[(size_t)(o / og) * group + (size_t)((o % og / 8 * taps * words + t * words + i / 64) * 8 + o % og % 8)] |= bit << (i % 64);
+            }
+    void *weight = aligned_alloc(64, up((int)el_weight_size(p) + 1, 64));
+    el_lay_out(p, stored, weight);
     p->weight = weight;
+    if (!s->padded) return;
+    int32_t *sums = malloc((size_t)taps * (size_t)p->table_stride * 4);
+    el_tap_sums(p, stored, sums);
     p->tap_sums = sums;
 }
 
 static void discard(subject *s) {
     free((void *)s->plan.weight);
     free((void *)s->plan.tap_sums);
-    free(s->bits), free(s->weight), free(s->table), free(s->threshold), free(s->flip);
+    free(s->stored), free(s->bits), free(s->weight), free(s->table), free(s->threshold), free(s->flip);
 }
 
 static float abs_mean(const float *x, int c) {
@@ -185,12 +212,13 @@ static void expect(const subject *s, const float *x, const float *link, const fl
                         }
                     }
 #define ROW(r) p->table[(r) * p->table_stride + c]
-                    if (!p->real) v = (float)dot * ROW(EL_SCALE);
+                    const int slope = 2, affine = slope + (p->act == EL_ACT_PRELU), post = affine + 2 * p->has_affine;
+                    if (!p->real) v = (float)dot * ROW(0);
                     if (p->has_k) v = v * (scale / (float)taps);
-                    v = v + ROW(EL_SHIFT);
+                    v = v + ROW(1);
                     if (p->act == EL_ACT_CLIP) v = v < p->lo ? p->lo : v, v = v > p->hi ? p->hi : v;
-                    if (p->act == EL_ACT_PRELU) v = v >= 0.f ? v : v * ROW(EL_SLOPE);
-                    if (p->has_affine) v = v * ROW(EL_SCALE2), v = v + ROW(EL_SHIFT2);
+                    if (p->act == EL_ACT_PRELU) v = v >= 0.f ? v : v * ROW(slope);
+                    if (p->has_affine) v = v * ROW(affine), v = v + ROW(affine + 1);
                     if (p->link) {
                         float l = p->link == EL_LINK_SQUEEZE ? link_of(s, link, image, oy, ox, c)
                                                              : link_of(s, link, image, oy, ox, c % p->link_c);
@@ -201,9 +229,9 @@ static void expect(const subject *s, const float *x, const float *link, const fl
                         v = v + l;
                     }
                     if (p->has_post) {
-                        v = v + ROW(EL_POST_IN);
-                        v = v >= 0.f ? v : v * ROW(EL_POST_SLOPE);
-                        v = v + ROW(EL_POST_OUT);
+                        v = v + ROW(post);
+                        v = v >= 0.f ? v : v * ROW(post + 1);
+                        v = v + ROW(post + 2);
                     }
                     if (added) v = v + added[((size_t)(image * p->oh + oy) * (size_t)p->ow + (size_t)ox) * (size_t)p->c_out + (size_t)c];
                     *y = v;

@@ -27,9 +27,9 @@ enum { EL_ACT_NONE, EL_ACT_CLIP, EL_ACT_PRELU };
 enum { EL_LINK_NONE, EL_LINK_IDENTITY, EL_LINK_SQUEEZE, EL_LINK_EXPAND };
 enum { EL_POOL_NONE, EL_POOL_MAX, EL_POOL_AVG };
 
-/* Rows of the table of per-channel constants, each `table_stride` floats long: zero-filled, a multiple of 16, and
+/* Rows of the table of per-channel constants: scale and shift, then those that the plan asks for, in this order; each `table_stride` floats long: zero-filled, a multiple of 16, and
  * 15 more than there are channels, because vectors of 16 may start at any of them. */
-enum { EL_SCALE, EL_SHIFT, EL_SLOPE, EL_SCALE2, EL_SHIFT2, EL_POST_IN, EL_POST_SLOPE, EL_POST_OUT, EL_ROWS };
+/*     scale, shift, slope (act is PRELU), scale2, shift2 (has_affine), post_in, post_slope, post_out (has_post) */
 
 typedef struct {
     int32_t kh, kw, sh, sw, ph, pw, dh, dw;
@@ -62,7 +62,7 @@ typedef struct {
     const float *table;
     const float *threshold;  /* c_in floats, or NULL for 0 */
     const uint32_t *flip;    /* c_in words, 0x80000000 where x and threshold change sign first, or NULL */
-    const void *weight;      /* in the body's own layout, from el_prepack */
+    const void *weight;      /* see layout.py; for a body with a layout of its own, from el_lay_out */
     const int32_t *tap_sums; /* taps rows of c_out: (pad_value + 1) * sum of the tap's weights; NULL without padding */
 } el_plan;
 
@@ -80,16 +80,17 @@ typedef struct {
                  uint64_t *bits, size_t step);
     /* Mean of abs(x) of n pixels: 16 lanes, lane i sums x[i], x[16 + i], ... in order; then halves: 8, 4, 2, 1. */
     void (*abs_mean)(const float *x, int n, int c, float *means);
-    /* Bytes of the layout, and the layout, of `channels` rows of `words` words. */
+    /* Bytes of the weights of `channels` channels of `words` words. */
     size_t (*weight_size)(int words, int channels);
-    void (*prepack)(const uint64_t *rows, int words, int channels, void *weight);
+    /* From blocks of 8 channels, word by word, to the body's own layout; NULL if it reads these blocks. */
+    void (*lay_out)(const uint64_t *blocks, int words, int channels, void *weight);
     /* counts[p * stride + c] = bits in which pixel p and channel c differ; channels beyond the last are scratch. */
     void (*count)(const uint64_t *const *base, int tile, const size_t *offsets, int segments, int length,
                   const void *weight, int channels, int32_t *counts, int stride);
     /* counts[c] = taps in which channel c of one pixel differs; length is the words of one tap. */
     void (*count_depthwise)(const uint64_t *base, const size_t *offsets, int taps, int length, const uint64_t *weight,
                             int32_t *counts);
-    /* out[p * stride + c] = fma chain over the runs of pixel p times weight[k][c]. */
+    /* out[p * stride + c] = fma chain over the runs of pixel p times weight[k][c], in blocks of 64 channels. */
     void (*dot)(const float *const *base, int tile, const size_t *offsets, int segments, int length,
                 const float *weight, int channels, float *out, int stride);
     /* out[c] = fma chain over taps of taps[t][c] * weight[t * weight_stride + c]. */
@@ -122,7 +123,6 @@ enum { EL_SLOT_BAND, EL_SLOT_EVEN, EL_SLOT_ODD, EL_SLOTS };
 void *el_scratch(int slot, size_t bytes);
 
 #define EL_HUGE_PAGE ((size_t)2 << 20)
-void el_advise(void *memory, size_t bytes);
 
 EL_API int el_abi(void);
 EL_API const char *el_bodies(void);           /* names of the bodies that this processor runs, best first */
@@ -130,9 +130,11 @@ EL_API int el_use(const char *name);          /* EL_BAD_PLAN if the processor do
 EL_API const char *el_active(void);
 EL_API void el_large_image(size_t bytes);     /* from which size on a chain makes a few rows at a time; for tests */
 EL_API double el_chip_rate(void);
+EL_API int el_own_layout(void);               /* the active body lays binary weights out anew */
 EL_API size_t el_weight_size(const el_plan *plan);
-EL_API int el_prepack(const el_plan *plan, const uint8_t *bits, void *weight, int32_t *tap_sums);
-EL_API int el_prepack_real(const el_plan *plan, const float *oihw, float *weight);
+EL_API void el_lay_out(const el_plan *plan, const void *stored, void *weight);
+EL_API void el_tap_sums(const el_plan *plan, const void *stored, int32_t *sums);
+EL_API void el_advise(const void *memory, size_t bytes); /* large pages, please */
 /* x, link and added (or NULL), NHWC, to y. */
 EL_API int el_conv(const el_plan *plan, const float *x, const float *link, const float *added, float *y, int threads);
 /* n convolutions, each one's output the next one's input and link; `added` is added to the last. What lies between stays

@@ -142,7 +142,7 @@ static double chip_rate(void) {
 }
 
 const el_body el_body_neon = {
-    "neon", TILE, TILE, supported, pack, abs_mean, weight_size, prepack, count, count_depthwise, dot, dot_depthwise, pool,
+    "neon", TILE, TILE, supported, pack, abs_mean, weight_size, lay_out, count, count_depthwise, dot, dot_depthwise, pool,
     finish, chip_rate,
 };
 #endif

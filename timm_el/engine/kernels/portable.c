@@ -68,6 +68,6 @@ static double chip_rate(void) {
 }
 
 const el_body el_body_portable = {
-    "portable", TILE, TILE, supported, pack, abs_mean, weight_size, prepack, count, count_depthwise, dot, dot_depthwise,
+    "portable", TILE, TILE, supported, pack, abs_mean, weight_size, lay_out, count, count_depthwise, dot, dot_depthwise,
     pool, finish, chip_rate,
 };

@@ -148,7 +148,7 @@ void *el_scratch(int slot, size_t bytes) {
 }
 
 /* Large pages, where the system has them: with small ones a processor looks up more addresses than it remembers. */
-void el_advise(void *memory, size_t bytes) {
+void el_advise(const void *memory, size_t bytes) {
 #if defined(__linux__)
     const uintptr_t from = ((uintptr_t)memory + EL_HUGE_PAGE - 1) / EL_HUGE_PAGE * EL_HUGE_PAGE;
     const uintptr_t to = ((uintptr_t)memory + bytes) / EL_HUGE_PAGE * EL_HUGE_PAGE;

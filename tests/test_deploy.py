@@ -1,0 +1,393 @@
+"""deploy(): every unit gives what the latent unit gives, in every model, recipe and converted net."""
+import copy
+import io
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from conftest import MODELS, randomise
+
+import timm_el
+from timm_el import engine
+from timm_el.engine import DeployedBlock, DeployedConv, DeployedUnit
+from timm_el.layers import BinaryConv2d, BinaryLinear, BinaryUnit, ElasticLink, RPReLU, Shift
+
+RECIPES = [name for name in timm_el.RECIPES if name != 'host']
+CONVERTED = [
+    'regnety_002', 'mobilenetv3_small_050', 'densenet121', 'convnext_atto', 'resnext26ts', 'nf_regnet_b0',
+    'resnetv2_50', 'inception_v3', 'tf_efficientnet_b0', 'resnetv2_50x1_bit', 'hrnet_w18_small', 'poolformerv2_s12']
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    engine.use_isa(None)
+
+
+def net(name: str, seed: int = 0, **kwargs) -> nn.Module:
+    torch.manual_seed(seed)
+    return randomise(timm.create_model(name, **kwargs), seed).eval()
+
+
+@torch.no_grad()
+def worst_unit(latent: nn.Module, deployed: nn.Module, x: torch.Tensor) -> float:
+    """Largest difference of a unit's output, each fed what the latent unit is fed, relative to 1 or its largest value."""
+    seen = {}
+    handles = [
+        m.register_forward_hook(lambda m, args, out, p=p: seen.setdefault(p, []).append((args[0].clone(), out.clone())))
+        for p, m in latent.named_modules() if isinstance(m, BinaryUnit)]
+    latent(x)
+    for handle in handles:
+        handle.remove()
+    assert seen
+    worst = 0.
+    for path, calls in seen.items():
+        for source, expected in calls:
+            error = (deployed.get_submodule(path)(source) - expected).abs().max() / expected.abs().max().clamp(min=1)
+            worst = max(worst, error.item())
+    return worst
+
+
+def check(latent: nn.Module, size: int = 64) -> nn.Module:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, size, size - 1, generator=g) if size < 128 else torch.randn(2, 3, size, size, generator=g)
+    deployed = timm_el.deploy(latent)
+    assert worst_unit(latent, deployed, x) < 1e-5
+    with torch.no_grad():
+        alone = timm_el.deploy(latent, fuse_blocks=False)
+        assert torch.equal(deployed(x), alone(x))
+    return deployed
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_each_unit_of_a_registered_model_gives_what_the_latent_gives(name):
+    deployed = check(net(name))
+    units = [m for m in deployed.modules() if isinstance(m, DeployedUnit)]
+    assert len(units) == sum(isinstance(m, BinaryUnit) for m in net(name).modules())
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_each_recipe_deploys(recipe):
+    check(net('el_resnet26', recipe=recipe, layers=[1, 1, 1, 1]))
+
+
+@pytest.mark.parametrize('recipe', ['el', 'bireal', 's_resnet_k_sie'])
+def test_basic_blocks_deploy(recipe):
+    check(net('el_resnet18', recipe=recipe))
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=[pytest.mark.slow] * (i > 2)) for i, n in enumerate(CONVERTED)])
+def test_converted_nets_deploy(name):
+    torch.manual_seed(0)
+    latent = timm_el.binarize(timm.create_model(name))
+    check(randomise(latent).eval(), 96)
+
+
+def test_a_negated_convolution_is_seen():
+    """What the tests above measure changes when one layer's weight changes sign."""
+    latent = net('el_resnet26')
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        latent.layer3[0].conv2.conv.weight.neg_()
+    assert worst_unit(latent, deployed, torch.randn(1, 3, 64, 64)) > 1e-2
+
+
+def test_the_shipped_model_gives_the_same_top1(photos):
+    """Trained weights: whole-net agreement, on crops of photographs."""
+    latent = timm.create_model('el_resnet26', pretrained=True).eval()
+    deployed = timm_el.deploy(latent)
+    size = latent.pretrained_cfg['input_size'][1]
+    crops = photos.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, size, size)
+    with torch.no_grad():
+        same = (latent(crops).argmax(1) == deployed(crops).argmax(1)).float().mean()
+    assert len(crops) >= 300 and same >= .995
+
+
+def unit_of(conv: nn.Module, **parts) -> BinaryUnit:
+    return randomise(BinaryUnit(conv, **parts)).eval()
+
+
+UNITS = {
+    'pad -1': lambda: unit_of(BinaryConv2d(20, 30, 3, padding=1, pad_value=-1)),
+    'pad +1': lambda: unit_of(BinaryConv2d(20, 30, (3, 5), (2, 1), padding=(1, 2), pad_value=1, bias=False)),
+    'reflect': lambda: unit_of(BinaryConv2d(20, 30, 3, padding=1, padding_mode='reflect', scale_input=True)),
+    'circular': lambda: unit_of(BinaryConv2d(20, 20, 3, padding=2, padding_mode='circular'), act=nn.ReLU()),
+    'same': lambda: unit_of(BinaryConv2d(20, 20, 3, 2, same_pad=True, scale_input=True), link=ElasticLink(20, 20, 2)),
+    'uneven': lambda: unit_of(BinaryConv2d(20, 20, 4, padding='same')),
+    'valid': lambda: unit_of(BinaryConv2d(20, 20, 3, padding='valid', dilation=2)),
+    'grouped K': lambda: unit_of(BinaryConv2d(20, 30, 3, padding=1, groups=5, scale_input=True), norm=nn.BatchNorm2d(30)),
+    'depthwise': lambda: unit_of(BinaryConv2d(20, 20, 5, padding=2, groups=20), norm=nn.BatchNorm2d(20), act=nn.PReLU(20)),
+    'multiplier': lambda: unit_of(BinaryConv2d(20, 60, 3, padding=1, groups=20)),
+    'shift': lambda: unit_of(BinaryConv2d(20, 20, 1), pre=Shift(20), post=RPReLU(20)),
+    'shift, K': lambda: unit_of(BinaryConv2d(20, 20, 1, scale_input=True), pre=Shift(20)),
+    'norm first': lambda: unit_of(BinaryConv2d(20, 20, 3, padding=1), pre=negative_norm(20), post=nn.PReLU()),
+    'group norm': lambda: unit_of(BinaryConv2d(20, 20, 3, padding=1), pre=nn.GroupNorm(1, 20), norm=nn.GroupNorm(4, 20)),
+    'silu': lambda: unit_of(BinaryConv2d(20, 40, 1), norm=nn.BatchNorm2d(40), act=nn.SiLU(), link=ElasticLink(20, 40)),
+    'act first': lambda: unit_of(
+        BinaryConv2d(20, 20, 1), norm=nn.BatchNorm2d(20), act=nn.ReLU6(), act_first=True, link=ElasticLink(20, 20)),
+    'tail': lambda: unit_of(
+        BinaryConv2d(20, 20, 1), norm=nn.BatchNorm2d(20), act=nn.LeakyReLU(.3), tail=nn.AvgPool2d(2, 1, ceil_mode=True),
+        link=nn.AvgPool2d(2, 1)),
+    'pool': lambda: unit_of(BinaryConv2d(20, 9, 2, 2), link=ElasticLink(20, 9, pool=nn.MaxPool2d(2, 2))),
+    'odd pool': lambda: unit_of(BinaryConv2d(20, 9, 3, 2, 1), link=ElasticLink(20, 9, pool=nn.AdaptiveMaxPool2d(5))),
+    'module link': lambda: unit_of(BinaryConv2d(20, 30, 1), link=nn.Conv2d(20, 30, 1), post=RPReLU(30)),
+    'real': lambda: unit_of(nn.Conv2d(20, 20, 3, 1, 1, groups=20), norm=nn.BatchNorm2d(20), act=nn.ReLU(), act_first=True,
+                            link=ElasticLink(20, 20)),
+    'real grouped': lambda: unit_of(nn.Conv2d(20, 20, 3, 1, 1, groups=4), norm=nn.BatchNorm2d(20), act=nn.ReLU()),
+    'link only': lambda: unit_of(None, link=ElasticLink(20, 9)),
+    'weights only': lambda: unit_of(BinaryConv2d(20, 30, 3, padding=1, input_quantizer=None), norm=nn.BatchNorm2d(30)),
+    'standardized': lambda: unit_of(
+        timm_el.layers.StandardizedBinaryConv2d(20, 30, 3, padding=1, scale=.3, has_gain=True, scale_input=True)),
+}
+
+
+def negative_norm(channels: int) -> nn.BatchNorm2d:
+    class Half(nn.BatchNorm2d):
+        """Half of the factors negative, one of them 0."""
+    norm = randomise(Half(channels))
+    with torch.no_grad():
+        norm.weight[::2] *= -1
+        norm.weight[3] = 0
+    norm.randomised = True
+    return norm
+
+
+@pytest.mark.parametrize('native', [True, False])
+@pytest.mark.parametrize('kind', UNITS)
+def test_whatever_a_unit_can_hold_deploys(kind, native):
+    torch.manual_seed(0)
+    unit = UNITS[kind]()
+    if kind == 'norm first':
+        with torch.no_grad():
+            unit.pre.weight[::2] *= -1
+            unit.pre.weight[3] = 0
+    engine.use_isa(None if native else 'reference')
+    deployed = timm_el.deploy(nn.Sequential(unit).eval())
+    x = torch.randn(3, 20, 10, 9)
+    x[0, :, 0, 0] = torch.tensor([0., -0., 1e-42, -1e-42, *[0.] * 16])
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(x), unit(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('options', [{}, {'scale_input': True}, {'bias': False, 'scale_weight': False}])
+def test_linear_units_deploy(options):
+    torch.manual_seed(0)
+    unit = randomise(BinaryUnit(
+        BinaryLinear(50, 30, **options), norm=nn.LayerNorm(30), link=ElasticLink(50, 30, channels_last=True))).eval()
+    fused = BinaryUnit(BinaryLinear(50, 30, **options), link=ElasticLink(50, 30, channels_last=True)).eval()
+    for module in (unit, fused):
+        deployed = timm_el.deploy(nn.Sequential(module).eval())
+        for shape in ((4, 7, 50), (3, 50), (50,), (0, 50), (2, 3, 5, 50)):
+            x = torch.randn(shape)
+            with torch.no_grad():
+                torch.testing.assert_close(deployed(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_threshold_for_a_norm_is_the_norms_own():
+    """At, just below and just above each channel's threshold the signs are those of the norm."""
+    from timm_el.engine.deploy import _threshold_of
+    norm = negative_norm(16).eval()
+    threshold, flip = _threshold_of(norm, 16)
+    up = torch.where(threshold.isnan(), torch.zeros(16), threshold)
+    for x in (up, torch.nextafter(up, torch.tensor(1e30)), torch.nextafter(up, torch.tensor(-1e30)), -up,
+              torch.full((16,), 1e20), torch.full((16,), -1e20), torch.full((16,), float('nan'))):
+        with torch.no_grad():
+            expected = norm(x.reshape(1, -1, 1, 1)).flatten() >= 0
+        assert torch.equal(torch.where(flip < 0, -x, x) >= threshold, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a deployed network is
+
+def test_the_model_is_not_changed_and_the_copy_is_its_own():
+    latent = net('el_resnet26')
+    before = {k: v.clone() for k, v in latent.state_dict().items()}
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = latent(x)
+        deployed = timm_el.deploy(latent)
+        found = deployed(x)
+        assert torch.equal(latent(x), expected)
+        for parameter in latent.parameters():
+            parameter.fill_(3.)
+        assert torch.equal(deployed(x), found)
+    assert list(before) == list(latent.state_dict()) and type(deployed) is type(latent)
+    assert not any(p.requires_grad for p in deployed.parameters())
+
+
+def test_no_float_convolution_runs_for_a_binary_unit():
+    deployed = timm_el.deploy(net('el_resnet26'))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        deployed(x)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert not any('conv' in key for key in counts if not key.startswith('timm_el::')), counts
+    assert counts['timm_el::chain'] == 8
+    assert counts['timm_el::real_conv2d'] == 5  # stem and downsampling
+
+
+def test_hosts_ways_of_running_stay():
+    latent, x = net('el_resnet26'), torch.randn(2, 3, 96, 64)
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        features = deployed.forward_features(x)
+        assert features.shape == latent.forward_features(x).shape
+        assert torch.equal(deployed.forward_head(features), deployed(x))
+        for a, b in zip(deployed.forward_intermediates(x, intermediates_only=True),
+                        latent.forward_intermediates(x, intermediates_only=True)):
+            assert a.shape == b.shape
+        for size in ((33, 32), (64, 160)):
+            assert deployed(torch.randn(3, 3, *size)).shape == (3, 1000)
+        assert deployed(torch.randn(0, 3, 64, 64)).shape == (0, 1000)
+
+
+@pytest.mark.parametrize('name', ['el_resnet26', 'el_mobilenet_v1', 'el_reactnet_c'])
+def test_features_only_deploys(name):
+    latent, x = net(name, features_only=True), torch.randn(1, 3, 64, 64)
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        expected, found = latent(x), deployed(x)
+    assert [f.shape for f in found] == [f.shape for f in expected]
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_features_by_hooks_deploy():
+    latent = net('el_mobilenet_v1', features_only=True, feature_location='expansion')
+    deployed = timm_el.deploy(latent)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert [f.shape for f in deployed(x)] == [f.shape for f in latent(x)] != []
+
+
+def test_outputs_are_nhwc_throughout():
+    deployed = timm_el.deploy(net('el_resnet26'))
+    layouts = []
+    for module in deployed.modules():
+        if isinstance(module, (DeployedBlock, DeployedConv)):
+            module.register_forward_hook(
+                lambda m, args, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last)))
+    with torch.no_grad():
+        deployed(torch.randn(2, 3, 64, 64))
+    assert len(layouts) > 10 and all(layouts)
+
+
+def test_a_deployed_net_copies_and_saves_whole():
+    deployed, x = timm_el.deploy(net('el_resnet26')), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = deployed(x)
+        assert torch.equal(copy.deepcopy(deployed)(x), expected)
+        file = io.BytesIO()
+        torch.save(deployed, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(x), expected)
+        twin = timm_el.deploy(net('el_resnet26', seed=1))
+        assert not torch.equal(twin(x), expected)
+        twin.load_state_dict(deployed.state_dict())
+        assert torch.equal(twin(x), expected)
+
+
+def test_a_net_without_the_library_gives_the_same_units():
+    latent, x = net('el_resnet26', layers=[1, 1, 1, 1]), torch.randn(1, 3, 64, 64)
+    engine.use_isa('reference')
+    slow = timm_el.deploy(latent)
+    assert worst_unit(latent, slow, x) < 1e-5
+    assert not any(isinstance(m, DeployedConv) for m in slow.modules())  # torch's own float convolutions are faster
+    engine.use_isa(None)
+    fast = timm_el.deploy(latent)
+    with torch.no_grad():
+        found = fast(x)
+        engine.use_isa('reference')
+        assert torch.equal(fast(x), found)
+
+
+def test_a_deployed_net_compiles():
+    deployed, x = timm_el.deploy(net('el_resnet26', layers=[1, 1, 1, 1])), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(deployed)(x), deployed(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_deployed_net_exports():
+    deployed, x = timm_el.deploy(net('el_resnet26', layers=[1, 1, 1, 1])), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        exported = torch.export.export(deployed, (x,)).module()
+        torch.testing.assert_close(exported(x), deployed(x), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_weights_deploy_to_what_they_are(tmp_path):
+    latent = net('el_resnet26')
+    timm_el.save_packed(latent, tmp_path / 'el.safetensors')
+    loaded = timm_el.load_packed(timm.create_model('el_resnet26'), tmp_path / 'el.safetensors').eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(timm_el.deploy(loaded)(x), timm_el.deploy(latent)(x))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_float_convolutions_may_have_another_dtype(dtype):
+    latent, x = net('el_resnet26'), torch.randn(1, 3, 64, 64)
+    deployed = timm_el.deploy(latent, float_dtype=dtype)
+    assert deployed.conv1.weight.dtype == dtype
+    assert worst_unit(latent, deployed, x) < 1e-5  # of units with binary convolutions alone
+    with torch.no_grad():
+        assert deployed(x).dtype == torch.float32
+
+
+def test_resident_weights_are_small():
+    latent = net('el_resnet50')
+    deployed = timm_el.deploy(latent)
+    size = sum(t.numel() * t.element_size() for t in (*deployed.parameters(), *deployed.buffers()))
+    host = timm.create_model('resnet50')
+    assert sum(p.numel() * 4 for p in host.parameters()) / size >= 4.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+@pytest.mark.parametrize('make, error, message', [
+    (lambda: timm.create_model('el_resnet26').train(), ValueError, 'training mode'),
+    (lambda: timm.create_model('el_resnet26', real_weights=True).eval(), ValueError, 'layer1.0.conv1: .*still real'),
+    (lambda: timm.create_model('el_resnet26').eval().half(), ValueError, 'conv1.weight: found torch.float16'),
+    (lambda: timm.create_model('el_resnet26').eval().to('meta'), ValueError, 'found device meta'),
+    (lambda: timm.create_model('resnet18').eval(), ValueError, 'no BinaryUnit'),
+    (lambda: timm_el.deploy(timm.create_model('el_resnet26').eval()), ValueError, 'already deployed'),
+    (lambda: torch.compile(timm.create_model('el_resnet26').eval()), ValueError, 'OptimizedModule'),
+    (lambda: {'a': 1}, TypeError, 'found a dict'),
+])
+def test_what_cannot_be_deployed_is_refused_by_name(make, error, message):
+    with pytest.raises(error, match=message):
+        timm_el.deploy(make())
+
+
+def test_one_module_in_training_mode_is_named():
+    latent = net('el_resnet26')
+    latent.layer2[0].conv1.norm.train()
+    with pytest.raises(ValueError, match='layer2.0.conv1.norm: found training mode'):
+        timm_el.deploy(latent)
+
+
+def test_an_unknown_float_dtype_is_refused():
+    with pytest.raises(ValueError, match='float_dtype'):
+        timm_el.deploy(net('el_resnet26'), float_dtype=torch.int8)
+
+
+def test_inputs_that_do_not_fit_are_refused_by_name():
+    deployed = timm_el.deploy(net('el_resnet26'))
+    unit = timm_el.deploy(net('el_resnet26'), fuse_blocks=False).layer1[0].conv1
+    for x, error, message in (
+            (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), TypeError, 'float'),
+            (torch.zeros(1, 3, 64, 64, dtype=torch.float64), TypeError, 'float32'),
+            (torch.zeros(3, 64, 64), ValueError, 'shape'), (torch.zeros(1, 4, 64, 64), ValueError, 'shape'),
+            (torch.zeros(1, 3, 16, 16), ValueError, 'pixels'), (torch.zeros(1, 3, 64, 64, device='meta'), None, '')):
+        if error is not None:
+            with pytest.raises(error, match=message), torch.no_grad():
+                deployed(x)
+    with pytest.raises(TypeError, match='layer1.0.conv1'):
+        unit(torch.zeros(1, 64, 8, 8, dtype=torch.float16))
+    with pytest.raises(ValueError, match='expected'):
+        unit(torch.zeros(1, 63, 8, 8))
+    with pytest.raises(TypeError, match='another dtype'):
+        deployed.half()
