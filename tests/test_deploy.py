@@ -35,7 +35,7 @@ def net(name: str, seed: int = 0, **kwargs) -> nn.Module:
 
 @torch.no_grad()
 def worst_unit(latent: nn.Module, deployed: nn.Module, x: torch.Tensor) -> float:
-    """Largest difference of a unit's output, each fed what the latent unit is fed, relative to 1 or its largest value."""
+    """Largest difference of any unit's output, each fed what the latent unit is fed, relative to its largest value."""
     seen = {}
     handles = [
         m.register_forward_hook(lambda m, args, out, p=p: seen.setdefault(p, []).append((args[0].clone(), out.clone())))
@@ -119,13 +119,16 @@ UNITS = {
     'same': lambda: unit_of(BinaryConv2d(20, 20, 3, 2, same_pad=True, scale_input=True), link=ElasticLink(20, 20, 2)),
     'uneven': lambda: unit_of(BinaryConv2d(20, 20, 4, padding='same')),
     'valid': lambda: unit_of(BinaryConv2d(20, 20, 3, padding='valid', dilation=2)),
-    'grouped K': lambda: unit_of(BinaryConv2d(20, 30, 3, padding=1, groups=5, scale_input=True), norm=nn.BatchNorm2d(30)),
-    'depthwise': lambda: unit_of(BinaryConv2d(20, 20, 5, padding=2, groups=20), norm=nn.BatchNorm2d(20), act=nn.PReLU(20)),
+    'grouped K': lambda: unit_of(
+        BinaryConv2d(20, 30, 3, padding=1, groups=5, scale_input=True), norm=nn.BatchNorm2d(30)),
+    'depthwise': lambda: unit_of(
+        BinaryConv2d(20, 20, 5, padding=2, groups=20), norm=nn.BatchNorm2d(20), act=nn.PReLU(20)),
     'multiplier': lambda: unit_of(BinaryConv2d(20, 60, 3, padding=1, groups=20)),
     'shift': lambda: unit_of(BinaryConv2d(20, 20, 1), pre=Shift(20), post=RPReLU(20)),
     'shift, K': lambda: unit_of(BinaryConv2d(20, 20, 1, scale_input=True), pre=Shift(20)),
     'norm first': lambda: unit_of(BinaryConv2d(20, 20, 3, padding=1), pre=negative_norm(20), post=nn.PReLU()),
-    'group norm': lambda: unit_of(BinaryConv2d(20, 20, 3, padding=1), pre=nn.GroupNorm(1, 20), norm=nn.GroupNorm(4, 20)),
+    'group norm': lambda: unit_of(
+        BinaryConv2d(20, 20, 3, padding=1), pre=nn.GroupNorm(1, 20), norm=nn.GroupNorm(4, 20)),
     'silu': lambda: unit_of(BinaryConv2d(20, 40, 1), norm=nn.BatchNorm2d(40), act=nn.SiLU(), link=ElasticLink(20, 40)),
     'act first': lambda: unit_of(
         BinaryConv2d(20, 20, 1), norm=nn.BatchNorm2d(20), act=nn.ReLU6(), act_first=True, link=ElasticLink(20, 20)),
@@ -135,8 +138,9 @@ UNITS = {
     'pool': lambda: unit_of(BinaryConv2d(20, 9, 2, 2), link=ElasticLink(20, 9, pool=nn.MaxPool2d(2, 2))),
     'odd pool': lambda: unit_of(BinaryConv2d(20, 9, 3, 2, 1), link=ElasticLink(20, 9, pool=nn.AdaptiveMaxPool2d(5))),
     'module link': lambda: unit_of(BinaryConv2d(20, 30, 1), link=nn.Conv2d(20, 30, 1), post=RPReLU(30)),
-    'real': lambda: unit_of(nn.Conv2d(20, 20, 3, 1, 1, groups=20), norm=nn.BatchNorm2d(20), act=nn.ReLU(), act_first=True,
-                            link=ElasticLink(20, 20)),
+    'real': lambda: unit_of(
+        nn.Conv2d(20, 20, 3, 1, 1, groups=20), norm=nn.BatchNorm2d(20), act=nn.ReLU(), act_first=True,
+        link=ElasticLink(20, 20)),
     'real grouped': lambda: unit_of(nn.Conv2d(20, 20, 3, 1, 1, groups=4), norm=nn.BatchNorm2d(20), act=nn.ReLU()),
     'link only': lambda: unit_of(None, link=ElasticLink(20, 9)),
     'weights only': lambda: unit_of(BinaryConv2d(20, 30, 3, padding=1, input_quantizer=None), norm=nn.BatchNorm2d(30)),
@@ -146,13 +150,11 @@ UNITS = {
 
 
 def negative_norm(channels: int) -> nn.BatchNorm2d:
-    class Half(nn.BatchNorm2d):
-        """Half of the factors negative, one of them 0."""
-    norm = randomise(Half(channels))
+    """A norm half of whose factors are negative, and one 0."""
+    norm = randomise(nn.BatchNorm2d(channels))
     with torch.no_grad():
         norm.weight[::2] *= -1
         norm.weight[3] = 0
-    norm.randomised = True
     return norm
 
 
@@ -189,9 +191,9 @@ def test_linear_units_deploy(options):
 
 def test_a_threshold_for_a_norm_is_the_norms_own():
     """At, just below and just above each channel's threshold the signs are those of the norm."""
-    from timm_el.engine.deploy import _threshold_of
+    from timm_el.engine.fusion import threshold_of
     norm = negative_norm(16).eval()
-    threshold, flip = _threshold_of(norm, 16)
+    threshold, flip = threshold_of(norm, 16)
     up = torch.where(threshold.isnan(), torch.zeros(16), threshold)
     for x in (up, torch.nextafter(up, torch.tensor(1e30)), torch.nextafter(up, torch.tensor(-1e30)), -up,
               torch.full((16,), 1e20), torch.full((16,), -1e20), torch.full((16,), float('nan'))):

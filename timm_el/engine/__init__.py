@@ -1,5 +1,7 @@
 """The engine: deployed networks, their operators and kernels."""
-from .deploy import DeployedBlock, DeployedConv, DeployedUnit, deploy
+from .blocks import DeployedBlock
+from .deploy import deploy
+from .modules import DeployedConv, DeployedUnit
 from .native import chip_rate, count_rate, info, use_isa
 
 __all__ = [

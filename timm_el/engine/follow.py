@@ -51,7 +51,11 @@ def followers(
     try:
         return _watch(meta_copy(model), 'meta', model, sources, others)
     except Exception:  # the network looks at values
+        pass
+    try:
         return _watch(model, next(model.parameters()).device, model, sources, others)
+    except Exception:  # it wants something else than an image: nothing is known
+        return {}
 
 
 def _watch(

@@ -27,7 +27,7 @@ MOST_PLANS = 64  # of one layer: image sizes that it remembers
 
 
 class Layer(NamedTuple):
-    """One layer of a chain. Its constants travel as `tensors` (absent ones as empty tensors), `specs` and `constants`."""
+    """One layer of a chain. It travels as `tensors` (absent ones as empty tensors), `specs` and `constants`."""
     weight: torch.Tensor
     table: torch.Tensor
     threshold: Optional[torch.Tensor]
@@ -144,7 +144,7 @@ def _plan(
         constants: List[float],
         real: bool,
 ) -> Tuple[int, List[int], native.Plan]:
-    """Address of the C plan of a call, shape of its output, and the plan: made and checked once for each input shape."""
+    """Address of the C plan of a call, shape of its output, and the plan: made and checked once an input shape."""
     prepared = _prepared_for(weight)
     key = (
         x.shape, x.dtype, None if link is None else (link.shape, link.dtype), *ints, *constants, table.data_ptr(),

@@ -1,4 +1,4 @@
-"""What one convolution of the engine is: geometry and epilogue as plain numbers, the same for op, reference and kernel."""
+"""What one convolution of the engine is: geometry and epilogue as plain numbers, for operator, reference and kernel."""
 from dataclasses import dataclass, replace
 from typing import ClassVar, List, Optional, Sequence, Tuple
 
@@ -138,7 +138,8 @@ class ConvSpec:
     def problem(self, x_shape: Sequence[int], link_shape: Optional[Sequence[int]]) -> Optional[str]:
         """Why the spec or the shapes make no sense; None if they do. Nothing is computed with what fails here."""
         windows = (self.conv, self.pool)
-        if min(self.c_in, self.c_out, self.groups, *(n for w in windows for n in (*w.kernel, *w.stride, *w.dilation))) < 1:
+        sizes = [n for w in windows for n in (*w.kernel, *w.stride, *w.dilation)]
+        if min(self.c_in, self.c_out, self.groups, *sizes) < 1:
             return f'spec: found {self}, expected positive channels, groups, kernels, strides and dilations'
         if min(*self.conv.padding, *self.pad_end, *self.pool.padding) < 0 or self.pad_value not in (-1, 0, 1):
             return f'spec: found {self}, expected padding >= 0 and pad_value -1, 0 or 1'

@@ -149,6 +149,6 @@ def _binary_rates(kinds: Dict[str, Dict[str, float]], engine: ModuleType) -> Opt
     if not binary:
         return None
     macs, ms = (sum(total[key] for total in binary) for key in ('binary_macs', 'ms'))
-    chip = engine.peak_rate()
+    chip = engine.chip_rate()
     return {'macs': macs, 'ms': ms, 'macs_per_s': macs / (ms * 1e-3), 'chip_macs_per_s': chip,
             'share_of_chip': macs / (ms * 1e-3) / chip}
