@@ -70,7 +70,7 @@ def test_sanitizers_find_nothing(tmp_path, kind):
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (shutil.which('aarch64-linux-gnu-gcc') and shutil.which('qemu-aarch64')),
-    reason='needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)')
+    reason='needs Debian\'s gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user')
 def test_the_neon_body_is_right_under_an_emulator(tmp_path):
     program = build(tmp_path, 'aarch64-linux-gnu-gcc', '-static')
     out = run('qemu-aarch64', program, '400', '3', 'nofork')
