@@ -229,7 +229,8 @@ def test_no_float_convolution_runs_for_a_binary_unit():
     counts = {event.key: event.count for event in profile.key_averages()}
     assert not any('conv' in key for key in counts if not key.startswith('timm_el::')), counts
     assert counts['timm_el::chain'] == 8
-    assert counts['timm_el::real_conv2d'] == 5  # stem and downsampling
+    assert counts['timm_el::real_conv2d'] == 6  # stem, downsampling and classifier
+    assert counts['timm_el::pool2d'] == 5 and not any('pool' in key for key in counts if key.startswith('aten'))
 
 
 def test_hosts_ways_of_running_stay():

@@ -210,6 +210,41 @@ def test_opcheck_passes_for_chains():
     torch.library.opcheck(ops.chain, chain_example()[0])
 
 
+POOLS = {
+    'stem': torch.nn.MaxPool2d(3, 2, 1), 'half': torch.nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
+    'odd': torch.nn.MaxPool2d((2, 3), (3, 1), (1, 1), (1, 2), ceil_mode=True), 'all': torch.nn.AvgPool2d((7, 5)),
+}
+
+
+@pytest.mark.parametrize('body', [*BODIES, 'reference'])
+@pytest.mark.parametrize('kind', POOLS)
+def test_pools_are_those_of_torch(kind, body):
+    from timm_el.engine.fusion import pool_of
+    engine.use_isa(body)
+    torch.set_num_threads(2)
+    pool, facts = POOLS[kind], pool_of(POOLS[kind])
+    for shape in ((2, 19, 7, 5), (1, 64, 9, 14), (0, 3, 8, 8)):
+        x = torch.randn(shape)
+        x.view(-1)[:1] = float('nan')
+        found = ops.pool2d(x, facts['pool'].ints(), facts['link_pool'], pool.ceil_mode)
+        torch.testing.assert_close(found, pool(x), rtol=1e-6, atol=1e-6, equal_nan=True)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(ops.pool2d, (torch.randn(2, 3, 7, 5), facts['pool'].ints(), facts['link_pool'], pool.ceil_mode))
+
+
+def test_a_pool_that_makes_no_sense_is_refused():
+    x, window = torch.randn(1, 3, 8, 8), Window((2, 2), (2, 2))
+    for error, message, arguments in (
+            (TypeError, 'dtype', (x.double(), window.ints(), 'max', False)),
+            (ValueError, 'shape', (x[0], window.ints(), 'max', False)),
+            (ValueError, 'mode', (x, window.ints(), 'median', False)),
+            (ValueError, 'window', (x, Window((9, 9)).ints(), 'max', False)),
+            (ValueError, 'window', (x, Window((2, 2), (2, 2), (5, 5)).ints(), 'max', False)),
+            (ValueError, 'window', (x, [0] * 8, 'max', False)), (ValueError, 'window', (x, [1] * 7, 'max', False))):
+        with pytest.raises(error, match=message):
+            ops.pool2d(*arguments)
+
+
 @pytest.mark.parametrize('threads', [1, 2])
 @pytest.mark.parametrize('large', [0, 1 << 40])
 @pytest.mark.parametrize('body', [*BODIES, 'reference'])

@@ -12,10 +12,19 @@ import torch
 import torch.nn as nn
 
 from ..layers import BinaryConv2d, BinaryUnit
+from . import native
 from .blocks import join_units
 from .follow import followers
 from .fusion import ACTS, NORMS, Fusion
-from .modules import DeployedConv, DeployedUnit, Engine, engine_runs, folded_conv
+from .modules import (
+    DeployedConv,
+    DeployedLinear,
+    DeployedPool,
+    DeployedUnit,
+    Engine,
+    engine_runs,
+    folded_conv,
+)
 
 __all__ = ['deploy']
 
@@ -131,6 +140,14 @@ def deploy(
         exchange(conv, new)
         for p, rest in taken.items():
             exchange(modules[p], rest)
+    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    for path, module in modules.items():
+        if id(module) in inner or native.library() is None or id(module) in memo:
+            continue
+        if DeployedPool.takes(module):
+            exchange(module, DeployedPool(module))
+        elif module is classifier and type(module) is nn.Linear and float_dtype == torch.float32:
+            exchange(module, DeployedLinear(path, module))
     twin = copy.deepcopy(model, memo)
     for old, new in replaced:
         for hooks in ('_forward_hooks', '_forward_pre_hooks'):

@@ -23,7 +23,7 @@ from .fusion import Fusion, drops, pair, pool_of, threshold_of
 from .layout import store
 from .spec import ConvSpec, Window
 
-__all__ = ['DeployedConv', 'DeployedUnit', 'Engine', 'engine_runs', 'folded_conv']
+__all__ = ['DeployedConv', 'DeployedLinear', 'DeployedPool', 'DeployedUnit', 'Engine', 'engine_runs', 'folded_conv']
 
 
 class Engine(nn.Module):
@@ -339,6 +339,62 @@ def spec_of(conv: nn.Module) -> ConvSpec:
     window = Window(pair(conv.kernel_size), pair(conv.stride), (top, left), pair(conv.dilation))
     return ConvSpec(
         conv.in_channels, conv.out_channels, window, (bottom, right), conv.groups, getattr(conv, 'pad_value', 0))
+
+
+class DeployedPool(nn.Module):
+    """A pool of the host, run by the engine, whose threads it shares; x (N, C, H, W) float32.
+
+    Args:
+        pool: `torch.nn.MaxPool2d`, `AvgPool2d` or `AdaptiveAvgPool2d(1)`; it stays for inputs that the engine has no
+            kernel for, such as means of more than 64 pixels.
+    """
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.pool = copy.deepcopy(pool)
+        facts = pool_of(pool)
+        self.mode = 'avg' if facts is None else facts['link_pool']
+        self.window = None if facts is None else facts['pool'].ints()
+        self.ceil_mode = bool(getattr(pool, 'ceil_mode', False))
+
+    @staticmethod
+    def takes(pool: nn.Module) -> bool:
+        """The engine runs this pool."""
+        if type(pool) is nn.AdaptiveAvgPool2d:
+            return pool.output_size in (1, (1, 1))
+        return isinstance(pool, (nn.MaxPool2d, nn.AvgPool2d)) and bool(pool_of(pool))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        window = self.window
+        if window is None and x.dim() == 4 and x.shape[2] * x.shape[3] <= 64:
+            window = Window(tuple(x.shape[2:])).ints()
+        if window is None or x.dim() != 4 or x.dtype != torch.float32 or x.device.type != 'cpu':
+            return self.pool(x)
+        return ops.pool2d(x, window, self.mode, self.ceil_mode)
+
+
+class DeployedLinear(Engine):
+    """A real-valued linear layer, run by the engine as a 1x1 convolution; x (..., in_features) float32.
+
+    Args:
+        path: Where it stands, for errors.
+        linear: The layer.
+    """
+
+    def __init__(self, path: str, linear: nn.Linear) -> None:
+        super().__init__()
+        self.path = path
+        spec = spec_of(linear)
+        self.register_buffer('weight', store(linear.weight[:, :, None, None].float(), spec, True))
+        one = torch.ones(linear.out_features, dtype=torch.float64)
+        self._set_up(linear, spec, Fusion(linear.out_features, one, linear.bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._check(x)
+        if x.numel() == 0 or x.shape[-1] != self.in_features:
+            return F.linear(x, x.new_zeros(self.out_features, self.in_features))  # torch's own shape, or its error
+        y = ops.real_conv2d(_as_image(x), self.weight, self.table, None, self.ints, self.constants)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

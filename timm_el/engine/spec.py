@@ -2,7 +2,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, List, Optional, Sequence, Tuple
 
-__all__ = ['ACTS', 'LINKS', 'POOLS', 'ROWS', 'ConvSpec', 'Window', 'table_stride']
+__all__ = ['ACTS', 'LINKS', 'POOLS', 'ROWS', 'ConvSpec', 'Window', 'pooled_size', 'table_stride']
 
 ACTS = ('none', 'clip', 'prelu')
 LINKS = ('none', 'identity', 'squeeze', 'expand')
@@ -32,6 +32,18 @@ class Window:
     def of(cls, ints: Sequence[int]) -> 'Window':
         """Inverse of `ints`."""
         return cls(*(tuple(ints[i:i + 2]) for i in range(0, 8, 2)))
+
+
+def pooled_size(window: Window, height: int, width: int, ceil_mode: bool) -> List[int]:
+    """Rows and columns that a pool gives, as in torch: no window starts beyond the image and its padding."""
+    sizes = []
+    for i, size in enumerate((height, width)):
+        kernel, stride, padding, dilation = (field[i] for field in (
+            window.kernel, window.stride, window.padding, window.dilation))
+        room = size + 2 * padding - dilation * (kernel - 1) - 1
+        n = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
+        sizes.append(n - 1 if ceil_mode and (n - 1) * stride >= size + padding else n)
+    return sizes
 
 
 @dataclass(frozen=True)

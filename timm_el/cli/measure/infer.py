@@ -124,7 +124,8 @@ def measure_inference(args: argparse.Namespace) -> Dict[str, Any]:
     return {
         'model': args.model, 'recipe': args.recipe, 'host': host_of, 'batch': args.batch, 'size': list(size),
         'pairs': args.pairs, 'machine': describe(PACKAGES), 'engine': engine.info(),
-        'contestants': rows, 'absent': absent, **table, 'binary': _binary_rates(table['kinds'], alone, latent, x, engine),
+        'contestants': rows, 'absent': absent, **table,
+        'binary': _binary_rates(table['kinds'], alone, latent, x, engine),
     }
 
 
