@@ -173,7 +173,7 @@ class MultiBaseConv2d(BinaryConv2d):
         return abc_weight_bases(self.weight, self.bases[0])[1].sum().abs().expand(self.out_channels)
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
-        return abc_input(x, self.shift, self.beta)
+        return abc_input(x, self.shift, self.beta, self.bases[1])
 
     def quantized_weight(self) -> torch.Tensor:
         return self.weight if self.weight_quantizer is None else abc_weight(self.weight, self.bases[0])

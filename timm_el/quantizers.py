@@ -360,7 +360,7 @@ def abc_weight(weight: torch.Tensor, count: int) -> torch.Tensor:
     return _with_slope(torch.tensordot(alpha, bases, 1), weight, alpha.sum())
 
 
-def abc_input(x: torch.Tensor, shift: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+def abc_input(x: torch.Tensor, shift: torch.Tensor, beta: torch.Tensor, count: int) -> torch.Tensor:
     """ABC-Net's activations sum_n beta_n A_n (its eq. 7 to 10).
 
     Forward: A_n = +1 where clip(x + v_n, 0, 1) >= 0.5, else -1.
@@ -370,12 +370,13 @@ def abc_input(x: torch.Tensor, shift: torch.Tensor, beta: torch.Tensor) -> torch
         x: Float tensor of any shape.
         shift: v, (N,).
         beta: (N,).
+        count: N, which a tracer cannot read off a tensor.
 
     Returns:
         Tensor of the shape of x.
     """
     total = torch.zeros_like(x)
-    for n in range(shift.shape[0]):
+    for n in range(count):
         moved = x + shift[n]
         hard = (moved >= 0.5).to(x.dtype) * 2 - 1
         inside = (moved >= 0) & (moved <= 1)

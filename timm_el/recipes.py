@@ -70,7 +70,8 @@ class Recipe:
         scale_weight: alpha on every binary weight (eq. 3).
         scale_input: Roles that get K (eq. 3).
         link: Roles that get an Elastic-Link (eq. 4).
-        elastic: Links may squeeze and expand. If False, only convolutions that keep the channel count get one.
+        elastic: Links may squeeze and expand. If False, only convolutions that keep the channel count get one, without
+            a gamma.
         gamma: 'learnable', or 'fixed' at its initial value (eq. 5).
         residual: Keep the host's residual shortcut.
         act: What happens to activations. 'drop': all are removed, the sign is the non-linearity. 'branch': each moves
