@@ -144,6 +144,8 @@ def test_abc_fits_its_weight_bases_by_least_squares(count):
     found, scales = quantizers.abc_weight_bases(w, count)
     assert torch.equal(found, bases)
     torch.testing.assert_close(scales, alpha, rtol=1e-4, atol=1e-5)
+    corners = torch.tensor([1., 1., -1., -1.])  # a deviation of exactly 1: that of the weights themselves
+    assert torch.equal(quantizers.abc_weight_bases(corners, 2)[0][0], corners)
     expected = (alpha.reshape(-1, 1, 1, 1, 1) * bases).sum(0)
     torch.testing.assert_close(quantizers.abc_weight(w, count), expected, rtol=1e-4, atol=1e-5)
     upstream = torch.randn_like(w)

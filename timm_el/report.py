@@ -122,12 +122,12 @@ class Report:
         width = max([len(row.path) for row in self.rows] + [5])
         norms = max([len(row.norm or '') for row in self.rows] + [4])
         lines = [
-            f'{"layer":{width}} {"role":10} {"status":14} {"link":14} {"K":1} {"act":9} {"norm":{norms}} '
+            f'{"layer":{width}} {"role":10} {"status":15} {"link":14} {"K":1} {"act":9} {"norm":{norms}} '
             f'{"weights":>11} {"MACs":>14}  reason']
         for row in self.rows:
             macs = '-' if row.macs is None else f'{row.macs:,}'
             lines.append(
-                f'{row.path:{width}} {row.role or "-":10} {row.status:14} {row.link or "-":14} '
+                f'{row.path:{width}} {row.role or "-":10} {row.status:15} {row.link or "-":14} '
                 f'{"K" if row.scale_input else "-":1} {row.act or "-":9} {row.norm or "-":{norms}} '
                 f'{row.params:>11,} {macs:>14}  {row.reason}'.rstrip())
         total = (
