@@ -501,10 +501,32 @@ def test_every_system_converts_foreign_nets(recipe):
     report = timm_el.binarize(model, recipe).binarize_report
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 5)
     assert not [row for row in report.rows if not row.possible]
-    for p in model.parameters():
-        p.requires_grad_(False)
+    assert not any('could not be checked' in note for note in report.notes)
     frozen = timm.create_model('regnety_002', num_classes=5).requires_grad_(False)
     assert not any(p.requires_grad for p in timm_el.binarize(frozen, recipe).parameters())
+
+
+def test_a_sign_that_nothing_helps_gives_back_the_hosts_layer_and_norm():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for i, (c_in, c_out) in enumerate([(3, 8), (8, 8), (8, 8), (8, 8)]):
+                setattr(self, f'conv{i}', nn.Conv2d(c_in, c_out, 3, padding=1))
+                setattr(self, f'bn{i}', nn.BatchNorm2d(c_out))
+
+        def forward(self, x):
+            x = self.bn1(self.conv1(self.bn0(self.conv0(x))))
+            return self.bn3(self.conv3(self.bn2(self.conv2(x * 0 + 1)))).mean((2, 3))
+
+    model, host = Constant(), Constant()
+    convolution, norm = model.conv2, model.bn2
+    report = timm_el.binarize(model, 'r2b').binarize_report
+    assert report.hopeless == ('conv2',)
+    unit = model.conv2
+    assert (unit.conv, unit.norm, unit.pre, unit.scale) == (convolution, norm, None, None)
+    assert report.moved['bn2'] == 'conv2.norm' and report.moved['bn1'] == ''
+    timm_el.load_float(model, host.state_dict())
+    assert torch.equal(model.conv2.conv.weight, host.conv2.weight)
 
 
 def test_torchvision_nets_share_their_activation_modules():

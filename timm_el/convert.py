@@ -139,7 +139,7 @@ class _Plan:
         self.hosts: Dict[str, nn.Module] = {}
         self.notes: List[str] = []
         self.renewed_norms = 0
-        self.dropped_norms = 0
+        self.dropped_norms: Dict[str, Tuple[str, nn.Module]] = {}
         self.ends: Tuple[str, ...] = ()
         self.pooled_norms: List[nn.Module] = []
         self.kept = self._match(keep)
@@ -361,8 +361,8 @@ class _Plan:
             pre = _new(PRE[recipe.pre], host.in_channels, host)
         norm_goes = norm is not None and signed and recipe.pre == 'norm'
         if norm_goes:
+            self.dropped_norms[chain.conv] = (chain.norm, norm)
             norm = None
-            self.dropped_norms += 1
         if signed and recipe.scale_output:
             scale = self._output_scale(chain, host)
         if recipe.act == 'rprelu' and conv is not None:
@@ -501,7 +501,7 @@ class _Plan:
                 f'running statistics of {self.renewed_norms} norms start anew, because their activation moved in front')
         if self.dropped_norms:
             notes.append(
-                f'{self.dropped_norms} norms of the host are gone: the recipe normalizes in front of the sign instead')
+                f'{len(self.dropped_norms)} norms of the host are gone: the recipe normalizes in front of the sign')
         if self.recipe.scale_output == 'rank1' and self.units:
             notes.append(
                 f'factors of rows and columns are for images of {"x".join(map(str, self.input_size))} and interpolated '
@@ -554,7 +554,10 @@ class _Plan:
                 unit.pre = new_norm(unit.conv, not unit.conv.weight.requires_grad)
         for path in self.hopeless:
             unit = self.model.get_submodule(path)
-            unit.conv, unit.pre = self.hosts[path], None
+            unit.conv, unit.pre, unit.scale = self.hosts[path], None, None
+            if path in self.dropped_norms:
+                norm_path, unit.norm = self.dropped_norms.pop(path)
+                self.moved[norm_path] = f'{path}.norm'
             self.rows[path] = replace(
                 self.rows[path], status='real', scale_input=False, possible=False,
                 reason='its input does not vary, a norm before the sign would not help')

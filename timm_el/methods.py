@@ -165,8 +165,8 @@ class MultiBaseConv2d(BinaryConv2d):
         return self.weight_bits * self.bases[1]
 
     def latent_weight(self) -> torch.Tensor:
-        """The weight in use, without gradient; with one base all that is left of it is its sign and its magnitude."""
-        return self.quantized_weight().detach()
+        """The weight in use, whose sign and magnitude are all that is left of it where there is one base."""
+        return self.weight if self.weight_quantizer is None else abc_weight(self.weight, self.bases[0])
 
     def alpha(self) -> torch.Tensor:
         """Magnitude of the weight in use where there is one base, the same for all channels, (O,)."""
@@ -176,7 +176,7 @@ class MultiBaseConv2d(BinaryConv2d):
         return abc_input(x, self.shift, self.beta, self.bases[1])
 
     def quantized_weight(self) -> torch.Tensor:
-        return self.weight if self.weight_quantizer is None else abc_weight(self.weight, self.bases[0])
+        return self.latent_weight()
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, bases={self.bases}'
