@@ -13,7 +13,8 @@ from timm_el import engine
 from timm_el.engine import DeployedBlock, DeployedConv, DeployedUnit
 from timm_el.layers import BinaryConv2d, BinaryLinear, BinaryUnit, ElasticLink, RPReLU, Shift
 
-RECIPES = [name for name in timm_el.RECIPES if name != 'host']
+REFUSED = ['abc', 'abc_5_5', 'tbn']
+RECIPES = [name for name in timm_el.RECIPES if name not in ('host', *REFUSED)]
 CONVERTED = [
     'regnety_002', 'mobilenetv3_small_050', 'densenet121', 'convnext_atto', 'resnext26ts', 'nf_regnet_b0',
     'resnetv2_50', 'inception_v3', 'tf_efficientnet_b0', 'resnetv2_50x1_bit', 'hrnet_w18_small', 'poolformerv2_s12']
@@ -75,7 +76,13 @@ def test_each_recipe_deploys(recipe):
     check(net('el_resnet26', recipe=recipe, layers=[1, 1, 1, 1]))
 
 
-@pytest.mark.parametrize('recipe', ['el', 'bireal', 's_resnet_k_sie'])
+@pytest.mark.parametrize('recipe', REFUSED)
+def test_what_takes_more_than_one_product_is_refused_by_name(recipe):
+    with pytest.raises(ValueError, match='layer1.0.conv1: .*more than one xor.*bireal'):
+        timm_el.deploy(net('el_resnet26', recipe=recipe, layers=[1, 1, 1, 1]))
+
+
+@pytest.mark.parametrize('recipe', ['el', 'bireal', 's_resnet_k_sie', 'xnor', 'r2b', 'reactnet'])
 def test_basic_blocks_deploy(recipe):
     check(net('el_resnet18', recipe=recipe))
 
@@ -144,6 +151,8 @@ UNITS = {
     'real grouped': lambda: unit_of(nn.Conv2d(20, 20, 3, 1, 1, groups=4), norm=nn.BatchNorm2d(20), act=nn.ReLU()),
     'link only': lambda: unit_of(None, link=ElasticLink(20, 9)),
     'weights only': lambda: unit_of(BinaryConv2d(20, 30, 3, padding=1, input_quantizer=None), norm=nn.BatchNorm2d(30)),
+    'weights only, same': lambda: unit_of(
+        BinaryConv2d(20, 30, 3, 2, same_pad=True, input_quantizer=None), norm=nn.BatchNorm2d(30)),
     'standardized': lambda: unit_of(
         timm_el.layers.StandardizedBinaryConv2d(20, 30, 3, padding=1, scale=.3, has_gain=True, scale_input=True)),
 }

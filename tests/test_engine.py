@@ -229,7 +229,8 @@ def test_pools_are_those_of_torch(kind, body):
         found = ops.pool2d(x, facts['pool'].ints(), facts['link_pool'], pool.ceil_mode)
         torch.testing.assert_close(found, pool(x), rtol=1e-6, atol=1e-6, equal_nan=True)
         assert found.is_contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(ops.pool2d, (torch.randn(2, 3, 7, 5), facts['pool'].ints(), facts['link_pool'], pool.ceil_mode))
+    arguments = (torch.randn(2, 3, 7, 5), facts['pool'].ints(), facts['link_pool'], pool.ceil_mode)
+    torch.library.opcheck(ops.pool2d, arguments)
 
 
 def test_a_pool_that_makes_no_sense_is_refused():

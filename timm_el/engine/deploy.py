@@ -79,6 +79,10 @@ def _refuse_unfit(model: nn.Module, float_dtype: torch.dtype) -> None:
                 raise ValueError(
                     f'{name}: the weights are still real (stage one of two-stage training); '
                     f'finish the second stage, or build the model without real_weights')
+            if getattr(conv, 'input_quantizer', None) is not None and not conv.is_binary:
+                raise ValueError(
+                    f'{name}: {conv} takes more than one xor and popcount, for which the engine has no kernel; '
+                    f'run the latent network, or train with a recipe of one bit each, such as bireal or el')
         if module.training:
             raise ValueError(f'{name}: found training mode, expected eval mode; call model.eval() first')
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

@@ -73,6 +73,15 @@ class Fusion:
         self.constants = [-INF, INF, 1.]
         self.stage = 0  # 0: affine, 1: after the activation, 2: after the second affine, 3: after the link, 4: closed
 
+    def scale(self, scale: nn.Module) -> bool:
+        """Take in a factor per channel; others depend on the input, or on the place."""
+        channel = getattr(scale, 'channel', None)
+        if channel is None or getattr(scale, 'row', None) is not None:
+            return False
+        for name in ('scale', 'shift'):
+            self.rows[name] = self.rows[name] * channel.detach().double()
+        return True
+
     def norm(self, norm: Optional[nn.Module]) -> bool:
         """Take a norm in; False if it does not fit."""
         affine = affine_of(norm, self.channels)

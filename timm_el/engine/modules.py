@@ -116,13 +116,15 @@ class DeployedUnit(Engine):
         super().__init__()
         self.path = path
         conv = unit.conv
+        binary = isinstance(conv, (BinaryConv2d, BinaryLinear)) and conv.is_binary
+        if not binary:
+            conv = float_layer(conv)
         self.linear = isinstance(conv, nn.Linear)
         self.pre: Optional[nn.Module] = None
         self.conv: Optional[nn.Module] = None
         self.same_pad = bool(getattr(conv, 'same_pad', False))
         self.pad_mode: Optional[Tuple[str, List[int]]] = None
         channels = unit.out_features if self.linear else unit.out_channels
-        binary = isinstance(conv, (BinaryConv2d, BinaryLinear)) and conv.is_binary
         scale, bias = _scale_and_bias(conv, channels) if binary else (torch.ones(channels), getattr(conv, 'bias', None))
         fusion = Fusion(channels, scale, bias)
         steps = self._steps(unit)
@@ -137,14 +139,15 @@ class DeployedUnit(Engine):
                                 groups=conv.groups) if not self.linear else {}
             fusion.rows['shift'] = torch.zeros(channels, dtype=torch.float64)
             self.register_buffer('loose_bias', None if bias is None else bias.detach().float())
-        elif native_conv or isinstance(conv, nn.Conv2d):
+        elif native_conv or _folds(conv):
             fused = self._fuse(fusion, steps, native_conv)
         else:
             fused = 0
         self.link_fused = any(name == 'link' for name, _ in steps[:fused])
         link = dict(steps).get('link')
         self.link = None if self.link_fused and _pooled_link(link) else copy.deepcopy(link)
-        rest = [(name, module) for name, module in steps[fused:] if name != 'link']
+        rest = [(name, module) for name, module in steps[fused:] if name not in ('link', 'scale')]
+        self.scale = copy.deepcopy(dict(steps[fused:]).get('scale'))
         self.before_sum = nn.ModuleList(copy.deepcopy(m) for name, m in rest if name != 'post')
         self.after_sum = nn.ModuleList(copy.deepcopy(m) for name, m in rest if name == 'post')
         if binary:
@@ -159,13 +162,13 @@ class DeployedUnit(Engine):
         middle = [('norm', unit.norm), ('act', unit.act)]
         if unit.act_first:
             middle.reverse()
-        steps = [*middle, ('tail', unit.tail), ('link', unit.link), ('post', unit.post)]
+        steps = [('scale', unit.scale), *middle, ('tail', unit.tail), ('link', unit.link), ('post', unit.post)]
         return [(name, module) for name, module in steps if module is not None and not drops(module)]
 
     def _fuse(self, fusion: Fusion, steps: Sequence[Tuple[str, nn.Module]], native_conv: bool) -> int:
         """How many of the steps the epilogue takes in."""
         takes = {
-            'norm': fusion.norm, 'act': fusion.act, 'tail': lambda m: False, 'post': fusion.post,
+            'scale': fusion.scale, 'norm': fusion.norm, 'act': fusion.act, 'tail': lambda m: False, 'post': fusion.post,
             'link': lambda m: fusion.link(m) if _pooled_link(m) else fusion.tensor_link()}
         if self.linear:
             takes['norm'] = lambda m: False
@@ -185,7 +188,7 @@ class DeployedUnit(Engine):
             spec = replace(spec, has_k=True)
         threshold = flip = None
         if unit.pre is not None:
-            found = None if has_k or self.linear else threshold_of(unit.pre, spec.c_in)
+            found = None if has_k or self.linear or self.scale is not None else threshold_of(unit.pre, spec.c_in)
             if found is None:
                 self.pre = copy.deepcopy(unit.pre)
             else:
@@ -208,10 +211,10 @@ class DeployedUnit(Engine):
             self.pre = copy.deepcopy(unit.pre)
         if native_conv:
             self.conv = DeployedConv(self.path, conv, fusion)
-        elif isinstance(conv, nn.Conv2d):
-            self.conv = folded_conv(float_layer(conv), fusion, float_dtype)
+        elif _folds(conv):
+            self.conv = folded_conv(conv, fusion, float_dtype)
         elif conv is not None:
-            self.conv = float_layer(conv)
+            self.conv = conv
 
     @property
     def weight(self) -> Optional[torch.Tensor]:
@@ -233,7 +236,8 @@ class DeployedUnit(Engine):
 
     def layer(self) -> Optional[ops.Layer]:
         """What a chain needs, None if more than one operator runs here."""
-        if any((len(self.before_sum), len(self.after_sum), self.link is not None, self.pre is not None)):
+        modules = (self.link, self.pre, self.scale)
+        if len(self.before_sum) or len(self.after_sum) or any(module is not None for module in modules):
             return None
         if isinstance(self.conv, DeployedConv):
             return self.conv.layer()
@@ -258,6 +262,8 @@ class DeployedUnit(Engine):
             y = self._run_linear(source, fused_link)
         else:
             y = self._run_binary(source, fused_link)
+        if self.scale is not None:
+            y = self.scale(source, y)
         for module in self.before_sum:
             y = module(y)
         return y if link is None or self.link_fused else y + link
@@ -313,6 +319,11 @@ class DeployedUnit(Engine):
 
 def _as_image(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def _folds(conv: Optional[nn.Module]) -> bool:
+    """A factor may be taken into its weight."""
+    return isinstance(conv, nn.Conv2d) and not isinstance(conv, BinaryConv2d)
 
 
 def _pooled_link(link: nn.Module) -> bool:
@@ -431,15 +442,24 @@ class CastConv(nn.Module):
         return self.conv(x.to(self.conv.weight.dtype)).to(x.dtype)
 
 
-def float_layer(layer: nn.Module) -> nn.Module:
-    """A real convolution or linear layer; one with a binary weight becomes a plain one that holds alpha * Sign(W)."""
-    if not isinstance(layer, (BinaryConv2d, BinaryLinear)):
+def float_layer(layer: Optional[nn.Module]) -> Optional[nn.Module]:
+    """A real layer, to be changed; one with a quantized weight becomes a plain one that holds the values in use."""
+    if not isinstance(layer, (BinaryConv2d, BinaryLinear)) or layer.weight_quantizer is None:
         return copy.deepcopy(layer)
-    plain = copy.deepcopy(layer)
+    if getattr(layer, 'same_pad', False) or getattr(layer, 'pad_value', 0):
+        return copy.deepcopy(layer)  # no plain layer pads like this
+    plain: nn.Module
+    if isinstance(layer, nn.Linear):
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device='meta')
+    else:
+        padding = layer.padding
+        plain = nn.Conv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, padding, layer.dilation,
+            layer.groups, layer.bias is not None, layer.padding_mode, device='meta')
     with torch.no_grad():
-        plain.weight = nn.Parameter(layer.quantized_weight())
-    plain.weight_quantizer, plain.quantize_weight, plain.scale_weight = None, lambda w: w, False
-    return plain
+        plain.weight = nn.Parameter(layer.quantized_weight().clone(), requires_grad=False)
+        plain.bias = copy.deepcopy(layer.bias)
+    return plain.eval()
 
 
 def folded_conv(conv: nn.Conv2d, fusion: Fusion, float_dtype: torch.dtype) -> nn.Module:
