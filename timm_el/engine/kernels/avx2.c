@@ -16,6 +16,7 @@
 #include <time.h>
 
 #define OWN_LAYOUT
+#define LANES 8
 #include "body.h"
 
 #define TILE 4

@@ -12,6 +12,7 @@
 #include <time.h>
 
 #define OWN_DEPTHWISE
+#define LANES 16
 #include "body.h"
 
 #define TILE 6
