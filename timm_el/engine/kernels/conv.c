@@ -247,33 +247,37 @@ static void locate(const stage *s, int oy0, int oy1, int y0) {
     const layer *l = s->l;
     const el_plan *p = l->p;
     const el_window *w = &p->conv;
-    const size_t unit = p->real ? sizeof(float) : sizeof(uint64_t), pixel = (size_t)l->pixel * unit;
-    const char *rows = l->copied ? AT(char, rows_at) : (const char *)s->x;
-    const int border_matters = p->tap_sums != NULL;
-    int i = 0;
+    const size_t pixel = (size_t)l->pixel * (p->real ? sizeof(float) : sizeof(uint64_t)), step = (size_t)w->sw * pixel;
+    const int ow = p->ow, reach = (w->kw - 1) * w->dw, border_matters = p->tap_sums != NULL;
+    const int plain_k = l->taps == 1 && !w->ph && !w->pw && l->width == p->w;
     for (int oy = oy0; oy < oy1; oy++) {
-        const int y = oy * w->sh - w->ph, row_touches = y < 0 || y + (w->kh - 1) * w->dh >= p->h;
-        for (int ox = 0; ox < p->ow; ox++, i++) {
-            const int x = ox * w->sw - w->pw;
-            if (l->copied) /* it starts at input row y0 and column -left, which is where padding starts */
-                AT(const char *, base_at)[i] =
-                    rows + ((size_t)(y - y0) * (size_t)l->width + (size_t)(x + l->left)) * pixel;
-            else if (!l->depthwise)
-                AT(const char *, base_at)[i] = rows + ((size_t)(y - s->x_row0) * (size_t)p->w + (size_t)x) * pixel;
-            AT(uint8_t, border_at)[i] = border_matters && (row_touches || x < 0 || x + (w->kw - 1) * w->dw >= p->w);
-            if (p->has_k)
-                AT(float, scale_at)[i] = l->taps == 1 && y >= 0 && y < p->h && x >= 0 && x < p->w
-                                             ? AT(float, k_at)[(size_t)(y - y0) * (size_t)p->w + (size_t)x]
-                                             : scale_of_input(l, AT(float, k_at), y0, oy, ox);
-            if (p->link_pool) {
-                float *pooled = AT(float, pooled_at) + (size_t)i * (size_t)p->link_c;
-                pool_window(s->link, s->link_row0, p->link_h, p->link_w, p->link_c, &p->pool, p->link_pool, oy, ox, pooled);
-                AT(const float *, links_at)[i] = pooled;
-            } else if (p->link) {
-                AT(const float *, links_at)[i] =
-                    s->link + ((size_t)(oy - s->link_row0) * (size_t)p->link_w + (size_t)ox) * (size_t)p->link_c;
-            }
+        const int y = oy * w->sh - w->ph, first = (oy - oy0) * ow;
+        const char **base = AT(const char *, base_at) + first;
+        /* A copied band starts at input row y0, and its rows where padding starts; else there is no padding. */
+        const char *start = l->copied ? AT(const char, rows_at) + (size_t)(y - y0) * (size_t)l->width * pixel
+                                      : (const char *)s->x + (size_t)(y < 0 ? 0 : y - s->x_row0) * (size_t)p->w * pixel;
+        for (int ox = 0; ox < ow; ox++) base[ox] = start + (size_t)ox * step;
+
+        uint8_t *border = AT(uint8_t, border_at) + first;
+        memset(border, border_matters && (y < 0 || y + (w->kh - 1) * w->dh >= p->h), (size_t)ow);
+        for (int ox = 0; border_matters && ox < ow && ox * w->sw < w->pw; ox++) border[ox] = 1;
+        for (int ox = ow - 1; border_matters && ox >= 0 && ox * w->sw - w->pw + reach >= p->w; ox--) border[ox] = 1;
+
+        for (int ox = 0; p->has_k && ox < ow; ox++)
+            AT(float, scale_at)[first + ox] =
+                plain_k && y < p->h && ox * w->sw < p->w
+                    ? AT(float, k_at)[(size_t)(y - y0) * (size_t)p->w + (size_t)(ox * w->sw)]
+                    : scale_of_input(l, AT(float, k_at), y0, oy, ox);
+
+        const float **links = AT(const float *, links_at) + first;
+        for (int ox = 0; p->link_pool && ox < ow; ox++) {
+            float *pooled = AT(float, pooled_at) + (size_t)(first + ox) * (size_t)p->link_c;
+            pool_window(s->link, s->link_row0, p->link_h, p->link_w, p->link_c, &p->pool, p->link_pool, oy, ox, pooled);
+            links[ox] = pooled;
         }
+        if (!p->link || p->link_pool) continue;
+        const float *link = s->link + (size_t)(oy - s->link_row0) * (size_t)p->link_w * (size_t)p->link_c;
+        for (int ox = 0; ox < ow; ox++) links[ox] = link + (size_t)ox * (size_t)p->link_c;
     }
 }
 
