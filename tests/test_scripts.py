@@ -145,7 +145,7 @@ def test_train_other_models(scripts, images, tmp_path, model):
 
 
 def test_train_with_a_yaml_of_train_cfgs(scripts, images, tmp_path):
-    run(sys.executable, scripts / 'train.py', '-c', ROOT / 'train_cfgs' / 'el_resnet26_cifar10.yaml',
+    run(sys.executable, scripts / 'train.py', '-c', ROOT / 'train_cfgs' / 'el_resnet26_cifar10_short.yaml',
         '--data-dir', images, '--device', 'cpu', '--epochs', '1', '--workers', '0', '-b', '16', '--warmup-epochs', '0',
         '--output', tmp_path, '--experiment', 'run', '--model-kwargs', *NET_ARGS, cwd=tmp_path)
     look_at(tmp_path)

@@ -30,6 +30,7 @@ from .measure.turns import Spread, take_turns
 NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 HELD_OUT = 360  # images, the last fifth
 BATCH_SIZE = 64
+ROUNDS = 11  # of the comparison of latencies
 
 
 class Digits(Dataset):
@@ -134,9 +135,9 @@ def look(name: str, paths: List[str]) -> None:
         'latent': (model, tensor_mb(model)),
         'packed and deployed': (deployed, file.stat().st_size / 1e6)}
     x = torch.randn(1, *size)
-    seconds = take_turns({row: runner(net, x) for row, (net, _) in rows.items()}, rounds=21, settle=True)
+    seconds = take_turns({row: runner(net, x) for row, (net, _) in rows.items()}, ROUNDS, settle=True)
     print(f'\none image, {cpu_name()}, {torch.get_num_threads()} threads, engine {info()["body"]}, '
-          f'medians of 21 rounds:')
+          f'medians of {ROUNDS} rounds:')
     for row, (_, mb) in rows.items():
         print(f'  {row:20} {1e3 * Spread.of(seconds[row]).median:7.2f} ms {mb:7.2f} MB')
 

@@ -64,6 +64,8 @@ def load_images(
         limit: Optional[int] = None,
         batch_size: int = 64,
         workers: int = 0,
+        dataset: str = '',
+        download: bool = False,
 ) -> DataLoader:
     """Images of a folder, prepared as the model's config says.
 
@@ -75,16 +77,19 @@ def load_images(
         limit: How many images, spread evenly over all; None: all of them.
         batch_size: Images in a batch.
         workers: Processes that read.
+        dataset: Kind and name, as for train.py; '' is a folder of images.
+        download: Fetch it first, where timm can.
 
     Raises:
         ValueError: There is no such folder, there are no images, or their classes are not as many as the model's.
     """
     from timm.data import create_dataset, create_transform, resolve_data_config
-    if not Path(data_dir).is_dir():
+    if not download and not Path(data_dir).is_dir():
         raise ValueError(f'data-dir: found no folder {data_dir!r}, expected one with a folder of images per class')
     config = resolve_data_config({'img_size': img_size}, model=model)
-    data = create_dataset('', root=data_dir, split=split, transform=create_transform(**config))
-    classes = len(data.reader.class_to_idx)
+    data = create_dataset(
+        dataset, root=data_dir, split=split, download=download, transform=create_transform(**config))
+    classes = len(getattr(data, 'reader', data).class_to_idx)
     if classes != model.num_classes:
         raise ValueError(
             f'data-dir: found {classes} classes in {data_dir!r}, expected the {model.num_classes} that the model knows')
@@ -121,6 +126,8 @@ def main(argv: List[str]) -> None:
         prog='python -m timm_el eval', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('net', metavar='NET', help=f'{HELP}. Default of the weights: {PRETRAINED}')
     parser.add_argument('--data-dir', required=True, metavar='D', help='the images')
+    parser.add_argument('--dataset', default='', help='as for train.py: torch/cifar10 (default: a folder)')
+    parser.add_argument('--dataset-download', action='store_true', help='fetch it first, where timm can')
     parser.add_argument('--split', default='validation', help='folder in D (default: validation, or D itself)')
     parser.add_argument('--forms', type=forms, default=list(FORMS), metavar='NAMES',
                         help=f'some of {",".join(FORMS)} (default: all)')
@@ -136,7 +143,8 @@ def main(argv: List[str]) -> None:
     net = Net.parse(args.net, PRETRAINED)
     model = net.build()
     images = load_images(
-        model, args.data_dir, args.split, args.img_size, args.limit, args.batch_size, args.workers)
+        model, args.data_dir, args.split, args.img_size, args.limit, args.batch_size, args.workers,
+        args.dataset, args.dataset_download)
     nets = {name: FORMS[name](model) for name in args.forms}
     result = {
         'net': args.net, 'size': args.img_size or model.pretrained_cfg['input_size'][-1], 'limit': args.limit,

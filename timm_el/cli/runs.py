@@ -38,6 +38,8 @@ def load_run(folder: Union[str, Path]) -> nn.Module:
     load_checkpoint(model, str(file))
     # As train.py does it for its validation images.
     config = resolve_data_config(args, model=model)
+    if config['input_size'] != model.pretrained_cfg['input_size']:
+        config['pool_size'] = None
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **config}
     return model
 
