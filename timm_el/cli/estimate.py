@@ -50,12 +50,33 @@ def estimate(
         'cost': None if price is None else hours * gpus * price}
 
 
+def read_config(file: Path) -> Dict[str, Any]:
+    """Options of train.py by name.
+
+    Raises:
+        ValueError: The file is not there, or is no YAML that names model, epochs, batch_size and input_size.
+    """
+    import yaml
+    if not file.is_file():
+        raise ValueError(f'configs: found no file {str(file)!r}, expected a YAML for train.py')
+    try:
+        config = yaml.safe_load(file.read_text())
+    except yaml.YAMLError:
+        config = None
+    needed = ('model', 'epochs', 'batch_size', 'input_size')
+    if not isinstance(config, dict) or set(needed) - set(config):
+        raise ValueError(f'configs: {file} is no YAML with {", ".join(needed)}, expected one for train.py')
+    return config
+
+
 def step_of_bench(file: Path, config: Dict[str, Any], batch_size: int) -> float:
     """Milliseconds of a step that `bench --train --json` measured.
 
     Raises:
-        ValueError: It was another model, batch or image size than the config's.
+        ValueError: There is no such file, or it was another model, batch or image size than the config's.
     """
+    if not file.is_file():
+        raise ValueError(f'bench: found no file {str(file)!r}, expected what bench --train --json printed')
     found = json.loads(file.read_text())
     expected = {'model': config['model'], 'batch': batch_size, 'size': config['input_size'][-1]}
     for name, value in expected.items():
@@ -66,7 +87,6 @@ def step_of_bench(file: Path, config: Dict[str, Any], batch_size: int) -> float:
 
 def main(argv: List[str]) -> None:
     """Estimate and print."""
-    import yaml
     parser = argparse.ArgumentParser(
         prog='python -m timm_el estimate', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('configs', nargs='+', type=Path, metavar='CONFIG', help='YAML of train_cfgs/')
@@ -82,12 +102,7 @@ def main(argv: List[str]) -> None:
     args = parser.parse_args(argv)
     rows = []
     for file in args.configs:
-        if not file.is_file():
-            raise ValueError(f'configs: found no file {str(file)!r}, expected a YAML for train.py')
-        config = yaml.safe_load(file.read_text())
-        missing = {'model', 'epochs', 'batch_size', 'input_size'} - set(config)
-        if missing:
-            raise ValueError(f'{file}: found no {", ".join(sorted(missing))}, expected a YAML for train.py')
+        config = read_config(file)
         ms = args.step_ms
         if args.bench:
             ms = step_of_bench(args.bench, config, args.batch_size or config['batch_size'] // args.gpus)

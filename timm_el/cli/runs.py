@@ -10,7 +10,7 @@ from timm.models import load_checkpoint
 
 from . import create
 
-ARGS, SUMMARY, BEST = 'args.yaml', 'summary.csv', 'model_best.pth.tar'
+ARGS, SUMMARY, LAST = 'args.yaml', 'summary.csv', 'last.pth.tar'
 COLUMNS = ('epoch', 'train_loss', 'eval_loss', 'eval_top1')
 
 
@@ -25,14 +25,16 @@ def read_args(folder: Union[str, Path]) -> Dict[str, Any]:
 
 
 def load_run(folder: Union[str, Path]) -> nn.Module:
-    """The model of a run with its best weights; its config says how the run prepared its images.
+    """The model of a run with the weights of its last epoch; its config says how the run prepared its images.
+
+    Not those of the best epoch: they were chosen on the validation images, and among those since the last resume only.
 
     Raises:
         ValueError: There are no weights yet.
     """
-    args, file = read_args(folder), Path(folder) / BEST
+    args, file = read_args(folder), Path(folder) / LAST
     if not file.is_file():
-        raise ValueError(f'{folder}: found no {BEST}, expected a run of at least one epoch')
+        raise ValueError(f'{folder}: found no {LAST}, expected a run of at least one epoch')
     classes = {} if args['num_classes'] is None else {'num_classes': args['num_classes']}
     model = create(args['model'], **classes, **args['model_kwargs'])
     load_checkpoint(model, str(file))
@@ -40,7 +42,8 @@ def load_run(folder: Union[str, Path]) -> nn.Module:
     config = resolve_data_config(args, model=model)
     if config['input_size'] != model.pretrained_cfg['input_size']:
         config['pool_size'] = None
-    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **config}
+    cfg = {**model.pretrained_cfg, **config, 'num_classes': model.num_classes}
+    model.pretrained_cfg = model.default_cfg = cfg
     return model
 
 

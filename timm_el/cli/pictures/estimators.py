@@ -31,14 +31,14 @@ def slope(name: str, x: torch.Tensor) -> torch.Tensor:
 
 def draw(args: argparse.Namespace) -> 'Figure':
     """Curves on the left, slopes on the right."""
-    x = torch.linspace(-2, 2, 2001)
+    x = torch.arange(-1000, 1001) / 500  # -1 and 1 are among them
     figure, ((curves, slopes),) = new_figure(1, 2, (8, 3))
-    curves.plot(x, sign(x), 'k', lw=1, label='Sign')
+    curves.plot(x.numpy(), sign(x).numpy(), 'k', lw=1, label='Sign')
     for name in args.names:
         gradient = slope(name, x)
         area = torch.cumulative_trapezoid(gradient, x)
-        curves.plot(x[1:], area - area[-1] / 2, label=name)
-        slopes.plot(x, gradient, label=name)
+        curves.plot(x[1:].numpy(), (area - area[-1] / 2).numpy(), label=name)
+        slopes.plot(x.numpy(), gradient.numpy(), label=name)
     curves.set_title('the curve whose slope it takes')
     slopes.set_title('gradient')
     for axis in (curves, slopes):

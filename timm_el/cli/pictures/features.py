@@ -55,11 +55,12 @@ def draw(args: argparse.Namespace) -> 'Figure':
     for row, text in zip(axes, args.nets):
         net = Net.parse(text)
         model = net.build()
-        maps = feature_maps(model, args.layer, prepare(model, image, args.img_size)[None])[0]
+        x = prepare(model, image, args.img_size)
+        maps = feature_maps(model, args.layer, x[None])[0].numpy()
         if not 0 <= min(args.channels) <= max(args.channels) < len(maps):
             raise ValueError(
                 f'channels: found {args.channels}, expected 0 to {len(maps) - 1} at {args.layer} of {text}')
-        row[0].imshow(image.resize((args.img_size, args.img_size)))
+        row[0].imshow(((x - x.min()) / (x.max() - x.min())).permute(1, 2, 0).numpy())
         row[0].set_ylabel(net.label, fontsize=8)
         for axis, channel in zip(row[1:], args.channels):
             axis.imshow(maps[channel], cmap='gray')

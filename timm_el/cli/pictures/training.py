@@ -33,5 +33,5 @@ def draw(args: argparse.Namespace) -> 'Figure':
     for axis in (losses, top1):
         axis.set_xlabel('epoch')
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=7)
     return figure
