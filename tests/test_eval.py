@@ -4,6 +4,7 @@ import json
 import pytest
 import timm
 import torch
+import yaml
 from conftest import randomise
 from PIL import Image
 
@@ -12,7 +13,7 @@ from timm_el.__main__ import main
 from timm_el.cli import eval as verb
 from timm_el.cli.eval import as_packed, show
 from timm_el.cli.nets import Net
-from timm_el.cli.photos import prepare
+from timm_el.cli.photos import label_names, prepare
 
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 MODEL = 'el_resnet26.cifar10'
@@ -108,6 +109,32 @@ def test_nets_come_from_checkpoints_hub_folders_and_recipes(tmp_path):
     assert net.recorded(loaded) == {'top1': 12.5} and net.label == 'hub'
     assert Net.parse('resnet18:el').build().binarize_report.recipe.name == 'el'
     assert Net.parse('resnet18').build().num_classes == 1000
+
+
+def test_a_folder_of_train_py_is_evaluated_as_it_was_trained_and_pushed_with_its_log(tmp_path, capsys):
+    args = {'model': 'el_resnet18', 'model_kwargs': {'recipe': 'bireal'}, 'num_classes': 10, 'input_size': [3, 48, 48],
+            'img_size': None, 'mean': [0.1, 0.2, 0.3], 'std': [0.4, 0.5, 0.6], 'crop_pct': 1.0,
+            'interpolation': 'bilinear', 'epochs': 2, 'amp': False}
+    run = tmp_path / 'run'
+    run.mkdir()
+    (run / 'args.yaml').write_text(yaml.safe_dump(args))
+    with pytest.raises(ValueError, match='found no last.pth.tar, expected a run of at least one epoch'):
+        Net.parse(str(run)).build()
+    torch.manual_seed(0)
+    model = randomise(timm.create_model('el_resnet18', num_classes=10, recipe='bireal')).eval()
+    torch.save({'state_dict': model.state_dict()}, run / 'last.pth.tar')
+    (run / 'summary.csv').write_text('epoch,train_loss,eval_loss,eval_top1\n0,2.5,2.25,12\n1,2.0,1.75,34\n')
+    loaded = Net.parse(str(run)).build()
+    x = torch.randn(2, 3, 48, 48)
+    assert torch.equal(loaded(x), model(x))
+    assert prepare(loaded, Image.new('RGB', (60, 60)))[:, 0, 0].tolist() == pytest.approx([-0.25, -0.4, -0.5])
+    argv = ['push', 'me/net', '--model', str(run), '--folder', str(tmp_path / 'hub'), '--dry-run']
+    assert main([*argv, '--pretrained-cfg', json.dumps({'tag': 'cifar10', 'label_names': CLASSES})]) == 0
+    card = (tmp_path / 'hub' / 'README.md').read_text()
+    assert '| 0 | 2.500 | 2.250 | 12.00 |\n| 1 | 2.000 | 1.750 | 34.00 |' in card
+    pushed = timm_el.from_hub(tmp_path / 'hub').eval()
+    assert torch.allclose(pushed(x), model(x)) and label_names(pushed) == list(CLASSES)
+    assert pushed.pretrained_cfg['input_size'] == (3, 48, 48) and pushed.pretrained_cfg['tag'] == 'cifar10'
 
 
 @pytest.mark.parametrize('argv, message', [

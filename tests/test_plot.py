@@ -48,6 +48,8 @@ def test_a_picture_is_written_as_png_and_named(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(file)
     with Image.open(file) as image:
         assert image.format == 'PNG' and image.size == (400, 150)
+    assert main(['plot', 'estimators', '--output', str(tmp_path / 'nowhere' / 'e.png')]) == 2
+    assert 'output: found no folder' in capsys.readouterr().err
     again = tmp_path / 'again.png'
     main(['plot', 'estimators', '--output', str(again), '--dpi', '50'])
     assert again.read_bytes() == file.read_bytes()

@@ -119,6 +119,9 @@ def show(model: torch.nn.Module, digits: Digits, count: int = 8) -> None:
 def look(name: str, paths: List[str]) -> None:
     """Classify photographs with pretrained weights, and print what that costs beside the float host."""
     model = timm.create_model(name, pretrained=True).eval()
+    file = model.pretrained_cfg.get('file')
+    if not file:
+        raise ValueError(f'pretrained: the weights of {name} are not shipped with this package; try el_resnet26')
     deployed = deploy(model)
     size = own_input_size(model)
     print(f'{name}.{model.pretrained_cfg["tag"]} at {size[-1]} px knows: {", ".join(photos.label_names(model))}')
@@ -129,11 +132,10 @@ def look(name: str, paths: List[str]) -> None:
         print(f'  {path}: ' + ', '.join(f'{label} {100 * p:.0f} %' for label, p in best))
 
     host = timm.create_model(host_name(name, None, None), num_classes=model.num_classes).eval()
-    file = Path(model.pretrained_cfg['file'])
     rows = {
         f'float {host_name(name, None, None)}': (host, tensor_mb(host)),
         'latent': (model, tensor_mb(model)),
-        'packed and deployed': (deployed, file.stat().st_size / 1e6)}
+        'packed and deployed': (deployed, Path(file).stat().st_size / 1e6)}
     x = torch.randn(1, *size)
     seconds = take_turns({row: runner(net, x) for row, (net, _) in rows.items()}, ROUNDS, settle=True)
     print(f'\none image, {cpu_name()}, {torch.get_num_threads()} threads, engine {info()["body"]}, '

@@ -4,6 +4,7 @@ Each picture is a module of `timm_el.cli.pictures` with HELP, `add_arguments(par
 """
 import argparse
 import importlib
+from pathlib import Path
 from typing import List
 
 PICTURES = ('gamma', 'features', 'estimators', 'training', 'tradeoff')
@@ -26,8 +27,10 @@ def main(argv: List[str]) -> None:
         import matplotlib  # noqa: F401
     except ImportError as e:
         raise SystemExit('plot needs matplotlib: pip install "timm-el[plot]"') from e
+    output = Path(args.output or f'{args.picture}.png')
+    if not output.resolve().parent.is_dir():
+        raise ValueError(f'output: found no folder {str(output.parent)!r}, expected one that exists')
     figure = args.draw(args)
-    output = args.output or f'{args.picture}.png'
     # Without the version of matplotlib in it, the same picture is the same file.
     figure.savefig(output, dpi=args.dpi, metadata={'Software': None})
     print(output)
