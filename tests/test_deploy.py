@@ -13,7 +13,8 @@ from timm_el import engine
 from timm_el.engine import DeployedBlock, DeployedConv, DeployedUnit
 from timm_el.layers import BinaryConv2d, BinaryLinear, BinaryUnit, ElasticLink, RPReLU, Shift
 
-RECIPES = [name for name in timm_el.RECIPES if name != 'host']
+REFUSED = ['abc', 'abc_5_5', 'tbn']
+RECIPES = [name for name in timm_el.RECIPES if name not in ('host', *REFUSED)]
 CONVERTED = [
     'regnety_002', 'mobilenetv3_small_050', 'densenet121', 'convnext_atto', 'resnext26ts', 'nf_regnet_b0',
     'resnetv2_50', 'inception_v3', 'tf_efficientnet_b0', 'resnetv2_50x1_bit', 'hrnet_w18_small', 'poolformerv2_s12']
@@ -35,7 +36,7 @@ def net(name: str, seed: int = 0, **kwargs) -> nn.Module:
 
 @torch.no_grad()
 def worst_unit(latent: nn.Module, deployed: nn.Module, x: torch.Tensor) -> float:
-    """Largest difference of a unit's output, each fed what the latent unit is fed, relative to 1 or its largest value."""
+    """Largest difference of any unit's output, each fed what the latent unit is fed, relative to its largest value."""
     seen = {}
     handles = [
         m.register_forward_hook(lambda m, args, out, p=p: seen.setdefault(p, []).append((args[0].clone(), out.clone())))
@@ -75,7 +76,13 @@ def test_each_recipe_deploys(recipe):
     check(net('el_resnet26', recipe=recipe, layers=[1, 1, 1, 1]))
 
 
-@pytest.mark.parametrize('recipe', ['el', 'bireal', 's_resnet_k_sie'])
+@pytest.mark.parametrize('recipe', REFUSED)
+def test_what_takes_more_than_one_product_is_refused_by_name(recipe):
+    with pytest.raises(ValueError, match='layer1.0.conv1: .*more than one xor.*bireal'):
+        timm_el.deploy(net('el_resnet26', recipe=recipe, layers=[1, 1, 1, 1]))
+
+
+@pytest.mark.parametrize('recipe', ['el', 'bireal', 's_resnet_k_sie', 'xnor', 'r2b', 'reactnet'])
 def test_basic_blocks_deploy(recipe):
     check(net('el_resnet18', recipe=recipe))
 
@@ -119,13 +126,16 @@ UNITS = {
     'same': lambda: unit_of(BinaryConv2d(20, 20, 3, 2, same_pad=True, scale_input=True), link=ElasticLink(20, 20, 2)),
     'uneven': lambda: unit_of(BinaryConv2d(20, 20, 4, padding='same')),
     'valid': lambda: unit_of(BinaryConv2d(20, 20, 3, padding='valid', dilation=2)),
-    'grouped K': lambda: unit_of(BinaryConv2d(20, 30, 3, padding=1, groups=5, scale_input=True), norm=nn.BatchNorm2d(30)),
-    'depthwise': lambda: unit_of(BinaryConv2d(20, 20, 5, padding=2, groups=20), norm=nn.BatchNorm2d(20), act=nn.PReLU(20)),
+    'grouped K': lambda: unit_of(
+        BinaryConv2d(20, 30, 3, padding=1, groups=5, scale_input=True), norm=nn.BatchNorm2d(30)),
+    'depthwise': lambda: unit_of(
+        BinaryConv2d(20, 20, 5, padding=2, groups=20), norm=nn.BatchNorm2d(20), act=nn.PReLU(20)),
     'multiplier': lambda: unit_of(BinaryConv2d(20, 60, 3, padding=1, groups=20)),
     'shift': lambda: unit_of(BinaryConv2d(20, 20, 1), pre=Shift(20), post=RPReLU(20)),
     'shift, K': lambda: unit_of(BinaryConv2d(20, 20, 1, scale_input=True), pre=Shift(20)),
     'norm first': lambda: unit_of(BinaryConv2d(20, 20, 3, padding=1), pre=negative_norm(20), post=nn.PReLU()),
-    'group norm': lambda: unit_of(BinaryConv2d(20, 20, 3, padding=1), pre=nn.GroupNorm(1, 20), norm=nn.GroupNorm(4, 20)),
+    'group norm': lambda: unit_of(
+        BinaryConv2d(20, 20, 3, padding=1), pre=nn.GroupNorm(1, 20), norm=nn.GroupNorm(4, 20)),
     'silu': lambda: unit_of(BinaryConv2d(20, 40, 1), norm=nn.BatchNorm2d(40), act=nn.SiLU(), link=ElasticLink(20, 40)),
     'act first': lambda: unit_of(
         BinaryConv2d(20, 20, 1), norm=nn.BatchNorm2d(20), act=nn.ReLU6(), act_first=True, link=ElasticLink(20, 20)),
@@ -135,24 +145,25 @@ UNITS = {
     'pool': lambda: unit_of(BinaryConv2d(20, 9, 2, 2), link=ElasticLink(20, 9, pool=nn.MaxPool2d(2, 2))),
     'odd pool': lambda: unit_of(BinaryConv2d(20, 9, 3, 2, 1), link=ElasticLink(20, 9, pool=nn.AdaptiveMaxPool2d(5))),
     'module link': lambda: unit_of(BinaryConv2d(20, 30, 1), link=nn.Conv2d(20, 30, 1), post=RPReLU(30)),
-    'real': lambda: unit_of(nn.Conv2d(20, 20, 3, 1, 1, groups=20), norm=nn.BatchNorm2d(20), act=nn.ReLU(), act_first=True,
-                            link=ElasticLink(20, 20)),
+    'real': lambda: unit_of(
+        nn.Conv2d(20, 20, 3, 1, 1, groups=20), norm=nn.BatchNorm2d(20), act=nn.ReLU(), act_first=True,
+        link=ElasticLink(20, 20)),
     'real grouped': lambda: unit_of(nn.Conv2d(20, 20, 3, 1, 1, groups=4), norm=nn.BatchNorm2d(20), act=nn.ReLU()),
     'link only': lambda: unit_of(None, link=ElasticLink(20, 9)),
     'weights only': lambda: unit_of(BinaryConv2d(20, 30, 3, padding=1, input_quantizer=None), norm=nn.BatchNorm2d(30)),
+    'weights only, same': lambda: unit_of(
+        BinaryConv2d(20, 30, 3, 2, same_pad=True, input_quantizer=None), norm=nn.BatchNorm2d(30)),
     'standardized': lambda: unit_of(
         timm_el.layers.StandardizedBinaryConv2d(20, 30, 3, padding=1, scale=.3, has_gain=True, scale_input=True)),
 }
 
 
 def negative_norm(channels: int) -> nn.BatchNorm2d:
-    class Half(nn.BatchNorm2d):
-        """Half of the factors negative, one of them 0."""
-    norm = randomise(Half(channels))
+    """A norm half of whose factors are negative, and one 0."""
+    norm = randomise(nn.BatchNorm2d(channels))
     with torch.no_grad():
         norm.weight[::2] *= -1
         norm.weight[3] = 0
-    norm.randomised = True
     return norm
 
 
@@ -189,9 +200,9 @@ def test_linear_units_deploy(options):
 
 def test_a_threshold_for_a_norm_is_the_norms_own():
     """At, just below and just above each channel's threshold the signs are those of the norm."""
-    from timm_el.engine.deploy import _threshold_of
+    from timm_el.engine.fusion import threshold_of
     norm = negative_norm(16).eval()
-    threshold, flip = _threshold_of(norm, 16)
+    threshold, flip = threshold_of(norm, 16)
     up = torch.where(threshold.isnan(), torch.zeros(16), threshold)
     for x in (up, torch.nextafter(up, torch.tensor(1e30)), torch.nextafter(up, torch.tensor(-1e30)), -up,
               torch.full((16,), 1e20), torch.full((16,), -1e20), torch.full((16,), float('nan'))):
@@ -227,7 +238,8 @@ def test_no_float_convolution_runs_for_a_binary_unit():
     counts = {event.key: event.count for event in profile.key_averages()}
     assert not any('conv' in key for key in counts if not key.startswith('timm_el::')), counts
     assert counts['timm_el::chain'] == 8
-    assert counts['timm_el::real_conv2d'] == 5  # stem and downsampling
+    assert counts['timm_el::real_conv2d'] == 6  # stem, downsampling and classifier
+    assert counts['timm_el::pool2d'] == 5 and not any('pool' in key for key in counts if key.startswith('aten'))
 
 
 def test_hosts_ways_of_running_stay():

@@ -210,6 +210,42 @@ def test_opcheck_passes_for_chains():
     torch.library.opcheck(ops.chain, chain_example()[0])
 
 
+POOLS = {
+    'stem': torch.nn.MaxPool2d(3, 2, 1), 'half': torch.nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False),
+    'odd': torch.nn.MaxPool2d((2, 3), (3, 1), (1, 1), (1, 2), ceil_mode=True), 'all': torch.nn.AvgPool2d((7, 5)),
+}
+
+
+@pytest.mark.parametrize('body', [*BODIES, 'reference'])
+@pytest.mark.parametrize('kind', POOLS)
+def test_pools_are_those_of_torch(kind, body):
+    from timm_el.engine.fusion import pool_of
+    engine.use_isa(body)
+    torch.set_num_threads(2)
+    pool, facts = POOLS[kind], pool_of(POOLS[kind])
+    for shape in ((2, 19, 7, 5), (1, 64, 9, 14), (0, 3, 8, 8)):
+        x = torch.randn(shape)
+        x.view(-1)[:1] = float('nan')
+        found = ops.pool2d(x, facts['pool'].ints(), facts['link_pool'], pool.ceil_mode)
+        torch.testing.assert_close(found, pool(x), rtol=1e-6, atol=1e-6, equal_nan=True)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+    arguments = (torch.randn(2, 3, 7, 5), facts['pool'].ints(), facts['link_pool'], pool.ceil_mode)
+    torch.library.opcheck(ops.pool2d, arguments)
+
+
+def test_a_pool_that_makes_no_sense_is_refused():
+    x, window = torch.randn(1, 3, 8, 8), Window((2, 2), (2, 2))
+    for error, message, arguments in (
+            (TypeError, 'dtype', (x.double(), window.ints(), 'max', False)),
+            (ValueError, 'shape', (x[0], window.ints(), 'max', False)),
+            (ValueError, 'mode', (x, window.ints(), 'median', False)),
+            (ValueError, 'window', (x, Window((9, 9)).ints(), 'max', False)),
+            (ValueError, 'window', (x, Window((2, 2), (2, 2), (5, 5)).ints(), 'max', False)),
+            (ValueError, 'window', (x, [0] * 8, 'max', False)), (ValueError, 'window', (x, [1] * 7, 'max', False))):
+        with pytest.raises(error, match=message):
+            ops.pool2d(*arguments)
+
+
 @pytest.mark.parametrize('threads', [1, 2])
 @pytest.mark.parametrize('large', [0, 1 << 40])
 @pytest.mark.parametrize('body', [*BODIES, 'reference'])
@@ -248,7 +284,8 @@ def test_the_operators_compile_and_export():
 def test_weights_that_are_written_to_are_noticed():
     operator, arguments = example()
     before = operator(*arguments)
-    arguments[1].bitwise_xor_(255)
+    spec = ConvSpec.of(arguments[6])
+    arguments[1].copy_(store(-restore(arguments[1], spec, torch.float32), spec, False))
     engine.use_isa('reference')
     expected = operator(*arguments)
     engine.use_isa(None)
@@ -327,7 +364,8 @@ def test_what_does_not_fit_is_refused_by_name():
         (TypeError, 'x: found dtype', dict(x=x.double())), (TypeError, 'x: found dtype', dict(x=x.to(torch.int8))),
         (ValueError, 'x: found shape', dict(x=x[:, :39])), (ValueError, 'x: found shape', dict(x=x[0])),
         (ValueError, 'x: found shape', dict(x=x[:, :, :0])),
-        (ValueError, 'weight: found', dict(weight=weight[:, :-1])), (ValueError, 'weight: found', dict(weight=weight.int())),
+        (ValueError, 'weight: found', dict(weight=weight[:, :-1])),
+        (ValueError, 'weight: found', dict(weight=weight.int())),
         (ValueError, 'weight: found', dict(weight=weight.transpose(1, 2))),
         (ValueError, 'table: found', dict(table=table[:, :-1].contiguous())),
         (TypeError, 'table: found', dict(table=table.double())),

@@ -4,16 +4,18 @@ import copy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import MODELS, positive_shares, randomise
 
 import timm_el
 from timm_el.models.reactnet import checkpoint_filter_fn
+from timm_el.models.resnet import checkpoint_filter_fn as resnet_filter_fn
 
 
 def test_registered_names():
     assert MODELS == [
-        'el_mobilenet_v1', 'el_reactnet_c', 'el_resnet18', 'el_resnet26', 'el_resnet34', 'el_resnet50', 'reactnet_a',
-        'reactnet_c']
+        'bireal_resnet18', 'bireal_resnet34', 'el_mobilenet_v1', 'el_reactnet_c', 'el_resnet18', 'el_resnet26',
+        'el_resnet34', 'el_resnet50', 'reactnet_a', 'reactnet_c', 'reactnet_resnet18']
 
 
 @pytest.mark.parametrize('size', [224, 225, 193])
@@ -147,7 +149,6 @@ def test_official_reactnet_checkpoint_loads_strictly(layout, tmp_path):
 
 def test_official_checkpoint_gives_the_official_blocks_outputs():
     """The official reduction block as two convolutions that are joined, spelled out, on its own keys."""
-    import torch.nn.functional as F
     official = official_state('step1', prefix='')
     model = timm.create_model('reactnet_a').eval()
     model.load_state_dict(checkpoint_filter_fn(official, model))
@@ -171,7 +172,7 @@ def test_official_checkpoint_gives_the_official_blocks_outputs():
 
 @pytest.mark.parametrize('change, message', [
     (lambda s: s.pop('feature.3.bn1.weight'), r'feature.3.bn1.weight: missing'),
-    (lambda s: s.pop('feature.3.binary_pw.weight'), r'feature.3.binary_pw.weights: missing'),
+    (lambda s: s.pop('feature.3.binary_pw.weight'), r'feature.3.binary_pw.weight: missing'),
     (lambda s: s.update({'feature.3.extra': torch.zeros(1)}), 'feature.3.extra: unknown key'),
     (lambda s: s.update({'feature.3.binary_pw.weight': torch.zeros(3, 1)}),
      r'feature.3.binary_pw.weight: found shape \(3, 1\), expected \(128, 128, 1, 1\)'),
@@ -181,3 +182,111 @@ def test_bad_official_checkpoint_is_refused_by_key(change, message):
     change(state)
     with pytest.raises(ValueError, match=message):
         checkpoint_filter_fn(state, timm.create_model('reactnet_a', device='meta'))
+
+
+# ----------------------------------------------------------------- official Bi-Real Net and ReAct-ResNet18 checkpoints
+
+def official_resnet(model: str, layout: str, prefix: str = 'module.') -> dict:
+    """A random state dict under the official names: one block a convolution, 16 in ResNet-18, 32 in ResNet-34."""
+    g = torch.Generator().manual_seed(0)
+    state, react = {}, model.startswith('reactnet')
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g)
+
+    def bn(name, c):
+        state.update({f'{name}.weight': rand(c), f'{name}.bias': rand(c), f'{name}.running_mean': rand(c),
+                      f'{name}.running_var': rand(c).abs() + 0.1, f'{name}.num_batches_tracked': torch.tensor(3)})
+
+    state['conv1.weight'] = rand(64, 3, 7, 7)
+    bn('bn1', 64)
+    width = 64
+    for layer, depth in enumerate([6, 8, 12, 6] if model.endswith('34') else [4, 4, 4, 4]):
+        for block in range(depth):
+            out, f = 64 * 2 ** layer, f'layer{layer + 1}.{block}'
+            if react:
+                state.update({f'{f}.move0.bias': rand(1, width, 1, 1), f'{f}.prelu.weight': rand(out),
+                              f'{f}.move1.bias': rand(1, out, 1, 1), f'{f}.move2.bias': rand(1, out, 1, 1)})
+            w = rand(out, width, 3, 3)
+            state.update({f'{f}.binary_conv.weight': w} if layout == '4-D' else
+                         {f'{f}.binary_conv.weights': w.reshape(-1, 1)})
+            bn(f'{f}.bn1', out)
+            if out != width:
+                state[f'{f}.downsample.1.weight'] = rand(out, width, 1, 1)
+                bn(f'{f}.downsample.2', out)
+            width = out
+    state['fc.weight'], state['fc.bias'] = rand(1000, 512), rand(1000)
+    return {prefix + k: v for k, v in state.items()}
+
+
+RESNETS = [('bireal_resnet18', '(N, 1)'), ('bireal_resnet34', '(N, 1)'), ('reactnet_resnet18', '4-D')]
+
+
+def official_block(o: dict, x: torch.Tensor) -> torch.Tensor:
+    """An official block on its own keys, whichever parts it has."""
+    def bn(name, x):
+        return F.batch_norm(x, *(o[f'{name}.{k}'] for k in ('running_mean', 'running_var', 'weight', 'bias')))
+
+    shortcut = x
+    if 'downsample.1.weight' in o:
+        shortcut = bn('downsample.2', F.conv2d(F.avg_pool2d(x, 2), o['downsample.1.weight']))
+    stride = x.shape[2] // shortcut.shape[2]
+    w = o['binary_conv.weight'] if 'binary_conv.weight' in o else o['binary_conv.weights']
+    w = w.reshape(-1, x.shape[1], 3, 3)
+    a = torch.where(x + o.get('move0.bias', 0) >= 0, 1., -1.)
+    y = bn('bn1', F.conv2d(a, w.abs().mean((1, 2, 3), keepdim=True) * w.sign(), None, stride, 1)) + shortcut
+    return F.prelu(y + o['move1.bias'], o['prelu.weight']) + o['move2.bias'] if 'move1.bias' in o else y
+
+
+@pytest.mark.parametrize('name, layout', RESNETS)
+def test_official_resnet_checkpoint_gives_the_official_blocks_outputs(name, layout, tmp_path):
+    official = official_resnet(name, layout)
+    file = tmp_path / 'model.pth.tar'
+    torch.save({'epoch': 1, 'state_dict': official, 'best_top1_acc': 0.0}, file)
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(file))).eval()
+    assert timm_el.summarize(model).ops / 1e6 == pytest.approx(192.89 if '34' in name else 163.98, rel=1e-3)
+    torch.manual_seed(0)
+    width, blocks = 64, 0
+    for layer in range(1, 5):
+        stage = getattr(model, f'layer{layer}')
+        for block in range(2 * len(stage)):
+            prefix = f'module.layer{layer}.{block}.'
+            o = {k[len(prefix):]: v for k, v in official.items() if k.startswith(prefix)}
+            x = torch.randn(1, width, 16, 16)
+            unit = getattr(stage[block // 2], f'conv{block % 2 + 1}')
+            expected = official_block(o, x)
+            torch.testing.assert_close(unit(x), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+            width, blocks = o['bn1.weight'].numel(), blocks + 1
+    assert blocks == len([k for k in official if 'binary_conv' in k])
+    assert torch.equal(model.fc.weight, official['module.fc.weight'])
+    x = torch.randn(2, 64, 8, 8)  # nothing but the units is left in a block
+    torch.testing.assert_close(model.layer1[0](x), model.layer1[0].conv2(model.layer1[0].conv1(x)))
+
+
+def test_official_resnet_checkpoint_of_the_first_step_and_at_other_doors():
+    official = official_resnet('reactnet_resnet18', '4-D', prefix='')
+    one = timm.create_model('reactnet_resnet18', real_weights=True)
+    one.load_state_dict(resnet_filter_fn(official, one), strict=True)
+    unit = one.layer1[0].conv1
+    assert torch.equal(unit.conv.quantized_weight(), official['layer1.0.binary_conv.weight'])
+    el = timm.create_model('el_resnet18', recipe='reactnet')
+    el.load_state_dict(resnet_filter_fn({'state_dict': official}, el), strict=True)
+    own = el.state_dict()
+    assert resnet_filter_fn(own, el) is own
+
+
+@pytest.mark.parametrize('name, recipe, change, message', [
+    ('bireal_resnet18', 'bireal', lambda s: s.pop('layer2.1.bn1.bias'), 'layer2.1.bn1.bias: missing from'),
+    ('bireal_resnet18', 'bireal', lambda s: s.pop('layer2.1.binary_conv.weights'), 'layer2.1.binary_conv.weight: miss'),
+    ('bireal_resnet18', 'bireal', lambda s: s.update(extra=torch.zeros(1)), 'extra: unknown key'),
+    ('bireal_resnet18', 'bireal', lambda s: s.update({'layer2.1.binary_conv.weights': torch.zeros(5, 1)}),
+     r'layer2.1.binary_conv.weights: found shape \(5, 1\), expected \(128, 128, 3, 3\)'),
+    ('reactnet_resnet18', 'bireal', lambda s: None,
+     "layer1.0.move0.bias: unknown key .* expected the layout of the official nets for recipe 'bireal'"),
+    ('bireal_resnet18', 'reactnet', lambda s: None, "layer1.0.move0.bias: missing .* for recipe 'reactnet'"),
+])
+def test_bad_official_resnet_checkpoint_is_refused_by_key(name, recipe, change, message):
+    state = official_resnet(name, '(N, 1)', prefix='')
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        resnet_filter_fn(state, timm.create_model('el_resnet18', recipe=recipe, device='meta'))

@@ -144,7 +144,18 @@ def test_registered_models_come_back_bit_for_bit(name, tmp_path):
     assert not same(model, twin)
 
 
-@pytest.mark.parametrize('recipe', [r for r in timm_el.RECIPES if r != 'host'])
+SEVERAL_BITS = ('abc_5_5', 'twn', 'ttq')
+
+
+@pytest.mark.parametrize('recipe', SEVERAL_BITS)
+def test_weights_of_several_bits_are_refused_by_name(recipe, tmp_path):
+    model = timm.create_model('el_resnet18', recipe=recipe, num_classes=10)
+    with pytest.raises(ValueError, match=f'{FIRST}.weight: found weights of [25] bits .*one bit a weight; .*bwn'):
+        timm_el.save_packed(model, tmp_path / 'm.safetensors')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('recipe', [r for r in timm_el.RECIPES if r not in ('host', *SEVERAL_BITS)])
 @pytest.mark.parametrize('name', ['el_resnet26', pytest.param('el_resnet50', marks=pytest.mark.slow)])
 def test_recipes_come_back_bit_for_bit(name, recipe, tmp_path):
     torch.manual_seed(0)

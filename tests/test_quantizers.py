@@ -6,6 +6,7 @@ import torch
 
 from timm_el.quantizers import (
     QUANTIZERS,
+    WEIGHT_QUANTIZERS,
     approx_sign,
     approx_sign_definition,
     get_quantizer,
@@ -120,4 +121,5 @@ def test_unknown_quantizer_is_named():
     with pytest.raises(ValueError, match=r"input_quantizer: unknown quantizer 'foo', expected one of 'ste', 'approx'"):
         get_quantizer('foo', 'input_quantizer')
     assert get_quantizer(None)(x := torch.randn(3)) is x
-    assert set(QUANTIZERS) == {'ste', 'approx', None}
+    assert set(QUANTIZERS) == {'ste', 'approx', 'ternary', 'tanh', None}
+    assert set(WEIGHT_QUANTIZERS) == {'ste', 'approx', 'twn', None}

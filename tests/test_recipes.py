@@ -33,6 +33,16 @@ def test_json_round_trip(name):
         recipe.name = 'other'
 
 
+def test_fingerprints_and_json_of_older_recipes_are_what_they_were():
+    """Checkpoints carry them; fields that came later show only where a recipe uses them."""
+    codes = {
+        'host': 32759, 's_resnet': 7861, 'baseline': 35542, 'el_3': 36575, 'el': 32118,
+        'first_float': 44126, 'first_el_minus': 49544, 'bireal': 40603, 'el_mobilenet': 38400}
+    assert {name: RECIPES[name].code for name in codes} == codes
+    assert {'pre', 'bases', 'scale_output', 'scale_weight_grad'}.isdisjoint(RECIPES['el'].to_dict())
+    assert RECIPES['abc'].to_dict()['bases'] == [1, 1]
+
+
 def fingerprint(name: str):
     """Output, input gradient and parameter gradients by name, of a tiny bottleneck net with given weights."""
     torch.manual_seed(0)
@@ -101,6 +111,14 @@ def test_role_of_a_shape(shape, role):
     (dict(residual='no'), "residual: found 'no', expected True or False"),
     (dict(link=5), 'link: found 5, expected a sequence of roles'),
     (dict(input_quantizer=['ste']), r"input_quantizer: found \['ste'\]"),
+    (dict(pre='batch'), r"pre: found 'batch', expected one of \(None, 'norm', 'shift'\)"),
+    (dict(scale_output='K'), "scale_output: found 'K', expected one of"),
+    (dict(bases=(1,)), r'bases: found \(1,\), expected two positive integers'),
+    (dict(bases=(0, 2)), r'bases: found \(0, 2\), expected two positive integers'),
+    (dict(bases=5), r'bases: found 5, expected \(M, N\)'),
+    (dict(bases=(1, 1), input_quantizer='approx'), "bases: the bases of an input are signs, found .*'approx'"),
+    (dict(weight_quantizer='ternary'), "weight_quantizer: unknown quantizer 'ternary', expected .*'twn'"),
+    (dict(weight_quantizer='twn'), "weight_quantizer: 'twn' is for real inputs, .*pass input_quantizer=None"),
 ])
 def test_bad_recipe_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -13,6 +13,7 @@ from .summary import summarize
 from .version import __version__
 
 __all__ = [
-    '__version__', 'binarize', 'CheckpointError', 'deploy', 'engine', 'from_hub', 'load_float', 'load_packed', 'models', 'pack_state_dict',
-    'push_to_hub', 'Recipe', 'RECIPES', 'save_for_hub', 'save_packed', 'summarize', 'unpack_state_dict',
+    '__version__', 'binarize', 'CheckpointError', 'deploy', 'engine', 'from_hub', 'load_float', 'load_packed', 'models',
+    'pack_state_dict', 'push_to_hub', 'Recipe', 'RECIPES', 'save_for_hub', 'save_packed', 'summarize',
+    'unpack_state_dict',
 ]

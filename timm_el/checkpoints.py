@@ -6,13 +6,13 @@ converted one or of a model inside another by the hook of `guard_loading`, `pret
 import os
 import re
 from collections import OrderedDict
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.models import clean_state_dict, load_state_dict
 
-from .layers import expected_statistics, weight_scale
+from .layers import BinaryUnit, expected_statistics, weight_scale
 from .packed import (
     CheckpointError,
     binary_layers,
@@ -22,7 +22,7 @@ from .packed import (
     unpack_state_dict,
     write_signs,
 )
-from .quantizers import sign
+from .quantizers import sign, ttq_levels
 
 __all__ = [
     'CheckpointError', 'CheckedLoading', 'check_state_dict', 'float_to_latent', 'load_float', 'load_packed',
@@ -130,9 +130,13 @@ def float_to_latent(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Di
         for index in (1, 0):
             for key in [k for k in renamed if k.startswith(f'{prefix}{index}.')]:
                 renamed[f'{prefix}{index + 1}.{key[len(prefix) + 2:]}'] = renamed.pop(key)
+    new = _new_keys(model)
     for key, value in own.items():
-        if key not in renamed and (key.endswith(('.gamma', '.num_batches_tracked')) or '.pre.' in key):
+        if key not in renamed and (key.endswith('.num_batches_tracked') or key in new):
             renamed[key] = value
+        weight = f'{key[:-len("levels")]}weight' if key.endswith('.conv.levels') else None
+        if weight in renamed:
+            renamed[key] = ttq_levels(renamed[weight])
     for row in model.binarize_report.rows:
         # The host's statistics are those of another tensor.
         if row.act == 'in branch' and row.norm and f'{moved[row.norm]}.running_mean' in own:
@@ -144,6 +148,18 @@ def float_to_latent(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Di
             mean, var = expected_statistics(weight, act)
             renamed[f'{norm_path}.running_mean'], renamed[f'{norm_path}.running_var'] = mean, var
     return renamed
+
+
+def _new_keys(model: nn.Module) -> Set[str]:
+    """Tensors that the recipe added to the host."""
+    keys = {key for key in model.state_dict() if '.new_norm.' in key or '.new_act.' in key}
+    for path, unit in model.named_modules():
+        if isinstance(unit, BinaryUnit):
+            for slot in ('pre', 'scale', 'post', 'act'):
+                module = getattr(unit, slot)
+                keys.update(f'{path}.{slot}.{key}' for key in (module.state_dict() if module is not None else ()))
+            keys.update(f'{path}.{key}' for key in ('link.gamma', 'conv.shift', 'conv.beta'))
+    return keys
 
 
 def load_float(model: nn.Module, checkpoint: Union[str, Dict[str, torch.Tensor]]) -> nn.Module:
@@ -269,7 +285,7 @@ def _raise_mismatch(module: nn.Module, missing: List[str], unknown: List[str], p
 
 def _belongs_to_recipe(key: str) -> bool:
     """True for tensors that some recipes have and others have not."""
-    return re.search(r'(^|\.)(link|pre|post|conv|norm|downsample|bn\d*)\.', key) is not None
+    return re.search(r'(^|\.)(link|pre|post|conv|norm|downsample|bn\d*|scale|act|new_norm|new_act)\.', key) is not None
 
 
 def _shape_hint(key: str, found: Tuple[int, ...], expected: Tuple[int, ...], model: nn.Module) -> str:

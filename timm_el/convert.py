@@ -9,6 +9,7 @@ import fnmatch
 import math
 from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -25,11 +26,15 @@ from .layers import (
     BinaryLinear,
     BinaryUnit,
     ElasticLink,
+    RPReLU,
+    Shift,
     StandardizedBinaryConv2d,
     ZeroShortcut,
     expected_statistics,
     guard_input,
 )
+from .methods import Gate, LearnedScale, MultiBaseConv2d, TrainedTernaryConv2d
+from .quantizers import BITS
 from .recipes import Recipe, get_recipe, role_of_shape
 from .report import EXEMPT, Report, ReportRow
 from .shapes import WEIGHTED, LayerRun, own_input_size, run_layers
@@ -75,6 +80,7 @@ def _norm_after_act(norm: Optional[nn.Module], act: nn.Module, conv: nn.Module) 
     return twin
 
 
+PRE = {'norm': nn.BatchNorm2d, 'shift': Shift}
 STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
@@ -83,15 +89,25 @@ def _pads_same(layer: nn.Module) -> bool:
     return isinstance(layer, Conv2dSame) or bool(getattr(layer, 'same_pad', False))
 
 
-def _binary_form(layer: nn.Module) -> Optional[Callable[..., nn.Module]]:
-    """What makes the binary form of a layer, None if there is none, because its class has a forward of its own."""
+def _binary_form(layer: nn.Module, recipe: Recipe) -> Union[Callable[..., nn.Module], str]:
+    """What makes the binary form of a layer, or why there is none."""
     cls = type(layer)
     if issubclass(cls, nn.Linear):
-        return BinaryLinear.from_linear if cls.forward is nn.Linear.forward or _is_timm_linear(cls) else None
-    if cls in STANDARDIZED:
-        return StandardizedBinaryConv2d.from_conv
-    plain = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
-    return BinaryConv2d.from_conv if plain or cls is Conv2dSame else None
+        known = cls.forward is nn.Linear.forward or _is_timm_linear(cls)
+        form = BinaryLinear.from_linear
+    else:
+        plain = cls.forward is nn.Conv2d.forward and cls._conv_forward is nn.Conv2d._conv_forward
+        known = plain or cls is Conv2dSame or cls in STANDARDIZED
+        form = StandardizedBinaryConv2d.from_conv if cls in STANDARDIZED else BinaryConv2d.from_conv
+    if not known:
+        return f'{cls.__name__} has a forward of its own'
+    own = recipe.bases or recipe.weight_quantizer == 'ttq'  # convolutions of their own
+    around = recipe.pre or recipe.scale_output or recipe.act in ('prelu', 'rprelu')  # on axis 1
+    if own and form != BinaryConv2d.from_conv or around and issubclass(cls, nn.Linear):
+        return f'recipe {recipe.name!r} has no form of a {cls.__name__}'
+    if recipe.bases:
+        return partial(MultiBaseConv2d.from_conv, bases=recipe.bases)
+    return TrainedTernaryConv2d.from_conv if recipe.weight_quantizer == 'ttq' else form
 
 
 def _is_timm_linear(cls: type) -> bool:
@@ -115,7 +131,7 @@ class _Plan:
         self.revived: List[str] = []
         self.hopeless: List[str] = []
         self.recipe = recipe
-        self.input_size = input_size or own_input_size(model)
+        self.input_size = input_size or tuple((like or {}).get('input_size') or own_input_size(model))
         self.runs: Dict[str, LayerRun] = {}
         self.edits: Dict[str, nn.Module] = {}
         self.moved: Dict[str, str] = {}
@@ -123,6 +139,8 @@ class _Plan:
         self.hosts: Dict[str, nn.Module] = {}
         self.notes: List[str] = []
         self.renewed_norms = 0
+        self.dropped_norms: Dict[str, Tuple[str, nn.Module]] = {}
+        self.ends: Tuple[str, ...] = ()
         self.pooled_norms: List[nn.Module] = []
         self.kept = self._match(keep)
         self.shared = _shared_weights(model)
@@ -179,20 +197,45 @@ class _Plan:
         followers = {a.conv: a.conv if traced else b.conv for a, b in zip(chains, [*chains[1:], chains[-1]])}
         if not traced:
             followers.pop(chains[-1].conv)
+        self.ends = self._find_ends(network) if self.recipe.act == 'ends' and not traced else ()
         for found in network.blocks:
             self._plan_block(found, reasons, followers, traced)
+        if self.ends:
+            self._plan_norm_of_stem(network)
         for path in network.acts if traced and self.recipe.act != 'keep' else ():
             module = get_module(self.model, path)
             _refuse_hooks(path, module)
             self.edits.setdefault(path, _split_norm_act(module)[0] if _split_norm_act(module)[1] else nn.Identity())
         root = network.blocks[0]
-        if self.recipe.input_quantizer and self.recipe.act == 'drop' and root.block.pool:
+        if self.recipe.input_quantizer and self.recipe.act in ('drop', 'prelu', 'rprelu') and root.block.pool:
             pool = get_module(self.model, join_path(root.path, root.block.pool))
             if any(isinstance(m, nn.MaxPool2d) for m in pool.modules()):
                 self.pooled_norms.append(get_module(self.model, root.chains[-1].norm))
         images = network.image_conv if traced else chains[0].conv
         if self.recipe.binarizes and images is not None:
             self.guards.append((get_module(self.model, images), 1 if traced else self._stride(network)))
+
+    def _find_ends(self, network: Network) -> Tuple[str, ...]:
+        """Convolutions whose activation stays with act='ends': the stem's, and the last, if it shares it with none."""
+        stem, last = network.blocks[0].chains[-1], network.chains[-1]
+        if last.act is not None and sum(chain.act == last.act for chain in network.chains) > 1:
+            self.notes.append(f'{last.act}: other layers of its block share it, the last activation is dropped too')
+            return (stem.conv,)
+        return (stem.conv, last.conv)
+
+    def _plan_norm_of_stem(self, network: Network) -> None:
+        """A new norm behind the stem's activation and pool, in front of the first sign."""
+        root = network.blocks[0]
+        stem = root.chains[-1]
+        conv = get_module(self.model, stem.conv)
+        pool = join_path(root.path, root.block.pool) if root.block.pool else None
+        place = pool if pool and not stem.conv.startswith(pool) else stem.act or stem.norm
+        if place is None:
+            return
+        host, name = self.edits.get(place) or get_module(self.model, place), 'pool' if place == pool else 'act'
+        norm = _new(nn.BatchNorm2d, conv.out_channels, conv)
+        self.edits[place] = nn.Sequential(OrderedDict([(name, host), ('new_norm', norm)]))
+        self.moved[place] = f'{place}.{name}'
 
     def _why_kept(self, chain: Chain, reason: Optional[str]) -> Optional[Tuple[str, bool]]:
         """Why a chain's convolution stays as it is, and whether it could be converted; None if it is converted."""
@@ -203,9 +246,8 @@ class _Plan:
             return f'its weight is used at {self.shared[chain.conv]} too', False
         if reason is not None:
             return reason, reason in (*EXEMPT, 'squeeze-excite')
-        if _binary_form(conv) is None:
-            return f'{type(conv).__name__} has a forward of its own', False
-        return None
+        form = _binary_form(conv, self.recipe)
+        return (form, False) if isinstance(form, str) else None
 
     def _plan_block(
             self,
@@ -234,7 +276,7 @@ class _Plan:
             reason = reasons[chain.conv]
             if reason:
                 # Its activation may stay if no sign comes next, where it is shared: after any of its places.
-                self._plan_kept(chain, *reason, keep_act=not traced and all(
+                self._plan_kept(chain, *reason, keep_act=chain.conv in self.ends or not traced and all(
                     stays(other) for other in found.chains if other.act == chain.act))
             else:
                 self._plan_unit(chain, link, host_skip=found.block.per_conv and not per_conv)
@@ -251,10 +293,13 @@ class _Plan:
         """A float convolution outside any unit; only its activation may move."""
         norm, act, fate = self._norm_and_act(chain, keep_act)
         if act is not None and chain.norm is None:
-            fate = 'dropped'  # there is no norm that it could stand in front of
-        elif act is not None and self.recipe.act == 'branch':
-            norm = self._renew(norm, act, get_module(self.model, chain.conv))
-            norm = nn.Sequential(OrderedDict(act=act, norm=norm))
+            fate = 'dropped'  # there is no norm that it could stand at
+        elif act is not None:
+            if self.recipe.act == 'branch':
+                norm = self._renew(norm, act, get_module(self.model, chain.conv))
+                norm = nn.Sequential(OrderedDict(act=act, norm=norm))
+            else:
+                norm = nn.Sequential(OrderedDict(norm=norm, new_act=act))
             self.moved[chain.norm] = f'{chain.norm}.norm'
         if chain.norm and norm is not get_module(self.model, chain.norm):
             self.edits[chain.norm] = norm
@@ -281,14 +326,14 @@ class _Plan:
             elif not recipe.elastic and len(set(_channels(host))) > 1:
                 why = 'no link: the recipe\'s links keep the channel count'
             else:
-                link = ElasticLink.for_conv(host, recipe.gamma, _pads_same(host))
+                link = ElasticLink.for_conv(host, recipe.gamma if recipe.elastic else None, _pads_same(host))
                 why = '' if link is not None else 'no link: no pooling has its output size'
         if link is None:
             kind = None
         elif isinstance(link, ElasticLink):
             kind = link.kind
             link.train(host.training).requires_grad_(host.weight.requires_grad)
-        norm, act, fate = self._norm_and_act(chain)
+        norm, act, fate = self._norm_and_act(chain, chain.conv in self.ends, unit=True)
         conv: Optional[nn.Module] = host
         if role in recipe.omit:
             status, why, conv, norm, act = 'omitted', f'recipe.omit has {role!r}', None, None, None
@@ -298,19 +343,31 @@ class _Plan:
             status, why = 'real', f'recipe.real has {role!r}' if recipe.binarizes else 'the recipe binarizes nothing'
         else:
             same = {'same_pad': True} if _pads_same(host) else {}
-            conv = _binary_form(host)(
+            conv = _binary_form(host, recipe)(
                 host, input_quantizer=recipe.input_quantizer, weight_quantizer=recipe.weight_quantizer,
-                scale_weight=recipe.scale_weight, scale_input=role in recipe.scale_input, **same)
-            status = (
-                'binarized' if conv.is_binary else 'binary inputs' if recipe.input_quantizer else 'binary weights')
-        if act is not None:
+                scale_weight=recipe.scale_weight, weight_scale_grad=recipe.scale_weight_grad,
+                scale_input=role in recipe.scale_input, **same)
+            status = _status(conv)
+        signed = getattr(conv, 'input_quantizer', None) is not None
+        act_first = recipe.act == 'branch' and act is not None
+        if act_first:
             norm = self._renew(norm, act, conv)
         tail = self._take_tail(chain) if link is not None and conv is not None else None
-        pre = None
-        if chain.shift and recipe.act != 'keep' and getattr(conv, 'input_quantizer', None) is not None:
+        pre = post = scale = None
+        if chain.shift and recipe.act != 'keep' and signed:
             pre = new_norm(host, not host.weight.requires_grad)
             why = why or 'an activation that cannot be moved comes before it: a new norm shifts the input of the sign'
-        unit = BinaryUnit(conv, norm, act, link, pre, tail=tail, act_first=act is not None)
+        elif signed and recipe.pre:
+            pre = _new(PRE[recipe.pre], host.in_channels, host)
+        norm_goes = norm is not None and signed and recipe.pre == 'norm'
+        if norm_goes:
+            self.dropped_norms[chain.conv] = (chain.norm, norm)
+            norm = None
+        if signed and recipe.scale_output:
+            scale = self._output_scale(chain, host)
+        if recipe.act == 'rprelu' and conv is not None:
+            post = _new(RPReLU, host.out_channels, host)
+        unit = BinaryUnit(conv, norm, act, link, pre, post, tail, act_first, scale)
         unit.training = host.training
         self.units += 1
         self.edits[chain.conv] = unit
@@ -319,7 +376,7 @@ class _Plan:
         self.moved[chain.conv] = '' if omitted else f'{chain.conv}.conv'
         if chain.norm:
             self.edits[chain.norm] = nn.Identity()
-            self.moved[chain.norm] = '' if omitted else f'{chain.conv}.norm'
+            self.moved[chain.norm] = '' if omitted or norm_goes else f'{chain.conv}.norm'
         self._row(
             chain.conv, status, why, role=role, link=kind, scale_input=bool(getattr(conv, 'scale_input', False)),
             norm=chain.norm, act=fate)
@@ -330,7 +387,7 @@ class _Plan:
         return chain.role or role_of_shape(*_channels(conv), *geometry)
 
     def _norm_and_act(
-            self, chain: Chain, keep_act: bool = False,
+            self, chain: Chain, keep_act: bool = False, unit: bool = False,
     ) -> Tuple[Optional[nn.Module], Optional[nn.Module], Optional[str]]:
         """Norm and branch activation of a chain as they shall be, and the activation's fate."""
         norm = get_module(self.model, chain.norm)
@@ -338,16 +395,34 @@ class _Plan:
         separate = act is None and chain.act is not None
         if separate:
             act = get_module(self.model, chain.act)
-        if act is None or isinstance(act, nn.Identity):
-            return norm, None, None
+        none = act is None or isinstance(act, nn.Identity)
         if keep_act or self.recipe.act == 'keep':
-            return norm, None, 'kept'
-        if separate:
+            return norm, None, None if none else 'kept'
+        if separate and not none:
             self.edits[chain.act] = nn.Identity()
-        if self.recipe.act == 'drop':
-            return plain, None, 'dropped'
+        if self.recipe.act == 'prelu' and (unit or not none):
+            conv = get_module(self.model, chain.conv)
+            return plain, _new(nn.PReLU, _channels(conv)[1], conv), 'replaced'
+        if none:
+            return norm, None, None
+        if self.recipe.act != 'branch':
+            return plain, None, 'replaced' if self.recipe.act == 'rprelu' and unit else 'dropped'
         # Hosts share one activation between several chains.
         return plain, copy.deepcopy(act) if separate else act, 'in branch'
+
+    def _output_scale(self, chain: Chain, conv: nn.Conv2d) -> nn.Module:
+        """The learned factor of a convolution's output."""
+        if self.recipe.scale_output == 'gate':
+            return _new(Gate, conv.in_channels, conv, out_channels=conv.out_channels)
+        if self.recipe.scale_output == 'channel':
+            return _new(LearnedScale, conv.out_channels, conv)
+        if chain.conv not in self.runs:
+            image = 'x'.join(map(str, self.input_size)) if self.input_size else 'that it was tried on'
+            raise ValueError(
+                f'{chain.conv}: recipe {self.recipe.name!r} learns a factor for each row and column of its output, but '
+                f'it does not run on the image {image}; pass example_input, keep={chain.conv!r}, or '
+                f"scale_output='channel' (recipe 'xnor_pp_channel'), which needs no size")
+        return _new(LearnedScale, conv.out_channels, conv, size=self.runs[chain.conv].output[-2:])
 
     def _renew(self, norm: Optional[nn.Module], act: nn.Module, conv: nn.Module) -> Optional[nn.Module]:
         renewed = _norm_after_act(norm, act, conv)
@@ -424,6 +499,15 @@ class _Plan:
         if self.renewed_norms:
             notes.append(
                 f'running statistics of {self.renewed_norms} norms start anew, because their activation moved in front')
+        if self.dropped_norms:
+            notes.append(
+                f'{len(self.dropped_norms)} norms of the host are gone: the recipe normalizes in front of the sign')
+        if self.recipe.scale_output == 'rank1' and self.units:
+            notes.append(
+                f'factors of rows and columns are for images of {"x".join(map(str, self.input_size))} and interpolated '
+                f"at other sizes; pass example_input for one of them, or scale_output='channel' for none")
+        if self.recipe.act == 'ends' and not self.ends and self.units:
+            notes.append("act='ends': the stem of this host is not known, all activations are dropped")
         return Report(
             self.recipe, [self.rows[p] for p in self.order], notes, self.moved, self.input_size, self.keep,
             tuple(self.revived), tuple(self.hopeless))
@@ -470,7 +554,10 @@ class _Plan:
                 unit.pre = new_norm(unit.conv, not unit.conv.weight.requires_grad)
         for path in self.hopeless:
             unit = self.model.get_submodule(path)
-            unit.conv, unit.pre = self.hosts[path], None
+            unit.conv, unit.pre, unit.scale = self.hosts[path], None, None
+            if path in self.dropped_norms:
+                norm_path, unit.norm = self.dropped_norms.pop(path)
+                self.moved[norm_path] = f'{path}.norm'
             self.rows[path] = replace(
                 self.rows[path], status='real', scale_input=False, possible=False,
                 reason='its input does not vary, a norm before the sign would not help')
@@ -490,6 +577,21 @@ def _shift_before_pool(norm: Optional[nn.Module]) -> None:
         return
     if not norm.bias.any() and (norm.weight == 1).all() and (running == 1).all():
         norm.bias.fill_(POOLED_BIAS)
+
+
+def _status(conv: nn.Module) -> str:
+    """A converted layer's status in the report."""
+    if conv.binary_products:
+        return 'binarized'
+    quantizer, what = (conv.input_quantizer, 'inputs') if conv.input_quantizer else (conv.weight_quantizer, 'weights')
+    kinds = {1: 'binary', 2: 'ternary'}
+    return f'{kinds.get(BITS.get(quantizer), quantizer)} {what}'
+
+
+def _new(make: Callable[..., nn.Module], channels: int, layer: nn.Module, **kwargs: Any) -> nn.Module:
+    """A new module beside a host's layer: on its device, in its dtype and mode, and frozen if it is."""
+    module = make(channels, device=layer.weight.device, dtype=layer.weight.dtype, **kwargs)
+    return module.train(layer.training).requires_grad_(layer.weight.requires_grad)
 
 
 def _channels(layer: nn.Module) -> Tuple[int, int]:

@@ -2,7 +2,7 @@
 
 One mechanism serves every method: a `BinaryUnit` computes the paper's equation 4,
 
-    unit(x) = post( branch(x) + link(x) )        branch = pre -> conv -> norm and act, in the recipe's order
+    unit(x) = post( branch(x) + link(x) )        branch = pre -> conv -> scale -> norm and act, in the recipe's order
 
 where `conv` is usually a `BinaryConv2d`, which signs its input and its weight, and `link` an `ElasticLink`, which
 carries the real-valued input around it. Binarization adds no other wrapper to a network.
@@ -16,7 +16,8 @@ import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .quantizers import ESTIMATORS, get_quantizer, is_symbolic, lean
+from .quantizers import BITS, ESTIMATORS, WEIGHT_QUANTIZERS, get_quantizer, is_symbolic, lean
+from .quantizers import wide_float as _wide_float
 
 __all__ = [
     'weight_scale', 'input_scale', 'BinaryConv2d', 'StandardizedBinaryConv2d', 'BinaryLinear', 'ElasticLink',
@@ -26,19 +27,21 @@ __all__ = [
 PAD_VALUES = (-1, 0, 1)
 
 
-def weight_scale(weight: torch.Tensor) -> torch.Tensor:
+def weight_scale(weight: torch.Tensor, grad: bool = False) -> torch.Tensor:
     """Scale of a binary weight: alpha = mean(abs(W)) per output channel (paper, eq. 3; XNOR-Net).
 
     The mean is taken in float64, because a float32 mean over +-alpha need not give alpha back, and then a packed file
-    would change each time that it is written again. No gradient flows through alpha.
+    would change each time that it is written again.
 
     Args:
         weight: Latent weight (O, ...).
+        grad: Let gradient flow through alpha.
 
     Returns:
         Tensor (O,) of the weight's dtype.
     """
-    return weight.detach().abs().flatten(1).mean(1, dtype=_wide_float(weight)).to(weight.dtype)
+    weight = weight if grad else weight.detach()
+    return weight.abs().flatten(1).mean(1, dtype=_wide_float(weight)).to(weight.dtype)
 
 
 def input_scale(
@@ -69,7 +72,7 @@ def input_scale(
 
 class _Quantized(nn.Module):
     """What `BinaryConv2d` and `BinaryLinear` share: two quantizers and two scales."""
-    __jit_unused_properties__ = ['is_binary']
+    __jit_unused_properties__ = ['is_binary', 'weight_bits', 'binary_products']
 
     def _set_quantization(
             self,
@@ -78,30 +81,52 @@ class _Quantized(nn.Module):
             scale_weight: bool,
             scale_input: bool,
             input_scale_grad: bool,
+            weight_scale_grad: bool,
     ) -> None:
         self.input_quantizer = input_quantizer
         self.weight_quantizer = weight_quantizer
         self.quantize_input = get_quantizer(input_quantizer, 'input_quantizer')
-        self.quantize_weight = get_quantizer(weight_quantizer, 'weight_quantizer')
-        self.scale_weight = scale_weight and weight_quantizer is not None
+        self.quantize_weight = get_quantizer(weight_quantizer, 'weight_quantizer', WEIGHT_QUANTIZERS)
+        # Ternary weights bring their own scale.
+        self.scale_weight = scale_weight and weight_quantizer in ('ste', 'approx')
         self.scale_input = scale_input and input_quantizer is not None
         self.input_scale_grad = input_scale_grad
+        self.weight_scale_grad = weight_scale_grad
         self.scale_shape = [-1] + [1] * (self.weight.dim() - 1)
+        self.has_lean_form = weight_quantizer in ESTIMATORS
 
     @property
     def is_binary(self) -> bool:
-        """True if weight and input are both binary, so that the layer can run as xor and popcount."""
-        return self.input_quantizer is not None and self.weight_quantizer is not None
+        """True if weight and input are both signs, so that the layer can run as one xor and popcount."""
+        return self.binary_products == 1
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a weight: 1 for signs, 2 for ternary weights, 0 if it is real."""
+        return BITS.get(self.weight_quantizer, 0)
+
+    @property
+    def binary_products(self) -> int:
+        """Products of +-1 and +-1 in one multiply-accumulate: the bits of the input times those of the weight."""
+        return BITS.get(self.input_quantizer, 0) * self.weight_bits
 
     def latent_weight(self) -> torch.Tensor:
         """What the sign is taken of."""
         return self.weight
 
+    def alpha(self) -> torch.Tensor:
+        """Scale of the binary weight, (O,)."""
+        return weight_scale(self.weight, self.weight_scale_grad)
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The input in use: Sign(x), or the real input where there is no quantizer."""
+        return self.quantize_input(x)
+
     def quantized_weight(self) -> torch.Tensor:
         """The weight in use: alpha * Sign(W), or the real weight where there is no quantizer."""
         weight = self.quantize_weight(self.latent_weight())
         if self.scale_weight:
-            weight = weight * weight_scale(self.weight).reshape(self.scale_shape)
+            weight = weight * self.alpha().reshape(self.scale_shape)
         return weight
 
     def _share_parameters(self, source: nn.Module):
@@ -156,12 +181,15 @@ class _QuantizedConv2d(torch.autograd.Function):
             (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]))
         if grad_x is not None:
             grad_x = of_input.gradient_of_code(code, grad_x.to(ctx.dtype))
+        grad_alpha = None
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
+            if ctx.needs_input_grad[2]:
+                grad_alpha = (grad_weight * lean(weight, ctx.weight_quantizer)).flatten(1).sum(1).reshape_as(alpha)
             grad_weight = of_weight.gradient(weight, grad_weight if alpha is None else grad_weight * alpha)
         if grad_bias is not None:
             grad_bias = grad_bias.to(ctx.bias_dtype)
-        return grad_x, grad_weight, None, grad_bias, None, None, None, None, None, None
+        return grad_x, grad_weight, grad_alpha, grad_bias, None, None, None, None, None, None
 
 
 class BinaryConv2d(_Quantized, nn.Conv2d):
@@ -172,18 +200,21 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
     with alpha = mean(abs(W)) per output channel (`weight_scale`) and K the local mean of abs(x) (`input_scale`). The
     parameter `weight` is the *latent* real weight. The input is signed first and padded afterwards.
 
-    Gradient: that of the quantizers' estimators; none through alpha, none through K unless `input_scale_grad`.
+    Gradient: that of the quantizers' estimators; none through alpha unless `weight_scale_grad`, none through K unless
+    `input_scale_grad`.
 
     Shapes: x (N, C_in, H, W) float -> (N, C_out, H', W'), H' and W' as for `torch.nn.Conv2d`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
             As for `torch.nn.Conv2d`, in the same order.
-        input_quantizer: 'ste', 'approx', or None for a real input.
-        weight_quantizer: 'ste', 'approx', or None for a real weight (stage one of two-stage training).
-        scale_weight: Apply alpha. Without effect on a real weight.
+        input_quantizer: 'ste', 'approx', 'ternary', 'tanh' (`quantizers.QUANTIZERS`), or None for a real input.
+        weight_quantizer: 'ste', 'approx', 'twn' (`quantizers.WEIGHT_QUANTIZERS`), or None for a real weight (stage one
+            of two-stage training).
+        scale_weight: Apply alpha. Without effect on a real or ternary weight.
         scale_input: Apply K. Without effect on a real input.
         input_scale_grad: Let gradient flow through K.
+        weight_scale_grad: Let gradient flow through alpha.
         pad_value: What a padded tap holds after the sign: 0 (contributes nothing), -1 or +1. Only for
             padding_mode='zeros'.
         same_pad: Pad for an output of ceil(H / stride), uneven where need be and known only when the input is
@@ -215,6 +246,7 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
             scale_weight: bool = True,
             scale_input: bool = False,
             input_scale_grad: bool = False,
+            weight_scale_grad: bool = False,
             pad_value: int = 0,
             same_pad: bool = False,
     ) -> None:
@@ -230,7 +262,8 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
             device=device, dtype=dtype)
-        self._set_quantization(input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad)
+        self._set_quantization(
+            input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad, weight_scale_grad)
         self.pad_value = pad_value
         self.same_pad = same_pad
         # Padding is explicit where conv2d's own zero padding is not what is asked for; 'same' may be uneven.
@@ -261,7 +294,7 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
         if torch.jit.is_scripting():
             y = self.convolve(x, inner_bias)
         else:
-            spelled = self.pad_first or not torch.is_grad_enabled() or is_symbolic(x)
+            spelled = self.pad_first or not self.has_lean_form or not torch.is_grad_enabled() or is_symbolic(x)
             y = self.convolve_lean(x, inner_bias) if not spelled else self.convolve(x, inner_bias)
         if self.scale_input:
             y = y * self.scale_of_input(x)
@@ -271,7 +304,7 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
 
     def convolve(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
         """( Sign(x) (*) Sign(W) ) . alpha + bias, spelled out."""
-        signed = self.quantize_input(x)
+        signed = self.quantized_input(x)
         if self.pad_first:
             mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
             value = float(self.pad_value) if mode == 'constant' else None
@@ -288,7 +321,7 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
     @torch.jit.unused
     def convolve_lean(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
         """The same as `convolve`, keeping one byte a value of the input for backward, and no copy of the weight."""
-        alpha = weight_scale(self.weight).reshape(self.scale_shape) if self.scale_weight else None
+        alpha = self.alpha().reshape(self.scale_shape) if self.scale_weight else None
         return _QuantizedConv2d.apply(
             x, self.latent_weight(), alpha, bias, self.input_quantizer, self.weight_quantizer,
             self.stride, self.conv_padding, self.dilation, self.groups)
@@ -347,7 +380,7 @@ class StandardizedBinaryConv2d(BinaryConv2d):
         if torch.jit.is_scripting():
             y = self.convolve(x)
         else:
-            spelled = self.pad_first or not torch.is_grad_enabled() or is_symbolic(x)
+            spelled = self.pad_first or not self.has_lean_form or not torch.is_grad_enabled() or is_symbolic(x)
             y = self.convolve(x) if spelled else self.convolve_lean(x)
         y = y * self.scale
         gain = self.gain
@@ -368,7 +401,8 @@ class BinaryLinear(_Quantized, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: As for `torch.nn.Linear`, in the same order.
-        input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad: As for `BinaryConv2d`.
+        input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad, weight_scale_grad: As for
+            `BinaryConv2d`.
 
     Raises:
         ValueError: An unknown quantizer or a feature count that is not positive.
@@ -388,10 +422,12 @@ class BinaryLinear(_Quantized, nn.Linear):
             scale_weight: bool = True,
             scale_input: bool = False,
             input_scale_grad: bool = False,
+            weight_scale_grad: bool = False,
     ) -> None:
         _check_positive(in_features=in_features, out_features=out_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._set_quantization(input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad)
+        self._set_quantization(
+            input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad, weight_scale_grad)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **quantization) -> 'BinaryLinear':
@@ -402,7 +438,7 @@ class BinaryLinear(_Quantized, nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _check_float(x, 'BinaryLinear')
-        signed = self.quantize_input(x)
+        signed = self.quantized_input(x)
         weight = self.quantized_weight()
         if not self.scale_input:
             return F.linear(signed, weight, self.bias)
@@ -627,7 +663,7 @@ HOST_ATTRIBUTES = (
 class BinaryUnit(nn.Module):
     """One convolution of a binarized network with all that belongs to it (paper, eq. 4).
 
-    unit(x) = post( branch(x) + link(x) ),   branch(x) = tail( norm_act( conv( pre(x) ) ) )
+    unit(x) = post( branch(x) + link(x) ),   branch(x) = tail( norm_act( scale( z, conv(z) ) ) ),   z = pre(x)
 
     norm_act is act(norm(y)), or norm(act(y)) if `act_first`. Every part but one of conv and link may be None.
 
@@ -642,6 +678,8 @@ class BinaryUnit(nn.Module):
         post: Applied to the sum.
         tail: End of the branch: what a host had between its norm and the addition (squeeze-excite, drop path, blur).
         act_first: conv -> act -> norm in place of conv -> norm -> act.
+        scale: Module of two arguments, the convolution's real input z (before its sign) and its output y, that gives y
+            times a factor (`methods.py`: XNOR-Net++'s learned scales, Real-to-Binary's gate).
 
     Raises:
         ValueError: Neither conv nor link is given.
@@ -658,6 +696,7 @@ class BinaryUnit(nn.Module):
             post: Optional[nn.Module] = None,
             tail: Optional[nn.Module] = None,
             act_first: bool = False,
+            scale: Optional[nn.Module] = None,
     ) -> None:
         if conv is None and link is None:
             raise ValueError('conv, link: both are None, a unit needs at least one of them')
@@ -665,6 +704,7 @@ class BinaryUnit(nn.Module):
         # Registered in the order in which they run.
         self.pre = pre
         self.conv = conv
+        self.scale = scale
         if act_first:
             self.act, self.norm = act, norm
         else:
@@ -693,7 +733,10 @@ class BinaryUnit(nn.Module):
         """Everything that runs beside the link."""
         if self.pre is not None:
             x = self.pre(x)
-        x = self.conv(x)
+        if self.scale is None:
+            x = self.conv(x)
+        else:
+            x = self.scale(x, self.conv(x))
         if self.act_first:
             if self.act is not None:
                 x = self.act(x)
@@ -714,14 +757,6 @@ class BinaryUnit(nn.Module):
         else:
             y = self.branch(x) + self.link(x)
         return y if self.post is None else self.post(y)
-
-
-def _wide_float(x: torch.Tensor) -> torch.dtype:
-    """float64, but float32 on MPS, which has no float64."""
-    if torch.jit.is_scripting():
-        return torch.float64
-    else:
-        return torch.float32 if isinstance(x, torch.Tensor) and x.device.type == 'mps' else torch.float64
 
 
 @torch.no_grad()

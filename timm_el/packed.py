@@ -40,7 +40,7 @@ import torch
 import torch.nn as nn
 
 from .bits import pack_signs, pack_weight, packed_size, unpack_signs
-from .layers import BinaryConv2d, BinaryLinear, weight_scale
+from .layers import BinaryConv2d, BinaryLinear
 from .version import __version__
 
 __all__ = ['CheckpointError', 'pack_state_dict', 'unpack_state_dict', 'is_packed', 'save_packed', 'read_packed']
@@ -85,7 +85,8 @@ def pack_state_dict(model: nn.Module, float_dtype: Optional[torch.dtype] = None)
         Tensors on the CPU by name; parameters of the model are not shared.
 
     Raises:
-        ValueError: The model has no binary weight, or one that is not finite, or `float_dtype` is another.
+        ValueError: The model has no binary weight, one that is not finite, or weights of more than one bit, or
+            `float_dtype` is another.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
@@ -101,12 +102,17 @@ def pack_state_dict(model: nn.Module, float_dtype: Optional[torch.dtype] = None)
         weight = packed.pop(f'{prefix}weight')
         if weight.device.type == 'meta':
             raise ValueError(f'{prefix}weight: it is on the meta device, there are no values to pack')
+        if layer.weight_bits > 1:
+            raise ValueError(
+                f'{prefix}weight: found weights of {layer.weight_bits} bits ({type(layer).__name__}, '
+                f'{layer.weight_quantizer}), expected signs, the packed file holds one bit a weight; save the '
+                f'state_dict(), or use a recipe of binary weights (bwn for twn and ttq, bases=(1, N) for abc)')
         if not torch.isfinite(weight).all():
             raise ValueError(f'{prefix}weight: found a value that is not finite, expected finite weights')
         signed = layer.latent_weight().detach()
         packed[prefix + BITS] = pack_weight(signed) if weight.dim() == 4 else pack_signs(signed)
         if layer.scale_weight:
-            packed[prefix + ALPHA] = _alpha(weight, float_dtype)
+            packed[prefix + ALPHA] = _alpha(layer.alpha().detach(), signed, float_dtype)
         if getattr(layer, 'pad_value', 0):
             packed[prefix + PAD] = torch.tensor(layer.pad_value, dtype=torch.int8)
     for key, tensor in packed.items():
@@ -117,12 +123,11 @@ def pack_state_dict(model: nn.Module, float_dtype: Optional[torch.dtype] = None)
     return packed
 
 
-def _alpha(weight: torch.Tensor, float_dtype: Optional[torch.dtype]) -> torch.Tensor:
+def _alpha(alpha: torch.Tensor, signed: torch.Tensor, float_dtype: Optional[torch.dtype]) -> torch.Tensor:
     """Alpha in the dtype of the file; never rounded down to 0, where the signs would be lost."""
-    alpha = weight_scale(weight)
     dtype = float_dtype or alpha.dtype
     tiny = torch.tensor(torch.finfo(dtype).smallest_normal, dtype=dtype)
-    negative = (weight < 0).flatten(1).any(1)
+    negative = (signed < 0).flatten(1).any(1)
     return torch.where(negative & (alpha.to(dtype) == 0), tiny.to(alpha.device), alpha.to(dtype))
 
 

@@ -9,7 +9,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple, Union
 
-from .quantizers import get_quantizer
+from .quantizers import WEIGHT_QUANTIZERS, get_quantizer
 
 __all__ = ['ROLES', 'Recipe', 'RECIPES', 'get_recipe', 'role_of_shape']
 
@@ -20,8 +20,11 @@ ROLES = (
     'mix',         # 1x1 with as many output as input channels
     'downsample',  # strided depthwise convolution: MobileNet's downsampling
 )
-ACTS = ('keep', 'drop', 'branch')
+ACTS = ('keep', 'drop', 'branch', 'ends', 'prelu', 'rprelu')
 GAMMAS = ('learnable', 'fixed')
+PRES = (None, 'norm', 'shift')
+OUTPUT_SCALES = (None, 'channel', 'rank1', 'gate')
+TERNARY = ('twn', 'ttq')
 
 
 def role_of_shape(
@@ -43,13 +46,17 @@ def role_of_shape(
 _ROLES = ((tuple, list), f'a sequence of roles from {ROLES}')
 _BOOL = ((bool,), 'True or False')
 _NAME = ((str,), 'a string')
-_QUANTIZER = ((str, type(None)), 'a name or None')
+_NAME_OR_NONE = ((str, type(None)), 'a name or None')
 _FIELD_TYPES = {
-    'name': _NAME, 'input_quantizer': _QUANTIZER, 'weight_quantizer': _QUANTIZER, 'scale_weight': _BOOL,
+    'name': _NAME, 'input_quantizer': _NAME_OR_NONE, 'weight_quantizer': _NAME_OR_NONE, 'scale_weight': _BOOL,
     'scale_input': _ROLES, 'link': _ROLES, 'elastic': _BOOL, 'gamma': _NAME, 'residual': _BOOL, 'act': _NAME,
     'real': _ROLES, 'omit': _ROLES, 'paper_top1': ((int, float, type(None)), 'a number or None'),
     'version': ((int,), 'an integer'),
+    'scale_weight_grad': _BOOL, 'scale_output': _NAME_OR_NONE, 'pre': _NAME_OR_NONE,
+    'bases': ((tuple, list), '(M, N), bases of the weight and of the input, or ()'),
 }
+# Fields that came later. At their default they are left out of JSON and fingerprint, which stay what they were.
+_LATER = ('scale_weight_grad', 'scale_output', 'pre', 'bases')
 
 
 @dataclass(frozen=True)
@@ -58,24 +65,35 @@ class Recipe:
 
     Args:
         name: Name of the recipe.
-        input_quantizer: 'ste', 'approx', or None for real inputs.
-        weight_quantizer: 'ste', 'approx', or None for real weights.
+        input_quantizer: 'ste', 'approx', 'ternary' (TBN), 'tanh', or None for real inputs.
+        weight_quantizer: 'ste', 'approx', or None for real weights; 'twn' or 'ttq' for ternary ones.
         scale_weight: alpha on every binary weight (eq. 3).
         scale_input: Roles that get K (eq. 3).
         link: Roles that get an Elastic-Link (eq. 4).
-        elastic: Links may squeeze and expand. If False, only convolutions that keep the channel count get one.
+        elastic: Links may squeeze and expand. If False, only convolutions that keep the channel count get one, without
+            a gamma.
         gamma: 'learnable', or 'fixed' at its initial value (eq. 5).
         residual: Keep the host's residual shortcut.
         act: What happens to activations. 'drop': all are removed, the sign is the non-linearity. 'branch': each moves
             before the norm of its own convolution, conv -> act -> norm -> add, so that none stands before a sign.
-            'keep': all stay where they are.
+            'keep': all stay where they are. 'ends': as 'drop', but that of the stem and the last one stay, and a new
+            norm comes between the stem's and the first sign (BinaryE). 'prelu': in their place each branch, and the
+            stem, ends with a new PReLU (Real-to-Binary). 'rprelu': in their place a new RPReLU comes behind each sum of
+            branch and link (ReActNet).
         real: Roles whose convolution stays float, inside its unit.
         omit: Roles whose convolution and norm are left out, so that only the link remains (Table 4).
         paper_top1: The paper's ImageNet top-1 for ResNet26 (MobileNet for `el_mobilenet`), None where it has none.
         version: Version of this format.
+        scale_weight_grad: Gradient flows through alpha (XNOR-Net's backward pass).
+        scale_output: A learned factor of the convolution's output: 'channel' or 'rank1' (XNOR-Net++, cases 1 and 4),
+            'gate' (Real-to-Binary's, which depends on the input), or None.
+        pre: What stands before the sign: 'norm' (a new BatchNorm; that of the host, behind the convolution, goes),
+            'shift' (ReActNet's learned threshold), or None.
+        bases: (M, N), how many binary bases make up a weight and an input (ABC-Net); () where each is its own sign.
 
     Raises:
-        ValueError: An unknown role, quantizer, gamma or act; an omitted role without a link; another version.
+        ValueError: An unknown role, quantizer, gamma, act, pre or scale; an omitted role without a link; ternary
+            weights with quantized inputs; bases of inputs other than signs; another version.
     """
     name: str
     input_quantizer: Optional[str] = 'ste'
@@ -91,6 +109,10 @@ class Recipe:
     omit: Tuple[str, ...] = ()
     paper_top1: Optional[float] = None
     version: int = 1
+    scale_weight_grad: bool = False
+    scale_output: Optional[str] = None
+    pre: Optional[str] = None
+    bases: Tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -101,13 +123,24 @@ class Recipe:
                 if role not in ROLES:
                     raise ValueError(f'{field}: unknown role {role!r}, expected some of {ROLES}')
         get_quantizer(self.input_quantizer, 'input_quantizer')
-        get_quantizer(self.weight_quantizer, 'weight_quantizer')
-        for field, known in (('gamma', GAMMAS), ('act', ACTS)):
+        get_quantizer(self.weight_quantizer, 'weight_quantizer', {**WEIGHT_QUANTIZERS, 'ttq': None})
+        object.__setattr__(self, 'bases', tuple(self.bases))
+        for field, known in (('gamma', GAMMAS), ('act', ACTS), ('pre', PRES), ('scale_output', OUTPUT_SCALES)):
             if getattr(self, field) not in known:
                 raise ValueError(f'{field}: found {getattr(self, field)!r}, expected one of {known}')
         missing = set(self.omit) - set(self.link)
         if missing:
             raise ValueError(f'omit: {sorted(missing)} would leave nothing at all, name it in link too')
+        if self.weight_quantizer in TERNARY and self.input_quantizer is not None:
+            raise ValueError(
+                f'weight_quantizer: {self.weight_quantizer!r} is for real inputs, found input_quantizer='
+                f"{self.input_quantizer!r}; pass input_quantizer=None, or weight_quantizer='ste'")
+        if self.bases and (len(self.bases) != 2 or not all(type(n) is int and n > 0 for n in self.bases)):
+            raise ValueError(f'bases: found {self.bases!r}, expected two positive integers (M, N), or ()')
+        if self.bases and self.input_quantizer != 'ste':
+            raise ValueError(
+                f"bases: the bases of an input are signs, found input_quantizer={self.input_quantizer!r}, "
+                f"expected 'ste'")
         if self.version != 1:
             raise ValueError(f'version: found {self.version!r}, expected 1; a newer timm_el wrote this recipe')
 
@@ -125,17 +158,32 @@ class Recipe:
     @property
     def code(self) -> int:
         """A 16-bit fingerprint of what the recipe computes, equal in both stages of two-stage training."""
-        facts = dataclasses.asdict(self)
-        for name in ('name', 'weight_quantizer', 'paper_top1', 'version'):
+        facts = self._facts()
+        for name in ('name', 'paper_top1', 'version'):
             facts.pop(name)
+        if self.weight_quantizer not in TERNARY:  # these have no first stage
+            facts.pop('weight_quantizer')
         return zlib.crc32(json.dumps(facts).encode()) & 0xffff
+
+    def _facts(self) -> Dict[str, Any]:
+        """The fields as plain data."""
+        later = {f.name: f.default for f in dataclasses.fields(self) if f.name in _LATER}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in later or v != later[k]}
 
     def replace(self, **changes: Any) -> 'Recipe':
         """A copy with some fields changed; give it a `name` of its own."""
         return dataclasses.replace(self, **changes)
 
     def with_real_weights(self) -> 'Recipe':
-        """Stage one of two-stage training: binary inputs, real weights; the state dict has the same keys."""
+        """Stage one of two-stage training: binary inputs, real weights; the state dict has the same keys.
+
+        Raises:
+            ValueError: The recipe has real inputs: its first stage is the float host itself.
+        """
+        if self.binarizes and self.input_quantizer is None:
+            raise ValueError(
+                f'real_weights: recipe {self.name!r} has real inputs, with real weights too it is the float host; '
+                f'train that, and load it with timm_el.load_float')
         return self.replace(weight_quantizer=None)
 
     def to_dict(self) -> Dict[str, Any]:
@@ -144,7 +192,7 @@ class Recipe:
 
     def to_json(self) -> str:
         """JSON text that `from_json` reads back to an equal recipe."""
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(self._facts())
 
     @classmethod
     def from_dict(cls, data: Dict[str, Any]) -> 'Recipe':
@@ -173,6 +221,9 @@ SPATIAL = ('spatial', 'downsample')
 # The paper's subscripts: s(queeze) = reduce, i(dentity) = spatial, e(xpand) = expand.
 # S-ResNet (section "Effect of Scaling Activation"): a plain identity shortcut around each spatial convolution.
 _S = dict(link=SPATIAL, elastic=False, gamma='fixed')
+# The same with MobileNet's 1x1 convolutions of equal width.
+_S_MIX = dict(_S, link=(*SPATIAL, 'mix'))
+_WEIGHTS = dict(input_quantizer=None, act='keep', real=())
 
 _ROWS = (
     # Nothing is binarized: the converted network must give its host's own outputs.
@@ -209,6 +260,26 @@ _ROWS = (
 
     # Elastic-Link for depthwise-separable networks (section "Instantiations"): activations stay, without K.
     Recipe('el_mobilenet', link=ROLES, act='branch', paper_top1=56.4),
+
+    # Table 3's other systems. Those that keep the host's own shortcut, one around a whole block:
+    Recipe('xnor', pre='norm', scale_input=ROLES, scale_weight_grad=True, paper_top1=52.1),
+    Recipe('xnor_pp', pre='norm', scale_weight=False, scale_output='rank1'),
+    Recipe('xnor_pp_channel', pre='norm', scale_weight=False, scale_output='channel'),  # 55.5 on ResNet18, 57.1 above
+    Recipe('abc', pre='norm', bases=(1, 1), paper_top1=45.2),
+    Recipe('abc_5_5', pre='norm', bases=(5, 5)),  # 65.0 on ResNet18, 42.7 above
+    Recipe('tbn', pre='norm', input_quantizer='ternary'),
+    # Those with a shortcut around each convolution that keeps the channel count (in bottlenecks: around the spatial
+    # one), and the host's around the block.
+    Recipe('binarye', **_S, scale_weight=False, act='ends', paper_top1=57.9),
+    Recipe('r2b', **_S_MIX, pre='norm', scale_output='gate', act='prelu', paper_top1=64.8),
+    Recipe('el_r2b', link=ROLES, pre='norm', scale_output='gate', act='prelu', paper_top1=67.1),  # the dagger
+    Recipe('reactnet', **_S_MIX, input_quantizer='approx', pre='shift', act='rprelu'),
+
+    # The related work's weight-only quantizers: the host with other weights.
+    Recipe('binaryconnect', **_WEIGHTS, scale_weight=False),
+    Recipe('bwn', **_WEIGHTS, scale_weight_grad=True),
+    Recipe('twn', **_WEIGHTS, weight_quantizer='twn'),
+    Recipe('ttq', **_WEIGHTS, weight_quantizer='ttq'),
 )
 
 RECIPES: Dict[str, Recipe] = {row.name: row for row in _ROWS}

@@ -18,15 +18,16 @@ class ReportRow:
     Args:
         path: Where the layer stood in the host.
         kind: Class name of the host's layer.
-        status: 'binarized' (weights and inputs), 'binary inputs' or 'binary weights' (only these), 'real' (in a unit,
-            but float), 'omitted' (left out, its link stands alone), 'removed' (with the shortcut that it was on),
-            'kept' (float, outside any unit).
+        status: 'binarized' (weights and inputs; also as several bases, or with ternary inputs), 'binary inputs',
+            'binary weights' or 'ternary weights' (only these), 'real' (in a unit, but float), 'omitted' (left out, its
+            link stands alone), 'removed' (with the shortcut that it was on), 'kept' (float, outside any unit).
         reason: Why, where it was not binarized or got no link.
         role: Its role (`recipes.ROLES`), None if kept.
         link: What goes around it: 'identity', 'squeeze', 'expand', 'host shortcut', or None.
         scale_input: True if it has K.
         norm: Path of the norm that was paired with it.
-        act: What became of its activation: 'dropped', 'in branch', 'kept', or None where it has none.
+        act: What became of its activation: 'dropped', 'in branch', 'replaced' (by a learned one of the recipe's),
+            'kept', or None where it has none.
         params: Number of its weights.
         macs: Its multiply-accumulates for one image; None if they could not be counted, 0 if it does not run in eval
             mode.
@@ -78,7 +79,7 @@ class Report:
         """What `binarize` needs, beside the host, to build the same network again (`like`), as plain data."""
         return {
             'recipe': self.recipe.to_dict(), 'keep': list(self.keep), 'revived': list(self.revived),
-            'hopeless': list(self.hopeless)}
+            'hopeless': list(self.hopeless), 'input_size': list(self.input_size) if self.input_size else None}
 
     def count(self, status: str) -> int:
         """Number of layers with a status."""
@@ -121,12 +122,12 @@ class Report:
         width = max([len(row.path) for row in self.rows] + [5])
         norms = max([len(row.norm or '') for row in self.rows] + [4])
         lines = [
-            f'{"layer":{width}} {"role":10} {"status":14} {"link":14} {"K":1} {"act":9} {"norm":{norms}} '
+            f'{"layer":{width}} {"role":10} {"status":15} {"link":14} {"K":1} {"act":9} {"norm":{norms}} '
             f'{"weights":>11} {"MACs":>14}  reason']
         for row in self.rows:
             macs = '-' if row.macs is None else f'{row.macs:,}'
             lines.append(
-                f'{row.path:{width}} {row.role or "-":10} {row.status:14} {row.link or "-":14} '
+                f'{row.path:{width}} {row.role or "-":10} {row.status:15} {row.link or "-":14} '
                 f'{"K" if row.scale_input else "-":1} {row.act or "-":9} {row.norm or "-":{norms}} '
                 f'{row.params:>11,} {macs:>14}  {row.reason}'.rstrip())
         total = (

@@ -11,6 +11,7 @@ from .shapes import own_input_size
 __all__ = ['new_norm', 'revive_signs']
 
 ALIVE = (0.03, 0.97)  # share of +1 that leaves room for other images than those of the batch
+NEW_NORMS = (nn.GroupNorm, nn.LayerNorm)  # a shift, or a BatchNorm that has yet to see data, makes room for one
 NEVER = (0.002, 0.998)  # outside of it, behind a norm, there is nothing to take the sign of
 
 
@@ -101,7 +102,7 @@ def _pass(
         if all(ALIVE[0] < share < ALIVE[1] for share in shares):
             return None
         path, unit = units[layer]
-        if unit.pre is not None:
+        if isinstance(unit.pre, NEW_NORMS):
             if not all(NEVER[0] <= share <= NEVER[1] for share in shares):
                 hopeless.append(path)
             return None

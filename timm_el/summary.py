@@ -24,11 +24,13 @@ class LayerSummary:
         path: Module path.
         kind: Class name.
         output: Shape of its output without the batch axis; None if it did not run.
-        bit_params: Parameters that are stored in one bit.
+        bit_params: Parameters that are stored in one bit, or a few (`weight_bits`).
         real_params: Parameters that are stored in 32 bits.
-        binary_macs: Multiply-accumulates of a binary input with a binary weight.
+        binary_macs: Multiply-accumulates of a binary input with a binary weight; where operands are made of several
+            bases or ternary, which takes two, those of each pair of them.
         real_macs: All other multiply-accumulates.
         link_ops: Values that a link gives to its unit's output.
+        weight_bits: Bits of each of `bit_params`: 1, 2 for ternary weights, one a base.
     """
     path: str
     kind: str
@@ -38,6 +40,12 @@ class LayerSummary:
     binary_macs: int = 0
     real_macs: int = 0
     link_ops: int = 0
+    weight_bits: int = 0
+
+    @property
+    def bits(self) -> int:
+        """Size of the parameters in bits."""
+        return self.weight_bits * self.bit_params + 32 * self.real_params
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Summary:
 
     @property
     def bit_params(self) -> int:
-        """Parameters stored in one bit."""
+        """Parameters stored in one bit, or a few."""
         return self._sum('bit_params')
 
     @property
@@ -66,8 +74,8 @@ class Summary:
 
     @property
     def mbit(self) -> float:
-        """Size of the parameters in 10^6 bits: one bit per binary weight, 32 per other parameter."""
-        return (self.bit_params + 32 * self.real_params) / 1e6
+        """Size of the parameters in 10^6 bits: one bit per binary weight and base, 32 per other parameter."""
+        return sum(layer.bits for layer in self.layers) / 1e6
 
     @property
     def binary_macs(self) -> int:
@@ -160,10 +168,11 @@ def summarize(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = Non
         macs = run.macs if run else 0
         kind = dict(binary_macs=0, real_macs=macs, link_ops=0)
         if isinstance(module, (BinaryConv2d, BinaryLinear)):
-            if module.weight_quantizer is not None and any(p is module.weight for p in own):
+            if module.weight_bits and any(p is module.weight for p in own):
                 bit_params = module.weight.numel()
-            if module.is_binary:
-                kind = dict(binary_macs=macs, real_macs=0, link_ops=0)
+                kind['weight_bits'] = module.weight_bits
+            if module.binary_products:
+                kind.update(binary_macs=macs * module.binary_products, real_macs=0)
         elif path in links:
             kind = dict(binary_macs=0, real_macs=0, link_ops=macs)
         if real_params or run:

@@ -132,8 +132,12 @@ def _show_layers(r: Dict[str, Any]) -> Iterable[str]:
         yield f'  {_cells(kind, total)}'
     if r['binary']:
         binary = r['binary']
-        yield (f'  binary layers: {binary["macs_per_s"] / 1e12:.3f} T binary MAC/s, {binary["share_of_chip"]:.0%} of '
-               f'the {binary["chip_macs_per_s"] / 1e12:.2f} that xor, popcount and add reach on registers')
+        yield f'  binary layers, all that is in them: {binary["macs_per_s"] / 1e12:.3f} T binary MAC/s'
+        for key, what in (('gemm', 'their products alone'), ('chip', 'xor, popcount and add on registers')):
+            if f'{key}_macs_per_s' in binary:
+                yield f'  {what}: {binary[f"{key}_macs_per_s"] / 1e12:.3f} T binary MAC/s'
+        if 'gemm_share_of_chip' in binary:
+            yield f'  products / registers: {binary["gemm_share_of_chip"]:.2f}'
 
 
 def _cells(kind: str, row: Dict[str, float]) -> str:

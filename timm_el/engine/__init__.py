@@ -1,7 +1,10 @@
 """The engine: deployed networks, their operators and kernels."""
-from .deploy import DeployedBlock, DeployedConv, DeployedUnit, deploy
+from .blocks import DeployedBlock
+from .deploy import deploy
+from .modules import DeployedConv, DeployedLinear, DeployedPool, DeployedUnit
 from .native import chip_rate, count_rate, info, use_isa
 
 __all__ = [
-    'deploy', 'DeployedBlock', 'DeployedConv', 'DeployedUnit', 'info', 'use_isa', 'chip_rate', 'count_rate',
+    'deploy', 'DeployedBlock', 'DeployedConv', 'DeployedLinear', 'DeployedPool', 'DeployedUnit', 'info', 'use_isa',
+    'chip_rate', 'count_rate',
 ]

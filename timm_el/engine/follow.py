@@ -51,7 +51,11 @@ def followers(
     try:
         return _watch(meta_copy(model), 'meta', model, sources, others)
     except Exception:  # the network looks at values
+        pass
+    try:
         return _watch(model, next(model.parameters()).device, model, sources, others)
+    except Exception:  # it wants something else than an image: nothing is known
+        return {}
 
 
 def _watch(
@@ -104,17 +108,18 @@ def _watch(
     for path, module in modules.items():
         if not isinstance(module, sources) or not single(path):
             continue
-        chain, tensor = [], gave[path]
+        chain: List[str] = []
+        tensor = gave[path]
         while tensor not in leaving:
-            readers = watch.readers.get(tensor, [])
-            nexts = [p for p, t in took.items() if t == tensor and p not in (path, *chain)]
-            if len(nexts) != 1 or len(readers) > 1 or any(r is not modules[nexts[0]] for r in readers):
+            nexts = [p for p, t in took.items() if t == tensor and p not in (path, *chain)]  # in the order of their calls
+            if not nexts or isinstance(modules[nexts[0]], sources) or not single(nexts[0]):
                 break
-            if isinstance(modules[nexts[0]], sources) or not single(nexts[0]):
+            passed = [modules[p] for p in chain]
+            readers = [r for r in watch.readers.get(tensor, []) if r not in passed]
+            in_place = gave[nexts[0]] == tensor  # who reads the tensor later reads what this module left in it
+            if readers and readers[0] is not modules[nexts[0]] or not in_place and len(nexts) + len(readers) > 2:
                 break
             chain.append(nexts[0])
-            if gave[nexts[0]] == tensor:
-                continue  # it gave back its own input
             tensor = gave[nexts[0]]
         result[path] = chain
     return result

@@ -1,9 +1,9 @@
 """How the engine stores weights: in the order in which its kernels read them, once.
 
-Binary, full or grouped: (groups, blocks, words, 8, 8) bytes. In a block are 8 output channels side by side, word by word;
-a word is 64 input channels of one tap, taps in rows, bit order as in `bits`. Binary, depthwise: (taps, bytes), channels
-along the bits. Real, full: (blocks, taps * channels, 64) floats, 64 output channels side by side. Real, depthwise:
-(taps, channels). What is missing to a full word, block or vector is zero. Words are little-endian.
+Binary, full or grouped: (groups, blocks, words, 8, 8) bytes. In a block are 8 output channels side by side, word by
+word; a word is 64 input channels of one tap, taps in rows, bit order as in `bits`. Binary, depthwise: (taps, bytes),
+channels along the bits. Real, full: (blocks, taps * channels, 64) floats, 64 output channels side by side. Real,
+depthwise: (taps, channels). What is missing to a full word, block or vector is zero. Words are little-endian.
 """
 from typing import Tuple
 

@@ -1,4 +1,4 @@
-"""The engine's operators: `binary_conv2d`, `real_conv2d` and `chain` of `torch.ops.timm_el`.
+"""The engine's operators: `binary_conv2d`, `real_conv2d`, `pool2d` and `chain` of `torch.ops.timm_el`.
 
 Each has a schema, a fake kernel for tracing, a plain-torch reference (reference.py) and, where the native library is
 active, a kernel in C that gives the same bits. They are for inference: no gradient is defined.
@@ -11,15 +11,16 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from . import native, reference
 from .layout import stored_shape
-from .spec import ACTS, LINKS, POOLS, ConvSpec, table_stride
+from .spec import ACTS, LINKS, POOLS, ConvSpec, Window, pooled_size, table_stride
 
-__all__ = ['binary_conv2d', 'real_conv2d', 'chain', 'Layer']
+__all__ = ['binary_conv2d', 'real_conv2d', 'chain', 'pool2d', 'Layer']
 
 _library = torch.library.Library('timm_el', 'DEF')
 _EPILOGUE = 'Tensor? link, int[] spec, float[] constants) -> Tensor'
 _library.define(f'binary_conv2d(Tensor x, Tensor weight, Tensor table, Tensor? threshold, Tensor? flip, {_EPILOGUE}')
 _library.define(f'real_conv2d(Tensor x, Tensor weight, Tensor table, {_EPILOGUE}')
 
+_library.define('pool2d(Tensor x, int[] window, str mode, bool ceil_mode) -> Tensor')
 _library.define('chain(Tensor x, Tensor[] tensors, int[] specs, float[] constants, Tensor? added) -> Tensor')
 
 MOST_LAYERS = 8  # of a chain
@@ -27,7 +28,7 @@ MOST_PLANS = 64  # of one layer: image sizes that it remembers
 
 
 class Layer(NamedTuple):
-    """One layer of a chain. Its constants travel as `tensors` (absent ones as empty tensors), `specs` and `constants`."""
+    """One layer of a chain. It travels as `tensors` (absent ones as empty tensors), `specs` and `constants`."""
     weight: torch.Tensor
     table: torch.Tensor
     threshold: Optional[torch.Tensor]
@@ -144,7 +145,7 @@ def _plan(
         constants: List[float],
         real: bool,
 ) -> Tuple[int, List[int], native.Plan]:
-    """Address of the C plan of a call, shape of its output, and the plan: made and checked once for each input shape."""
+    """Address of the C plan of a call, shape of its output, and the plan: made and checked once an input shape."""
     prepared = _prepared_for(weight)
     key = (
         x.shape, x.dtype, None if link is None else (link.shape, link.dtype), *ints, *constants, table.data_ptr(),
@@ -209,14 +210,25 @@ def _run(
         return reference.binary_conv2d(x, weight, table, threshold, flip, link, spec, constants)
     plan, shape, _ = _plan(lib, x, weight, table, threshold, flip, link, ints, constants, real)
     same = link is x
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = _nhwc(lib, x)
     if link is not None:
-        link = x if same else link.contiguous(memory_format=torch.channels_last)
+        link = x if same else _nhwc(lib, link)
     y = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
     failed = 0
     if y.numel():
         failed = lib.el_conv(plan, x.data_ptr(), _pointer(link), None, y.data_ptr(), torch.get_num_threads())
     _raise_if(failed, ints, x)
+    return y
+
+
+def _nhwc(lib: ctypes.CDLL, x: torch.Tensor) -> torch.Tensor:
+    """channels_last memory. torch's own copy would wake its threads, which then spin where ours want to work."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    if not x.is_contiguous():
+        return x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    lib.el_nhwc(x.data_ptr(), x.shape[0], x.shape[1], x.shape[2] * x.shape[3], y.data_ptr())
     return y
 
 
@@ -269,13 +281,45 @@ def _chain(
     addresses, shape, _ = found
     if added is not None:
         _check_added(added, shape)
-        added = added.contiguous(memory_format=torch.channels_last)
-    x = x.contiguous(memory_format=torch.channels_last)
+        added = _nhwc(lib, added)
+    x = _nhwc(lib, x)
     y = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
     if y.numel():
         _raise_if(lib.el_chain(
             addresses, len(addresses), x.data_ptr(), _pointer(added), y.data_ptr(), torch.get_num_threads()), specs, x)
     return y
+
+
+def _pool2d(x: torch.Tensor, window: List[int], mode: str, ceil_mode: bool) -> torch.Tensor:
+    if x.dtype != torch.float32:
+        raise TypeError(f'x: found dtype {x.dtype}, expected torch.float32; convert it with .float()')
+    size, parsed = _pooled(x, window, mode, ceil_mode)
+    lib = native.library()
+    if lib is None:
+        return reference.pool2d(x, parsed, mode, size)
+    x = _nhwc(lib, x)
+    n, c, h, w = x.shape
+    y = torch.empty((n, c, *size), dtype=torch.float32, memory_format=torch.channels_last)
+    _raise_if(lib.el_pool(
+        x.data_ptr(), n, h, w, c, native.Window(*window), POOLS.index(mode), *size, y.data_ptr(),
+        torch.get_num_threads()) if n else 0, window, x)
+    return y
+
+
+def _pooled(x: torch.Tensor, window: List[int], mode: str, ceil_mode: bool) -> Tuple[List[int], Window]:
+    """Size of the output and the window, checked."""
+    if x.dim() != 4 or min(x.shape[1:]) < 1:
+        raise ValueError(f'x: found shape {tuple(x.shape)}, expected (N, C, H, W) with at least one pixel')
+    if mode not in POOLS[1:]:
+        raise ValueError(f'mode: found {mode!r}, expected one of {POOLS[1:]}')
+    if len(window) != 8 or min(*window[:4], *window[6:]) < 1 or min(window[4:6]) < 0 or window[0] * window[1] > 64:
+        raise ValueError(f'window: found {window}, expected Window.ints() with at most 64 pixels')
+    parsed = Window.of(window)
+    size = pooled_size(parsed, *x.shape[2:], ceil_mode)
+    reach = [d * (k - 1) for d, k in zip(parsed.dilation, parsed.kernel)]
+    if min(size) < 1 or any(p > r for p, r in zip(parsed.padding, reach)):
+        raise ValueError(f'window: found {parsed}, which has no pixel of {tuple(x.shape)} in some place')
+    return size, parsed
 
 
 def _check_added(added: torch.Tensor, shape: List[int]) -> None:
@@ -298,6 +342,11 @@ def _fake(x: torch.Tensor, spec: List[int]) -> torch.Tensor:
     return x.new_empty(size).to(memory_format=torch.channels_last)
 
 
+def _fake_pool(x, window, mode, ceil_mode):
+    size, _ = _pooled(x, window, mode, ceil_mode)
+    return x.new_empty([*x.shape[:2], *size]).to(memory_format=torch.channels_last)
+
+
 def _fake_chain(x, tensors, specs, constants, added):
     for i in range(0, len(specs), ConvSpec.SIZE):
         x = _fake(x, specs[i:i + ConvSpec.SIZE])
@@ -306,6 +355,8 @@ def _fake_chain(x, tensors, specs, constants, added):
 
 _library.impl('chain', _chain, 'CPU')
 torch.library.register_fake('timm_el::chain', _fake_chain)
+_library.impl('pool2d', _pool2d, 'CPU')
+torch.library.register_fake('timm_el::pool2d', _fake_pool)
 _library.impl('binary_conv2d', _binary, 'CPU')
 _library.impl('real_conv2d', _real, 'CPU')
 torch.library.register_fake(
@@ -316,3 +367,4 @@ torch.library.register_fake(
 binary_conv2d = torch.ops.timm_el.binary_conv2d.default
 real_conv2d = torch.ops.timm_el.real_conv2d.default
 chain = torch.ops.timm_el.chain.default
+pool2d = torch.ops.timm_el.pool2d.default

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from .layout import restore
-from .spec import ConvSpec
+from .spec import ConvSpec, Window
 
-__all__ = ['binary_conv2d', 'real_conv2d', 'input_scale', 'fma']
+__all__ = ['binary_conv2d', 'real_conv2d', 'input_scale', 'fma', 'pool2d']
 
 LANES = 16
 
@@ -137,7 +137,7 @@ def _finish(
 
 def _link(x: torch.Tensor, spec: ConvSpec, size: Sequence[int]) -> torch.Tensor:
     if spec.link_pool != 'none':
-        x = _pool(x, spec, size)
+        x = pool2d(x, spec.pool, spec.link_pool, size)
     if spec.link == 'squeeze':
         x = F.pad(x, [0, 0, 0, 0, 0, -spec.link_c % spec.c_out])
         total = x[:, :spec.c_out]
@@ -149,9 +149,8 @@ def _link(x: torch.Tensor, spec: ConvSpec, size: Sequence[int]) -> torch.Tensor:
     return x
 
 
-def _pool(x: torch.Tensor, spec: ConvSpec, size: Sequence[int]) -> torch.Tensor:
+def pool2d(x: torch.Tensor, window: Window, mode: str, size: Sequence[int]) -> torch.Tensor:
     """Largest, or mean, of each window's pixels inside the image, in order; a NaN wins."""
-    window = spec.pool
     pads: List[int] = []
     for i in (1, 0):
         last = (size[i] - 1) * window.stride[i] + (window.kernel[i] - 1) * window.dilation[i] + 1
@@ -168,10 +167,11 @@ def _pool(x: torch.Tensor, spec: ConvSpec, size: Sequence[int]) -> torch.Tensor:
             if best is None:
                 best, seen = torch.where(here, value, torch.zeros_like(value)), here
                 continue
-            if spec.link_pool == 'max':
+            if mode == 'max':
                 merged = torch.where((value > best) | value.isnan(), value, best)
             else:
                 merged = best + value
             best = torch.where(here, torch.where(seen, merged, value), best)
             seen = seen | here
-    return best if spec.link_pool == 'max' else best / count
+    y = best if mode == 'max' else best / count
+    return y.contiguous(memory_format=torch.channels_last)

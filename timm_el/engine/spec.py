@@ -1,8 +1,8 @@
-"""What one convolution of the engine is: geometry and epilogue as plain numbers, the same for op, reference and kernel."""
+"""What one convolution of the engine is: geometry and epilogue as plain numbers, for operator, reference and kernel."""
 from dataclasses import dataclass, replace
 from typing import ClassVar, List, Optional, Sequence, Tuple
 
-__all__ = ['ACTS', 'LINKS', 'POOLS', 'ROWS', 'ConvSpec', 'Window', 'table_stride']
+__all__ = ['ACTS', 'LINKS', 'POOLS', 'ROWS', 'ConvSpec', 'Window', 'pooled_size', 'table_stride']
 
 ACTS = ('none', 'clip', 'prelu')
 LINKS = ('none', 'identity', 'squeeze', 'expand')
@@ -32,6 +32,18 @@ class Window:
     def of(cls, ints: Sequence[int]) -> 'Window':
         """Inverse of `ints`."""
         return cls(*(tuple(ints[i:i + 2]) for i in range(0, 8, 2)))
+
+
+def pooled_size(window: Window, height: int, width: int, ceil_mode: bool) -> List[int]:
+    """Rows and columns that a pool gives, as in torch: no window starts beyond the image and its padding."""
+    sizes = []
+    for i, size in enumerate((height, width)):
+        kernel, stride, padding, dilation = (field[i] for field in (
+            window.kernel, window.stride, window.padding, window.dilation))
+        room = size + 2 * padding - dilation * (kernel - 1) - 1
+        n = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
+        sizes.append(n - 1 if ceil_mode and (n - 1) * stride >= size + padding else n)
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,8 @@ class ConvSpec:
     def problem(self, x_shape: Sequence[int], link_shape: Optional[Sequence[int]]) -> Optional[str]:
         """Why the spec or the shapes make no sense; None if they do. Nothing is computed with what fails here."""
         windows = (self.conv, self.pool)
-        if min(self.c_in, self.c_out, self.groups, *(n for w in windows for n in (*w.kernel, *w.stride, *w.dilation))) < 1:
+        sizes = [n for w in windows for n in (*w.kernel, *w.stride, *w.dilation)]
+        if min(self.c_in, self.c_out, self.groups, *sizes) < 1:
             return f'spec: found {self}, expected positive channels, groups, kernels, strides and dilations'
         if min(*self.conv.padding, *self.pad_end, *self.pool.padding) < 0 or self.pad_value not in (-1, 0, 1):
             return f'spec: found {self}, expected padding >= 0 and pad_value -1, 0 or 1'

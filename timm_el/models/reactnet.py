@@ -23,6 +23,7 @@ from ..checkpoints import CheckedLoading, guard_loading
 from ..layers import BinaryConv2d, BinaryUnit, ElasticLink, RPReLU, Shift, guard_input
 from ..packed import is_packed, unpack_state_dict
 from ._arguments import check_counts, check_flags
+from ._official import OfficialCheckpoint, strip_wrappers
 
 __all__ = ['ReActNet', 'ReActBlock']
 
@@ -275,57 +276,45 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     Raises:
         ValueError: A key of the official layout is missing or not known, or a shape does not fit.
     """
-    state_dict = state_dict.get('state_dict', state_dict)
+    state_dict = strip_wrappers(state_dict)
     if is_packed(state_dict):
         return unpack_state_dict(state_dict, model)
-    state_dict = {k[len('module.'):] if k.startswith('module.') else k: v for k, v in state_dict.items()}
     if not any(k.startswith('feature.') for k in state_dict):
         return state_dict
     blocks = {f'stages.{i}.{j}': b for i, s in enumerate(model.stages) for j, b in enumerate(s)}
-    rest = dict(state_dict)
+    official = OfficialCheckpoint(state_dict, 'the official ReActNet-A')
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     out: Dict[str, torch.Tensor] = {}
 
-    def take(key: str) -> torch.Tensor:
-        if key not in rest:
-            raise ValueError(f'{key}: missing from the checkpoint, expected the layout of the official ReActNet-A')
-        return rest.pop(key)
-
-    def take_weight(key: str, shape: Tuple[int, ...]) -> torch.Tensor:
-        weight = take(key if key in rest else f'{key}s')  # step two calls it `.weights` and stores it flat
-        if weight.numel() != torch.Size(shape).numel():
-            raise ValueError(f'{key}: found shape {tuple(weight.shape)}, expected {tuple(shape)}')
-        return weight.reshape(shape)
+    def take(target: str, *sources: str) -> None:
+        """Fill a tensor of ours from one official tensor, or from two halves."""
+        shape = shapes[target]
+        if len(sources) == 2 and shape:
+            shape = (shape[0] // 2, *shape[1:])
+        parts = [official.take(source, shape) for source in sources]
+        out[target] = torch.cat(parts) if len(parts) == 2 and shape else parts[0]
 
     for name, ours in (('conv1', 'conv_stem'), ('bn1', 'bn_stem')):
         for leaf in ('weight',) if name == 'conv1' else _BN:
-            out[f'{ours}.{leaf}'] = take(f'feature.0.{name}.{leaf}')
+            take(f'{ours}.{leaf}', f'feature.0.{name}.{leaf}')
     for i, (path, block) in enumerate(blocks.items(), 1):
         for unit, names in (('conv_3x3', _OFFICIAL_3X3), ('conv_1x1', _OFFICIAL_1X1)):
             module = getattr(block, unit)
-            for official, ours in names.items():
-                source, target = f'feature.{i}.{official}', f'{path}.{unit}.{ours}'
+            for name, ours in names.items():
+                source, target = f'feature.{i}.{name}', f'{path}.{unit}.{ours}'
                 halves = unit == 'conv_1x1' and module.in_channels != module.out_channels
                 if ours == 'conv.weight':
-                    shape = module.conv.weight.shape
-                    if halves:
-                        half = (shape[0] // 2, *shape[1:])
-                        out[target] = torch.cat([
-                            take_weight(f'feature.{i}.binary_pw_down{n}.weight', half) for n in (1, 2)])
-                    else:
-                        out[target] = take_weight(source, shape)
+                    down = [f'feature.{i}.binary_pw_down{n}.weight' for n in (1, 2)]
+                    take(target, *(down if halves else [source]))
                 elif ours == 'norm':
                     for leaf in _BN:
-                        if halves:
-                            first, second = (take(f'feature.{i}.bn2_{n}.{leaf}') for n in (1, 2))
-                            out[f'{target}.{leaf}'] = torch.cat([first, second]) if first.dim() else first
-                        else:
-                            out[f'{target}.{leaf}'] = take(f'{source}.{leaf}')
+                        norms = [f'feature.{i}.bn2_{n}' for n in (1, 2)] if halves else [source]
+                        take(f'{target}.{leaf}', *(f'{norm}.{leaf}' for norm in norms))
                 else:
-                    out[target] = take(source).flatten()
+                    take(target, source)
     for leaf in ('weight', 'bias'):
-        out[f'fc.{leaf}'] = take(f'fc.{leaf}')
-    if rest:
-        raise ValueError(f'{next(iter(rest))}: unknown key in the checkpoint, nor are {len(rest) - 1} others known')
+        take(f'fc.{leaf}', f'fc.{leaf}')
+    official.check_empty()
     return out
 
 

@@ -3,19 +3,25 @@
 `el_resnet*` follow Elastic-Link (AAAI 2022): the shortcut of a stage's first block is a 2x2 average pool, a float 1x1
 convolution and a norm, the stride of a bottleneck sits on its first 1x1 (paper, section "The role of the gamma factor",
 which speaks of gammas of channel-reduction convolutions "in which downsampling occurred"), and no activation is left.
+
+`bireal_resnet*` and `reactnet_resnet18` are the nets of the official Bi-Real Net and ReActNet checkpoints: the same
+classes with another recipe.
 """
+import re
 from typing import Any, Dict, Union
 
+import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._builder import build_model_with_cfg
 from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ..checkpoints import CheckedLoading, float_to_latent
+from ..checkpoints import RECIPE_CODE, CheckedLoading, float_to_latent
 from ..convert import binarize
 from ..recipes import Recipe
 from ._arguments import check_arguments, check_flags
+from ._official import OfficialCheckpoint, strip_wrappers
 from ._shipped import CIFAR10, bundled_file, choose_weights
 
 __all__ = ['BinarizedResNet']
@@ -55,31 +61,73 @@ class BinarizedResNet(CheckedLoading, ResNet):
         binarize(self, recipe, real_weights=real_weights)
 
 
+# The official nets have one block a convolution, ours a unit each in timm's blocks of two.
+_UNIT = re.compile(r'(layer\d)\.(\d+)\.conv([12])\.(pre|conv|norm|link|post)\.(.+)')
+_OFFICIAL = {
+    'pre.bias': 'move0.bias', 'conv.weight': 'binary_conv.weight', 'norm': 'bn1', 'link': 'downsample',
+    'post.shift_in': 'move1.bias', 'post.slope': 'prelu.weight', 'post.shift_out': 'move2.bias',
+}
+
+
+def _official_name(key: str) -> str:
+    """Our name of a tensor to that of the official Bi-Real Net and ReActNet on ResNets."""
+    found = _UNIT.fullmatch(key)
+    if found is None:
+        return key
+    layer, block, conv, slot, rest = found.groups()
+    name = _OFFICIAL.get(f'{slot}.{rest}') or f'{_OFFICIAL.get(slot, slot)}.{rest}'
+    return f'{layer}.{2 * int(block) + int(conv) - 1}.{name}'
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Map an official checkpoint of Bi-Real-18, Bi-Real-34 or ReAct-ResNet18 to our names; others as `float_to_latent`.
+
+    Both layouts of convolution weights are read, 4-D `.weight` and (N, 1) `.weights`. Keys may carry DataParallel's
+    `module.` prefix, and the file's outer dict may be passed as it is. The model must have the recipe of the
+    checkpoint, 'bireal' or 'reactnet'.
+
+    Raises:
+        ValueError: A key of the official layout is missing or not known, or a shape does not fit.
+    """
+    stripped = strip_wrappers(state_dict)
+    if not any('.binary_conv.' in key for key in stripped):
+        return float_to_latent(state_dict, model)
+    recipe = model.binarize_report.recipe.name
+    official = OfficialCheckpoint(stripped, f'the official nets for recipe {recipe!r}')
+    out = {key: official.take(_official_name(key), tuple(value.shape))
+           for key, value in model.state_dict().items() if key != RECIPE_CODE}
+    official.check_empty()
+    return out
+
+
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     return {
         'url': url,
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
         'crop_pct': 0.875, 'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc', 'paper_ids': 'arXiv:2112.10149', 'license': 'apache-2.0',
-        **kwargs
+        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0',
+        **{'paper_ids': 'arXiv:2112.10149', **kwargs}
     }
 
 
 default_cfgs = generate_default_cfgs({
+    'bireal_resnet18.untrained': _cfg(paper_ids='arXiv:1808.00278'),
+    'bireal_resnet34.untrained': _cfg(paper_ids='arXiv:1808.00278'),
     'el_resnet18.untrained': _cfg(),
     'el_resnet26.cifar10': _cfg(
         file=bundled_file('el_resnet26.cifar10'), input_size=(3, 32, 32), pool_size=(1, 1), **CIFAR10),
     'el_resnet26.untrained*': _cfg(),  # behind the one with weights, or that one would be the default
     'el_resnet34.untrained': _cfg(),
     'el_resnet50.untrained': _cfg(),
+    'reactnet_resnet18.untrained': _cfg(paper_ids='arXiv:2003.03488'),
 })
 
 
 def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> BinarizedResNet:
     kwargs = choose_weights(variant, pretrained, kwargs)
     return build_model_with_cfg(
-        BinarizedResNet, variant, pretrained, pretrained_filter_fn=float_to_latent, **kwargs)
+        BinarizedResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
@@ -108,3 +156,24 @@ def el_resnet50(pretrained: bool = False, **kwargs) -> BinarizedResNet:
     """Elastic-Link ResNet-50 (bottleneck)."""
     model_args = dict(block=Bottleneck, layers=[3, 4, 6, 3], avg_down=True)
     return _create_resnet('el_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def bireal_resnet18(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+    """Bi-Real Net 18, the net of the official PyTorch checkpoint."""
+    model_args = dict(block=BasicBlock, layers=[2, 2, 2, 2], avg_down=True, recipe='bireal')
+    return _create_resnet('bireal_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def bireal_resnet34(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+    """Bi-Real Net 34, the net of the official PyTorch checkpoint."""
+    model_args = dict(block=BasicBlock, layers=[3, 4, 6, 3], avg_down=True, recipe='bireal')
+    return _create_resnet('bireal_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def reactnet_resnet18(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+    """ReActNet on ResNet-18, the net of the official checkpoint."""
+    model_args = dict(block=BasicBlock, layers=[2, 2, 2, 2], avg_down=True, recipe='reactnet')
+    return _create_resnet('reactnet_resnet18', pretrained, **dict(model_args, **kwargs))

@@ -2,6 +2,7 @@
 import argparse
 import copy
 import importlib
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import timm
 import torch
 import torch.nn as nn
 
-from ...shapes import own_input_size
+from ...shapes import own_input_size, run_layers
 from .. import create
 from .layers import layer_table
 from .machine import describe
@@ -118,11 +119,13 @@ def measure_inference(args: argparse.Namespace) -> Dict[str, Any]:
             of, logits = (name, of_latent) if PEERS[peer].binary else (host_of, of_host)
             contestants[peer] = Contestant(run, of, logits, note)
         rows = _race(contestants, args.pairs, args.warmup)
-    table = layer_table(deployed, latent, x, args.pairs)
+    alone = deploy(copy.deepcopy(latent), fuse_blocks=False)  # each unit an operator of its own
+    table = layer_table(alone, latent, x, args.pairs)
     return {
         'model': args.model, 'recipe': args.recipe, 'host': host_of, 'batch': args.batch, 'size': list(size),
         'pairs': args.pairs, 'machine': describe(PACKAGES), 'engine': engine.info(),
-        'contestants': rows, 'absent': absent, **table, 'binary': _binary_rates(table['kinds'], engine),
+        'contestants': rows, 'absent': absent, **table,
+        'binary': _binary_rates(table['kinds'], alone, latent, x, engine),
     }
 
 
@@ -139,16 +142,46 @@ def _race(contestants: Dict[str, Contestant], rounds: int, warmup: int) -> List[
     return rows
 
 
-def _binary_rates(kinds: Dict[str, Dict[str, float]], engine: ModuleType) -> Optional[Dict[str, float]]:
-    """Rate of the binary layers beside what the chip can do, both in binary MAC/s; None without binary layers.
+def _binary_rates(
+        kinds: Dict[str, Dict[str, float]],
+        alone: nn.Module,
+        latent: nn.Module,
+        x: torch.Tensor,
+        engine: ModuleType,
+) -> Optional[Dict[str, float]]:
+    """Rates of the binary layers beside what the chip can do, in binary MAC/s of one core; None without binary layers.
 
-    The time of a binary layer holds all of its unit: signs, packing, product, scale and shift, link. The rate of the
-    products alone, which only the engine can time, belongs beside it.
+    'macs_per_s' is that of whole units, signs, packing, products, scale and shift and link together. 'gemm_macs_per_s'
+    is that of the products of all full and grouped convolutions alone, on data in cache. 'chip_macs_per_s' is what xor,
+    popcount and add (or the look-ups of a body that has no popcount) reach on registers.
     """
     binary = [kinds[kind] for kind in ('binary conv', 'binary linear') if kind in kinds]
     if not binary:
         return None
     macs, ms = (sum(total[key] for total in binary) for key in ('binary_macs', 'ms'))
-    chip = engine.peak_rate()
-    return {'macs': macs, 'ms': ms, 'macs_per_s': macs / (ms * 1e-3), 'chip_macs_per_s': chip,
-            'share_of_chip': macs / (ms * 1e-3) / chip}
+    rates = {'macs': macs, 'ms': ms, 'macs_per_s': macs / (ms * 1e-3)}
+    if not engine.info()['native']:
+        return rates
+    chip = max(engine.chip_rate() for _ in range(5))
+    gemm = _gemm_rate(alone, latent, x, engine)
+    rates.update({'chip_macs_per_s': chip, 'share_of_chip': rates['macs_per_s'] / chip})
+    if gemm is not None:
+        rates.update({'gemm_macs_per_s': gemm, 'gemm_share_of_chip': gemm / chip})
+    return rates
+
+
+def _gemm_rate(alone: nn.Module, latent: nn.Module, x: torch.Tensor, engine: ModuleType) -> Optional[float]:
+    """Binary MAC/s of the kernel over all full and grouped binary convolutions of a net, one after the other."""
+    runs = run_layers(latent, tuple(x.shape[1:]))
+    macs = seconds = 0.
+    for path, unit in alone.named_modules():
+        if not isinstance(unit, engine.DeployedUnit) or not hasattr(unit, 'bits') or unit.spec.is_depthwise:
+            continue
+        spec, out = unit.spec, runs[f'{path}.conv'].output
+        pixels = len(x) * math.prod(out[2:] if len(out) == 4 and not unit.linear else out[1:-1])
+        channels, outputs = spec.c_in // spec.groups, spec.c_out // spec.groups
+        words = spec.taps * -(-channels // 64)
+        rate = engine.count_rate(words, outputs, pixels)
+        macs += spec.groups * spec.taps * channels * outputs * pixels
+        seconds += spec.groups * 64 * words * outputs * pixels / rate
+    return macs / seconds if macs else None

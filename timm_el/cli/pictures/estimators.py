@@ -3,6 +3,7 @@
 python -m timm_el plot estimators
 """
 import argparse
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,11 +35,11 @@ def draw(args: argparse.Namespace) -> 'Figure':
     x = torch.arange(-1000, 1001) / 500  # -1 and 1 are among them
     figure, ((curves, slopes),) = new_figure(1, 2, (8, 3))
     curves.plot(x.numpy(), sign(x).numpy(), 'k', lw=1, label='Sign')
-    for name in args.names:
+    for name, style in zip(args.names, itertools.cycle(['-', '-.', '--', ':'])):  # equal slopes are both seen
         gradient = slope(name, x)
         area = torch.cumulative_trapezoid(gradient, x)
-        curves.plot(x[1:].numpy(), (area - area[-1] / 2).numpy(), label=name)
-        slopes.plot(x.numpy(), gradient.numpy(), label=name)
+        curves.plot(x[1:].numpy(), (area - area[-1] / 2).numpy(), style, label=name)
+        slopes.plot(x.numpy(), gradient.numpy(), style, label=name)
     curves.set_title('the curve whose slope it takes')
     slopes.set_title('gradient')
     for axis in (curves, slopes):

@@ -16,6 +16,7 @@
 #include <time.h>
 
 #define OWN_LAYOUT
+#define LANES 8
 #include "body.h"
 
 #define TILE 4
@@ -150,7 +151,8 @@ INLINE void dot_tile(const float *const *base, const size_t *offsets, int segmen
 }
 
 static void dot(const float *const *base, int tile, const size_t *offsets, int segments, int length,
-                const float *weight, int channels, float *out, int stride) {
+                const float *weight, int channels, float *out, int stride, const char *ahead, size_t ahead_bytes) {
+    (void)ahead, (void)ahead_bytes;
     for (int c = 0; c < channels; c += 16) {
         const float *w = weight + (size_t)(c / EL_REAL_BLOCK) * EL_REAL_BLOCK * (size_t)segments * (size_t)length +
                          c % EL_REAL_BLOCK;

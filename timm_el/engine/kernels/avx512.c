@@ -12,6 +12,7 @@
 #include <time.h>
 
 #define OWN_DEPTHWISE
+#define LANES 16
 #include "body.h"
 
 #define TILE 6
@@ -116,14 +117,15 @@ static void count_depthwise(const uint64_t *base, const size_t *offsets, int tap
 
 /* P pixels by 64 channels: 24 chains of fma in registers. */
 INLINE void dot_tile(const float *const *base, const size_t *offsets, int segments, int length, const float *weight,
-                     float *out, int stride, const int P) {
+                     float *out, int stride, const char *ahead, size_t step, const int P) {
     __m512 sum[TILE][4];
     for (int p = 0; p < P; p++)
         for (int b = 0; b < 4; b++) sum[p][b] = _mm512_setzero_ps();
     for (int s = 0; s < segments; s++) {
         const float *run[TILE];
         for (int p = 0; p < P; p++) run[p] = base[p] + offsets[s];
-        for (int k = 0; k < length; k++, weight += EL_REAL_BLOCK) {
+        for (int k = 0; k < length; k++, weight += EL_REAL_BLOCK, ahead += step) {
+            _mm_prefetch(ahead, _MM_HINT_T1);
             __m512 w[4];
             for (int b = 0; b < 4; b++) w[b] = _mm512_loadu_ps(weight + 16 * b);
             for (int p = 0; p < P; p++) {
@@ -137,10 +139,12 @@ INLINE void dot_tile(const float *const *base, const size_t *offsets, int segmen
 }
 
 static void dot(const float *const *base, int tile, const size_t *offsets, int segments, int length,
-                const float *weight, int channels, float *out, int stride) {
+                const float *weight, int channels, float *out, int stride, const char *ahead, size_t ahead_bytes) {
     const size_t block = (size_t)segments * (size_t)length;
+    const size_t steps = block * (size_t)((channels + EL_REAL_BLOCK - 1) / EL_REAL_BLOCK), step = ahead_bytes / steps;
     for (int c = 0; c < channels; c += EL_REAL_BLOCK)
-        BY_PIXELS(tile, dot_tile, base, offsets, segments, length, weight + (size_t)c * block, out + c, stride)
+        BY_PIXELS(tile, dot_tile, base, offsets, segments, length, weight + (size_t)c * block, out + c, stride,
+                  ahead + (size_t)(c / EL_REAL_BLOCK) * block * step, step)
 }
 
 static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c,

@@ -1,4 +1,4 @@
-/* What all bodies share, written once in vectors of 16 floats, which the compiler cuts to what the body's processor has.
+/* What all bodies share, written once in vectors of as many floats as the body's registers hold.
  *
  * A body is a .c file that sets its target, includes this file and supplies pack, count, count_depthwise and dot. The
  * others stand here. Contraction is off (see the build flags): a * b + c is two roundings in every body.
@@ -9,7 +9,9 @@
 
 #pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
 
-#define LANES 16
+#ifndef LANES
+#define LANES 4 /* floats of a vector: what the body's processor has in a register */
+#endif
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
@@ -21,25 +23,24 @@ typedef int32_t vi_loose __attribute__((vector_size(4 * LANES), aligned(4), may_
 #define LOADF(p) ((vf) * (const vf_loose *)(p))
 #define LOADI(p) ((vi) * (const vi_loose *)(p))
 #define STOREF(p, v) (*(vf_loose *)(p) = (vf_loose)(v))
-#define SPREAD(s) ((vf){s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s})
+#define SPREAD(s) ((vf){0} + (s))
 #define SELECT(mask, a, b) ((vf)(((mask) & (vi)(a)) | (~(mask) & (vi)(b))))
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
 static void abs_mean(const float *x, int n, int c, float *means) {
-    typedef float half __attribute__((vector_size(32), aligned(4), may_alias));
-    typedef float quarter __attribute__((vector_size(16), aligned(4), may_alias));
-    const vi magnitude = (vi)SPREAD(0.f) + 0x7fffffff;
+    const vi magnitude = (vi){0} + 0x7fffffff;
     for (int p = 0; p < n; p++, x += c) {
-        float lanes[LANES];
+        float lanes[16];
+        vf sums[16 / LANES] = {{0}};
         int i = 0;
-        vf sum = SPREAD(0.f);
-        for (; i + LANES <= c; i += LANES) sum = sum + (vf)((vi)LOADF(x + i) & magnitude);
-        STOREF(lanes, sum);
+        for (; i + 16 <= c; i += 16)
+            for (int j = 0; j < 16 / LANES; j++) sums[j] = sums[j] + (vf)((vi)LOADF(x + i + LANES * j) & magnitude);
+        for (int j = 0; j < 16 / LANES; j++) STOREF(lanes + LANES * j, sums[j]);
         for (int j = 0; i + j < c; j++) lanes[j] = lanes[j] + (x[i + j] < 0.f ? -x[i + j] : x[i + j]);
-        *(half *)lanes = *(half *)lanes + *(half *)(lanes + 8);
-        *(quarter *)lanes = *(quarter *)lanes + *(quarter *)(lanes + 4);
-        means[p] = ((lanes[0] + lanes[2]) + (lanes[1] + lanes[3])) / (float)c;
+        for (int half = 8; half > 1; half /= 2)
+            for (int j = 0; j < half; j++) lanes[j] = lanes[j] + lanes[j + half];
+        means[p] = (lanes[0] + lanes[1]) / (float)c;
     }
 }
 
@@ -166,14 +167,26 @@ static void finish(const el_plan *p, const void *acc, int stride, int tile, cons
                    int base, const float *k, const float *const *links, int c0, int c1, const float *added,
                    float *y) {
 #define AS(...) finish_as(p, acc, stride, tile, corrections, base, k, links, c0, c1, added, y, __VA_ARGS__)
-    const int plain = !p->act && !p->has_affine && !p->has_post, how = link_kind(p, c0);
-    if (plain && !p->real && !p->has_k && how == LINK_AS_IT_IS) AS(0, 0, EL_ACT_NONE, 0, LINK_AS_IT_IS, 0);
-    else if (plain && !p->real && !p->has_k && how == LINK_SUM) AS(0, 0, EL_ACT_NONE, 0, LINK_SUM, 0);
-    else if (plain && !p->real && p->has_k && how == LINK_AS_IT_IS) AS(0, 1, EL_ACT_NONE, 0, LINK_AS_IT_IS, 0);
-    else if (plain && !p->real && p->has_k && how == LINK_SUM) AS(0, 1, EL_ACT_NONE, 0, LINK_SUM, 0);
-    else if (plain && !p->real && !how) AS(0, p->has_k, EL_ACT_NONE, 0, LINK_OFF, 0);
-    else if (plain && p->real && !how) AS(1, 0, EL_ACT_NONE, 0, LINK_OFF, 0);
-    else AS(p->real, p->has_k, p->act, p->has_affine, how, p->has_post);
+    /* The commonest ones with everything that does not apply compiled away. */
+    const int how = link_kind(p, c0), tail = p->act << 2 | p->has_affine << 1 | p->has_post;
+    enum { PLAIN = 0, CLIP_AFFINE = EL_ACT_CLIP << 2 | 2, POST = 1 };
+    const int kind = p->real << 12 | p->has_k << 8 | how << 4 | tail;
+    switch (kind) {
+#define CASE(real, has_k, how, tail) \
+    case (real) << 12 | (has_k) << 8 | (how) << 4 | (tail): AS(real, has_k, (tail) >> 2, (tail) >> 1 & 1, how, (tail) & 1); break;
+        CASE(0, 0, LINK_AS_IT_IS, PLAIN)
+        CASE(0, 0, LINK_SUM, PLAIN)
+        CASE(0, 1, LINK_AS_IT_IS, PLAIN)
+        CASE(0, 1, LINK_SUM, PLAIN)
+        CASE(0, 0, LINK_OFF, PLAIN)
+        CASE(1, 0, LINK_OFF, PLAIN)
+        CASE(0, 0, LINK_AS_IT_IS, CLIP_AFFINE)
+        CASE(1, 0, LINK_AS_IT_IS, CLIP_AFFINE)
+        CASE(1, 0, LINK_OFF, CLIP_AFFINE)
+        CASE(0, 0, LINK_AS_IT_IS, POST)
+        default: AS(p->real, p->has_k, p->act, p->has_affine, how, p->has_post);
+#undef CASE
+    }
 #undef AS
 }
 

@@ -65,6 +65,12 @@ static int bad_window(const el_window *w) {
     return w->kh < 1 || w->kw < 1 || w->sh < 1 || w->sw < 1 || w->ph < 0 || w->pw < 0 || w->dh < 1 || w->dw < 1;
 }
 
+/* Every window of a pool must have a pixel of the image: its first and its last one have. */
+static int has_empty_window(const el_window *k, int h, int w, int oh, int ow) {
+    const int64_t last_h = (int64_t)(oh - 1) * k->sh - k->ph, last_w = (int64_t)(ow - 1) * k->sw - k->pw;
+    return last_h >= h || last_w >= w || (k->kh - 1) * k->dh < k->ph || (k->kw - 1) * k->dw < k->pw;
+}
+
 static int is_bad(const el_plan *p) {
     if (p->n < 0 || p->h < 1 || p->w < 1 || p->c_in < 1 || p->oh < 0 || p->ow < 0 || p->c_out < 1) return 1;
     if (bad_window(&p->conv) || (int64_t)p->conv.kh * p->conv.kw > EL_MAX_TAPS) return 1;
@@ -81,10 +87,7 @@ static int is_bad(const el_plan *p) {
     if (p->link == EL_LINK_SQUEEZE && p->link_c < p->c_out) return 1;
     if (p->link_pool == EL_POOL_NONE) return p->link_h != p->oh || p->link_w != p->ow;
     if (bad_window(&p->pool) || (int64_t)p->pool.kh * p->pool.kw > EL_MAX_POOL) return 1;
-    /* Every window of the pool must have a pixel of the image: its first and its last one have. */
-    int64_t last_h = (int64_t)(p->oh - 1) * p->pool.sh - p->pool.ph, last_w = (int64_t)(p->ow - 1) * p->pool.sw - p->pool.pw;
-    return last_h >= p->link_h || last_w >= p->link_w || (p->pool.kh - 1) * p->pool.dh < p->pool.ph ||
-           (p->pool.kw - 1) * p->pool.dw < p->pool.pw;
+    return has_empty_window(&p->pool, p->link_h, p->link_w, p->oh, p->ow);
 }
 
 /* Bits of one tap of one group, bits of one pixel, in words. */
@@ -223,22 +226,20 @@ static void correct(const el_plan *p, int oy, int ox, int c0, int c1, int32_t *o
         }
 }
 
-/* The window of the link's pool at one output pixel, to `out`. */
-static void pool_link(const stage *s, int oy, int ox, float *out) {
-    const el_plan *p = s->l->p;
-    const el_window *w = &p->pool;
+/* One window of a pool, to `out`; x is row `row0` of an image of h x w pixels of c channels. */
+static void pool_window(const float *x, int row0, int h, int w, int c, const el_window *k, int mode, int oy, int ox,
+                        float *out) {
     const float *window[EL_MAX_POOL];
     int n = 0;
-    for (int ky = 0; ky < w->kh; ky++) {
-        const int y = oy * w->sh - w->ph + ky * w->dh;
-        if (y < 0 || y >= p->link_h) continue;
-        for (int kx = 0; kx < w->kw; kx++) {
-            const int x = ox * w->sw - w->pw + kx * w->dw;
-            if (x < 0 || x >= p->link_w) continue;
-            window[n++] = s->link + ((size_t)(y - s->link_row0) * (size_t)p->link_w + (size_t)x) * (size_t)p->link_c;
+    for (int ky = 0; ky < k->kh; ky++) {
+        const int iy = oy * k->sh - k->ph + ky * k->dh;
+        if (iy < 0 || iy >= h) continue;
+        for (int kx = 0; kx < k->kw; kx++) {
+            const int ix = ox * k->sw - k->pw + kx * k->dw;
+            if (ix >= 0 && ix < w) window[n++] = x + ((size_t)(iy - row0) * (size_t)w + (size_t)ix) * (size_t)c;
         }
     }
-    body->pool(window, n, p->link_pool, p->link_c, out);
+    body->pool(window, n, mode, c, out);
 }
 
 /* For each output pixel of a band: where its inputs start, what its link adds, its K, whether padding touches it. */
@@ -246,38 +247,43 @@ static void locate(const stage *s, int oy0, int oy1, int y0) {
     const layer *l = s->l;
     const el_plan *p = l->p;
     const el_window *w = &p->conv;
-    const size_t unit = p->real ? sizeof(float) : sizeof(uint64_t), pixel = (size_t)l->pixel * unit;
-    const char *rows = l->copied ? AT(char, rows_at) : (const char *)s->x;
-    const int border_matters = p->tap_sums != NULL;
-    int i = 0;
+    const size_t pixel = (size_t)l->pixel * (p->real ? sizeof(float) : sizeof(uint64_t)), step = (size_t)w->sw * pixel;
+    const int ow = p->ow, reach = (w->kw - 1) * w->dw, border_matters = p->tap_sums != NULL;
+    const int plain_k = l->taps == 1 && !w->ph && !w->pw && l->width == p->w;
     for (int oy = oy0; oy < oy1; oy++) {
-        const int y = oy * w->sh - w->ph, row_touches = y < 0 || y + (w->kh - 1) * w->dh >= p->h;
-        for (int ox = 0; ox < p->ow; ox++, i++) {
-            const int x = ox * w->sw - w->pw;
-            if (l->copied) /* it starts at input row y0 and column -left, which is where padding starts */
-                AT(const char *, base_at)[i] =
-                    rows + ((size_t)(y - y0) * (size_t)l->width + (size_t)(x + l->left)) * pixel;
-            else if (!l->depthwise)
-                AT(const char *, base_at)[i] = rows + ((size_t)(y - s->x_row0) * (size_t)p->w + (size_t)x) * pixel;
-            AT(uint8_t, border_at)[i] = border_matters && (row_touches || x < 0 || x + (w->kw - 1) * w->dw >= p->w);
-            if (p->has_k)
-                AT(float, scale_at)[i] = l->taps == 1 && y >= 0 && y < p->h && x >= 0 && x < p->w
-                                             ? AT(float, k_at)[(size_t)(y - y0) * (size_t)p->w + (size_t)x]
-                                             : scale_of_input(l, AT(float, k_at), y0, oy, ox);
-            if (p->link_pool) {
-                float *pooled = AT(float, pooled_at) + (size_t)i * (size_t)p->link_c;
-                pool_link(s, oy, ox, pooled);
-                AT(const float *, links_at)[i] = pooled;
-            } else if (p->link) {
-                AT(const float *, links_at)[i] =
-                    s->link + ((size_t)(oy - s->link_row0) * (size_t)p->link_w + (size_t)ox) * (size_t)p->link_c;
-            }
+        const int y = oy * w->sh - w->ph, first = (oy - oy0) * ow;
+        const char **base = AT(const char *, base_at) + first;
+        /* A copied band starts at input row y0, and its rows where padding starts; else there is no padding. */
+        const char *start = l->copied ? AT(const char, rows_at) + (size_t)(y - y0) * (size_t)l->width * pixel
+                                      : (const char *)s->x + (size_t)(y < 0 ? 0 : y - s->x_row0) * (size_t)p->w * pixel;
+        for (int ox = 0; ox < ow; ox++) base[ox] = start + (size_t)ox * step;
+
+        uint8_t *border = AT(uint8_t, border_at) + first;
+        memset(border, border_matters && (y < 0 || y + (w->kh - 1) * w->dh >= p->h), (size_t)ow);
+        for (int ox = 0; border_matters && ox < ow && ox * w->sw < w->pw; ox++) border[ox] = 1;
+        for (int ox = ow - 1; border_matters && ox >= 0 && ox * w->sw - w->pw + reach >= p->w; ox--) border[ox] = 1;
+
+        for (int ox = 0; p->has_k && ox < ow; ox++)
+            AT(float, scale_at)[first + ox] =
+                plain_k && y < p->h && ox * w->sw < p->w
+                    ? AT(float, k_at)[(size_t)(y - y0) * (size_t)p->w + (size_t)(ox * w->sw)]
+                    : scale_of_input(l, AT(float, k_at), y0, oy, ox);
+
+        const float **links = AT(const float *, links_at) + first;
+        for (int ox = 0; p->link_pool && ox < ow; ox++) {
+            float *pooled = AT(float, pooled_at) + (size_t)(first + ox) * (size_t)p->link_c;
+            pool_window(s->link, s->link_row0, p->link_h, p->link_w, p->link_c, &p->pool, p->link_pool, oy, ox, pooled);
+            links[ox] = pooled;
         }
+        if (!p->link || p->link_pool) continue;
+        const float *link = s->link + (size_t)(oy - s->link_row0) * (size_t)p->link_w * (size_t)p->link_c;
+        for (int ox = 0; ox < ow; ox++) links[ox] = link + (size_t)ox * (size_t)p->link_c;
     }
 }
 
 /* Accumulators of a tile of pixels, for channels c .. c + n. */
-static void accumulate(const stage *s, int first, int tile, int group, int c, int n, int stride, int oy, int ox) {
+static void accumulate(const stage *s, int first, int tile, int group, int c, int n, int stride, int oy, int ox,
+                       const char *ahead, size_t ahead_bytes) {
     const layer *l = s->l;
     const el_plan *p = l->p;
     const void *const *base = AT(const void *const, base_at) + first;
@@ -303,7 +309,8 @@ static void accumulate(const stage *s, int first, int tile, int group, int c, in
                                   AT(int32_t, acc_at) + (size_t)q * (size_t)stride);
     } else if (p->real) {
         body->dot((const float *const *)base, tile, l->offsets, l->segments, l->length,
-                  (const float *)p->weight + (size_t)c * (size_t)l->taps * (size_t)l->tap, n, AT(float, acc_at), stride);
+                  (const float *)p->weight + (size_t)c * (size_t)l->taps * (size_t)l->tap, n, AT(float, acc_at), stride,
+                  ahead, ahead_bytes);
     } else {
         const int og = p->c_out / p->groups, string = l->taps * l->tap;
         const uint64_t *starts[MOST_TILE];
@@ -335,7 +342,16 @@ static void band(const stage *s, int oy0, int oy1, int y0, int c0, int c1) {
         for (int i = 0; i < pixels; i += most) {
             const int tile = pixels - i < most ? pixels - i : most;
             const int32_t *corrections[MOST_TILE] = {NULL};
-            accumulate(s, i, tile, group, c, n, stride, oy, ox);
+            const char *ahead = p->weight;
+            size_t ahead_bytes = 0;
+            if (p->real && !l->depthwise && c + n < c1) { /* the next weights, while these are in use */
+                const size_t row = (size_t)l->taps * (size_t)l->tap * sizeof(float);
+                const size_t bytes = (size_t)(c1 - c - n < l->chunk ? c1 - c - n : l->chunk) * row;
+                const size_t from = bytes * (size_t)i / (size_t)pixels;
+                ahead += (size_t)(c + n) * row + from;
+                ahead_bytes = bytes * (size_t)(i + tile) / (size_t)pixels - from;
+            }
+            accumulate(s, i, tile, group, c, n, stride, oy, ox, ahead, ahead_bytes);
             for (int q = 0; q < tile; q++) {
                 if (AT(uint8_t, border_at)[i + q]) {
                     int32_t *correction = AT(int32_t, correction_at) + (size_t)q * (size_t)stride;
@@ -344,13 +360,8 @@ static void band(const stage *s, int oy0, int oy1, int y0, int c0, int c1) {
                 }
                 if (++ox == p->ow) ox = 0, oy++;
             }
-            if (p->real && !l->depthwise && c + n < c1) {
-                const size_t row = (size_t)l->taps * (size_t)l->tap * sizeof(float);
-                fetch_ahead((const char *)p->weight + (size_t)(c + n) * row,
-                            (size_t)(c1 - c - n < l->chunk ? c1 - c - n : l->chunk) * row, i, tile, pixels);
-            } else if (s->ahead && c == c0) {
+            if (s->ahead && c == c0)
                 fetch_ahead(s->ahead, s->ahead_bytes, (int64_t)oy0 * p->ow + i, tile, (int64_t)p->oh * p->ow);
-            }
             body->finish(p, AT(char, acc_at), stride, tile, corrections, base, AT(float, scale_at) + i,
                          AT(const float *const, links_at) + i, c, c + n,
                          s->added ? s->added + place + (size_t)i * (size_t)p->c_out : NULL,
@@ -684,6 +695,39 @@ int el_chain(const el_plan *const *plans, int n, const float *x, const float *ad
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    const float *x;
+    float *y;
+    const el_window *window;
+    int n, h, w, c, mode, oh, ow, items;
+} pool_job;
+
+static void pool_piece(void *context, int item) {
+    const pool_job *j = context;
+    const int64_t rows = (int64_t)j->n * j->oh, to = rows * (item + 1) / j->items;
+    for (int64_t row = rows * item / j->items; row < to; row++)
+        for (int ox = 0; ox < j->ow; ox++)
+            pool_window(j->x + (size_t)(row / j->oh) * image_size(j->h, j->w, j->c), 0, j->h, j->w, j->c, j->window, j->mode,
+                        (int)(row % j->oh), ox, j->y + ((size_t)row * (size_t)j->ow + (size_t)ox) * (size_t)j->c);
+}
+
+int el_pool(const float *x, int n, int h, int w, int c, const el_window *window, int mode, int oh, int ow, float *y,
+            int threads) {
+    if (!x || !y || n < 0 || h < 1 || w < 1 || c < 1 || oh < 1 || ow < 1 || bad_window(window)) return EL_BAD_PLAN;
+    if (mode != EL_POOL_MAX && mode != EL_POOL_AVG) return EL_BAD_PLAN;
+    if ((int64_t)window->kh * window->kw > EL_MAX_POOL || has_empty_window(window, h, w, oh, ow)) return EL_BAD_PLAN;
+    const int64_t rows = (int64_t)n * oh;
+    pool_job j = {x, y, window, n, h, w, c, mode, oh, ow, (int)(rows < threads ? rows : threads)};
+    if (rows) el_parallel(pool_piece, &j, j.items, threads);
+    return EL_OK;
+}
+
+void el_nhwc(const float *nchw, int n, int c, int64_t pixels, float *nhwc) {
+    for (int i = 0; i < n; i++, nchw += (int64_t)c * pixels)
+        for (int64_t p = 0; p < pixels; p++)
+            for (int k = 0; k < c; k++) *nhwc++ = nchw[k * pixels + p];
+}
 
 double el_count_time(int words, int channels, int pixels, int repeats) {
     if (words < 1 || channels < 1 || pixels < 1 || repeats < 1) return 0.;

@@ -90,9 +90,10 @@ typedef struct {
     /* counts[c] = taps in which channel c of one pixel differs; length is the words of one tap. */
     void (*count_depthwise)(const uint64_t *base, const size_t *offsets, int taps, int length, const uint64_t *weight,
                             int32_t *counts);
-    /* out[p * stride + c] = fma chain over the runs of pixel p times weight[k][c], in blocks of 64 channels. */
+    /* out[p * stride + c] = fma chain over the runs of pixel p times weight[k][c], in blocks of 64 channels. Memory
+     * that is needed next, `ahead`, is fetched meanwhile, a little with each k. */
     void (*dot)(const float *const *base, int tile, const size_t *offsets, int segments, int length,
-                const float *weight, int channels, float *out, int stride);
+                const float *weight, int channels, float *out, int stride, const char *ahead, size_t ahead_bytes);
     /* out[c] = fma chain over taps of taps[t][c] * weight[t * weight_stride + c]. */
     void (*dot_depthwise)(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c,
                           float *out);
@@ -140,6 +141,11 @@ EL_API int el_conv(const el_plan *plan, const float *x, const float *link, const
 /* n convolutions, each one's output the next one's input and link; `added` is added to the last. What lies between stays
  * in memory of the thread's own, which is still in cache. */
 EL_API int el_chain(const el_plan *const *plans, int n, const float *x, const float *added, float *y, int threads);
+/* Largest value, or mean of the values inside the image, of each window; NHWC. */
+EL_API int el_pool(const float *x, int n, int h, int w, int c, const el_window *window, int mode, int oh, int ow, float *y,
+                   int threads);
+/* NCHW to NHWC. */
+EL_API void el_nhwc(const float *nchw, int n, int c, int64_t pixels, float *nhwc);
 /* The counting alone, for a benchmark: repeats over `pixels` pixels of random words. Seconds for one pass. */
 EL_API double el_count_time(int words, int channels, int pixels, int repeats);
 

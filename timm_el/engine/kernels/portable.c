@@ -29,7 +29,8 @@ static void count(const uint64_t *const *base, int tile, const size_t *offsets, 
 }
 
 static void dot(const float *const *base, int tile, const size_t *offsets, int segments, int length,
-                const float *weight, int channels, float *out, int stride) {
+                const float *weight, int channels, float *out, int stride, const char *ahead, size_t ahead_bytes) {
+    (void)ahead, (void)ahead_bytes;
     for (int c = 0; c < channels; c += EL_REAL_BLOCK) {
         for (int p = 0; p < tile; p++) memset(out + p * stride + c, 0, EL_REAL_BLOCK * sizeof(float));
         for (int s = 0; s < segments; s++)

@@ -1,0 +1,101 @@
+"""The C sources by themselves: warnings are errors, their own driver finds nothing wrong, sanitizers neither."""
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import timm_el
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / 'timm_el' / 'engine' / 'kernels'
+FLAGS = [flag for line in (KERNELS / 'flags.txt').read_text().splitlines() for flag in line.split()]
+CC = os.environ.get('CC') or shutil.which('cc') or shutil.which('gcc') or shutil.which('clang')
+
+
+def build(folder: Path, compiler: str, *extra: str) -> str:
+    program = str(folder / 'driver')
+    sources = [str(path) for path in sorted(KERNELS.glob('*.c'))]
+    subprocess.run(
+        [compiler, *FLAGS, '-Wall', '-Wextra', '-Werror', *extra, '-o', program, *sources, '-lm'], check=True)
+    return program
+
+
+def run(*command: str, **environment: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_a_compiler_is_there_if_the_library_is():
+    assert CC or not timm_el.engine.info()['native']
+
+
+@pytest.mark.skipif(not CC, reason='no C compiler: the engine runs its reference')
+def test_the_driver_finds_every_body_right(tmp_path):
+    out = run(build(tmp_path, CC), '300', '7')
+    assert ': 0 wrong' in out and ' '.join(timm_el.engine.info()['available']) in out
+
+
+@pytest.mark.skipif(not CC, reason='no C compiler: the engine runs its reference')
+def test_the_driver_sees_a_wrong_kernel(tmp_path):
+    wrong = tmp_path / 'kernels'
+    shutil.copytree(KERNELS, wrong)
+    body = (wrong / 'body.h').read_text()
+    assert '(n + n)' in body
+    (wrong / 'body.h').write_text(body.replace('(n + n)', '(n + n + 1)'))
+    program = str(tmp_path / 'wrong')
+    subprocess.run([CC, *FLAGS, '-o', program, *map(str, wrong.glob('*.c')), '-lm'], check=True)
+    result = subprocess.run([program, '40'], capture_output=True, text=True)
+    assert result.returncode == 1 and 'differs' in result.stdout
+
+
+SANITIZERS = {
+    'address,undefined': {}, 'thread': {'TSAN_OPTIONS': 'halt_on_error=1'}}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CC, reason='no C compiler: the engine runs its reference')
+@pytest.mark.parametrize('kind', SANITIZERS)
+def test_sanitizers_find_nothing(tmp_path, kind):
+    program = build(
+        tmp_path, CC, '-g', '-O1', '-fno-omit-frame-pointer', f'-fsanitize={kind}', '-fno-sanitize-recover=all')
+    fork = ['nofork'] if kind == 'thread' else []  # ThreadSanitizer does not follow a fork of several threads
+    assert ': 0 wrong' in run(program, '400' if kind != 'thread' else '60', '11', *fork, **SANITIZERS[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (shutil.which('aarch64-linux-gnu-gcc') and shutil.which('qemu-aarch64')),
+    reason='needs Debian\'s gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user')
+def test_the_neon_body_is_right_under_an_emulator(tmp_path):
+    program = build(tmp_path, 'aarch64-linux-gnu-gcc', '-static')
+    out = run('qemu-aarch64', program, '400', '3', 'nofork')
+    assert 'bodies neon portable: 0 wrong' in out
+
+
+def wheel(tmp_path: Path, **environment: str) -> zipfile.ZipFile:
+    source = tmp_path / 'source'
+    ignored = shutil.ignore_patterns('.git', 'build', '*.egg-info', '_native.*', '__pycache__')
+    shutil.copytree(ROOT, source, ignore=ignored)
+    run(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', str(tmp_path), str(source), **environment)
+    return zipfile.ZipFile(next(tmp_path.glob('*.whl')))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CC, reason='no C compiler: the engine runs its reference')
+def test_a_wheel_of_a_platform_holds_the_library(tmp_path):
+    with wheel(tmp_path) as archive:
+        assert '-py3-none-' in archive.filename and not archive.filename.endswith('-any.whl')
+        assert any('engine/_native' in name for name in archive.namelist())
+
+
+@pytest.mark.slow
+def test_a_wheel_made_without_a_compiler_is_for_any_platform(tmp_path):
+    with wheel(tmp_path, CC=str(tmp_path / 'no-such-compiler')) as archive:
+        assert archive.filename.endswith('-py3-none-any.whl')
+        assert not any('_native' in name for name in archive.namelist())
+        assert any(name.endswith('engine/reference.py') for name in archive.namelist())
