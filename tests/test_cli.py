@@ -4,9 +4,14 @@ import subprocess
 import sys
 
 import pytest
+import timm
+from PIL import Image
 
+import timm_el
 from timm_el.__main__ import main
-from timm_el.cli import VERBS
+from timm_el.cli import VERBS, demo
+from timm_el.cli.photos import classify, find, label_names, prepare, read
+from timm_el.models._shipped import SHIPPED
 
 
 def test_no_verb_prints_help(capsys):
@@ -46,9 +51,56 @@ def test_summary_prints_json(capsys):
     assert data['input_size'] == [3, 64, 64] and data['total']['bit_params'] == 10_985_472
 
 
-def test_demo_trains_and_compares(capsys):
-    """One short epoch on a basic-block net; accuracy is the business of the full demo."""
+def test_demo_classifies_photographs_by_name_and_compares_costs(tmp_path, capsys):
+    """The user's images, alone and in folders, with the shipped weights."""
+    (tmp_path / 'deep' / 'er').mkdir(parents=True)
+    for name in ('one.png', 'deep/er/two.JPG'):
+        Image.new('RGB', (50, 40), (90, 120, 250)).save(tmp_path / name)
+    (tmp_path / 'deep' / 'notes.txt').write_text('no image')
+    assert main(['demo', str(tmp_path / 'one.png'), str(tmp_path / 'deep'), '--epochs', '0']) == 0
+    out = capsys.readouterr().out
+    model = timm.create_model('el_resnet26', pretrained=True).eval()
+    image = prepare(model, read(str(tmp_path / 'one.png')))
+    (name, probability), *rest = classify(model, image)
+    assert len(rest) == 2 and name in label_names(model) and sum(p for _, p in [(name, probability), *rest]) <= 1
+    assert 'one.png: ' + name in out and f'two.JPG: {name}' in out and 'notes' not in out
+    assert 'airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck' in out
+    rows = [line.split() for line in out.splitlines() if line.endswith(' MB')]
+    assert [row[0] for row in rows] == ['float', 'latent', 'packed'] and rows[2][-2] == '7.16'
+
+
+@pytest.mark.parametrize('path, message', [
+    ('nowhere.jpg', 'nowhere.jpg: found no such file'), ('notes.txt', 'notes.txt: this is no image'),
+    ('empty', 'empty: found no image in this folder')])
+def test_what_is_no_image_is_named(path, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'notes.txt').write_text('no image')
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(ValueError, match=message):
+        [read(name) for name in find([path])]
+
+
+def test_classes_have_names():
+    assert label_names(timm.create_model('el_resnet26'))[207] == 'golden retriever'
+    assert label_names(timm.create_model('el_resnet26', num_classes=3)) == ['class 0', 'class 1', 'class 2']
+    shipped = timm.create_model('el_resnet26', pretrained=True)
+    assert label_names(shipped) == label_names(timm_el.from_hub(SHIPPED / 'el_resnet26.cifar10'))
+    assert label_names(shipped)[0] == 'airplane' and len(find([])) == 2
+
+
+def test_demo_trains_and_compares(capsys, monkeypatch):
+    """Two steps on a basic-block net; accuracy is the business of the full demo."""
+    def few_digits(size, seed):
+        parts = load_digits(size, seed)
+        for part in parts:
+            part.images, part.labels = part.images[:128], part.labels[:128]
+        return parts
+
+    load_digits = demo.load_digits
+    monkeypatch.setattr(demo, 'load_digits', few_digits)
+    monkeypatch.setattr(demo, 'ROUNDS', 1)
     main(['demo', '--model', 'el_resnet18', '--epochs', '1', '--compare', 'bireal'])
     out = capsys.readouterr().out
+    assert 'china.jpg: ' in out and 'flower.jpg: ' in out
     assert 'held-out images:' in out and 'truly' in out and 'M OPs' in out
     assert 'el_resnet18 (el):' in out and 'el_resnet18 (bireal):' in out

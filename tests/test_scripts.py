@@ -4,6 +4,7 @@ TIMM_SCRIPTS names the folder that holds train.py, validate.py and the others (t
 CIFAR10_DIR may name an ImageFolder of CIFAR-10 with train/ and validation/, else scikit-learn's digits are used.
 """
 import csv
+import json
 import math
 import os
 import pathlib
@@ -145,10 +146,90 @@ def test_train_other_models(scripts, images, tmp_path, model):
 
 
 def test_train_with_a_yaml_of_train_cfgs(scripts, images, tmp_path):
-    run(sys.executable, scripts / 'train.py', '-c', ROOT / 'train_cfgs' / 'el_resnet26_cifar10.yaml',
+    run(sys.executable, scripts / 'train.py', '-c', ROOT / 'train_cfgs' / 'el_resnet26_cifar10_short.yaml',
         '--data-dir', images, '--device', 'cpu', '--epochs', '1', '--workers', '0', '-b', '16', '--warmup-epochs', '0',
         '--output', tmp_path, '--experiment', 'run', '--model-kwargs', *NET_ARGS, cwd=tmp_path)
     look_at(tmp_path)
+
+
+@pytest.fixture(scope='session')
+def imagenet(tmp_path_factory) -> pathlib.Path:
+    """ImageNet's shape in small: synset folders of landscape and portrait JPEGs, and the same images in two shards."""
+    import numpy as np
+    from PIL import Image
+    folder = tmp_path_factory.mktemp('imagenet')
+    random = np.random.RandomState(0)
+    for split, count in (('train', 8), ('validation', 2)):
+        for label in range(4):
+            synset = folder / 'images' / split / f'n{1440764 + label:08d}'
+            synset.mkdir(parents=True)
+            for i in range(count):
+                size = (375, 500, 3) if i % 2 else (500, 375, 3)
+                Image.fromarray(random.randint(0, 255, size, dtype=np.uint8)).save(synset / f'{synset.name}_{i}.JPEG')
+    return folder
+
+
+def shards(imagenet) -> pathlib.Path:
+    import webdataset
+    for split in ('train', 'validation'):
+        files = sorted((imagenet / 'images' / split).glob('*/*.JPEG'))
+        for shard in range(2):
+            with webdataset.TarWriter(str(imagenet / f'imagenet1k-{split}-{shard:04d}.tar')) as tar:
+                for file in files[shard::2]:
+                    label = int(file.parent.name[1:]) - 1440764
+                    tar.write({'__key__': file.stem, 'jpg': file.read_bytes(), 'cls': label})
+    return imagenet
+
+
+@pytest.mark.parametrize('source', ['folder', 'wds', 'hfids'])
+def test_imagenet_is_read_from_folders_shards_and_streams(scripts, imagenet, tmp_path, source):
+    """The commands of train_cfgs/README.md, with a small net and few images; all of them are seen."""
+    count = ['--train-num-samples', '32', '--val-num-samples', '8']
+    if source == 'folder':
+        args = ['--data-dir', imagenet / 'images']
+    elif source == 'wds':
+        args = ['--dataset', 'wds/imagenet', '--data-dir', shards(imagenet), *count,
+                '--train-split', 'imagenet1k-train-{0000..0001}.tar',
+                '--val-split', 'imagenet1k-validation-{0000..0001}.tar']
+    else:
+        args = ['--dataset', f'hfids/{imagenet / "images"}', '--data-dir', tmp_path / 'cache', *count]
+    result = run(
+        sys.executable, '-m', 'timm_el', 'run', scripts / 'train.py',
+        '-c', ROOT / 'train_cfgs' / 'el_resnet26_in1k.yaml', *args, '--model-kwargs', *NET_ARGS, '--device', 'cpu',
+        '-b', '8', '--epochs', '1', '--workers', '1', '--num-classes', '4', '--log-interval', '1',
+        '--output', tmp_path, '--experiment', 'run', cwd=tmp_path,
+        env={'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'home')})
+    look_at(tmp_path)
+    log = result.stdout + result.stderr
+    assert '[   3/4 (100%)]' in log and 'Test: [   0/0]' in log  # 4 batches of 8 images, then one
+
+
+def test_the_cifar10_job_goes_on_where_it_was_stopped(scripts, images, tmp_path):
+    """Two runs of the job: the first ends early, the second takes up its checkpoint; a third has nothing to train."""
+    def job(epochs: int) -> str:
+        path = os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']])
+        result = run(
+            'bash', ROOT / 'train_cfgs' / 'cifar10.sh', images, tmp_path / 'out', '--device', 'cpu', '--workers', '0',
+            '-b', '16', '--input-size', '3', '32', '32', '--warmup-epochs', '0', '--epochs', epochs,
+            '--model-kwargs', *NET_ARGS, cwd=tmp_path,
+            env={'NETS': 'el_resnet26', 'TIMM_SCRIPTS': str(scripts), 'PATH': path})
+        return result.stdout + result.stderr
+
+    job(1)
+    saved = checkpoint(tmp_path / 'out' / 'el_resnet26')
+    for name in ('finished', 'eval.json'):  # as if it had been stopped before the end
+        (tmp_path / 'out' / 'el_resnet26' / name).unlink()
+    shutil.rmtree(tmp_path / 'out' / 'hub')
+    log = job(2)
+    again = checkpoint(tmp_path / 'out' / 'el_resnet26')
+    assert (saved['epoch'], again['epoch']) == (0, 1) and 'Train: 1 ' in log and 'Train: 0 ' not in log
+    assert 'Train: ' not in job(2)
+    found = json.loads((tmp_path / 'out' / 'el_resnet26' / 'eval.json').read_text())
+    assert list(found['forms']) == ['latent', 'packed', 'deployed'] and found['images'] == 40
+    model = timm_el.from_hub(tmp_path / 'out' / 'hub' / 'el_resnet26.cifar10')
+    assert model.pretrained_cfg['tag'] == 'cifar10' and model.pretrained_cfg['label_names'][9] == 'truck'
+    card = (tmp_path / 'out' / 'hub' / 'el_resnet26.cifar10' / 'README.md').read_text()
+    assert '| epoch | training loss | loss | top-1 |\n|---|---|---|---|\n| 0 |' in card and '\n| 1 | ' in card
 
 
 @pytest.mark.parametrize('kind', ['logit', 'feature'])

@@ -24,7 +24,7 @@ from .recipes import Recipe
 from .shapes import own_input_size
 from .summary import summarize
 
-__all__ = ['save_for_hub', 'from_hub', 'push_to_hub', 'file_facts']
+__all__ = ['save_for_hub', 'from_hub', 'push_to_hub', 'file_facts', 'read_metrics']
 
 WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
 
@@ -33,6 +33,15 @@ def file_facts(path: Union[str, os.PathLike]) -> Dict[str, Any]:
     """SHA-256 and size in bytes of a file, as the manifest has them."""
     data = Path(path).read_bytes()
     return {'sha256': hashlib.sha256(data).hexdigest(), 'size': len(data)}
+
+
+def read_metrics(folder: Union[str, os.PathLike]) -> Dict[str, float]:
+    """Metrics by name, such as top1, that the model card of a Hub folder gives; empty without a card."""
+    from huggingface_hub import ModelCard
+    card = Path(folder) / CARD
+    if not card.is_file():
+        return {}
+    return {result.metric_name: result.metric_value for result in ModelCard.load(card).data.eval_results or []}
 
 
 def _is_registered(model: nn.Module) -> bool:

@@ -6,7 +6,10 @@ if TYPE_CHECKING:
 
 VERBS = {
     'bench': 'what inference of a deployed model costs beside its float host and other engines; or training',
-    'demo': 'train a binarized network on real images, offline, in under three minutes',
+    'demo': 'classify photographs with shipped weights, then train on real images, offline, in under three minutes',
+    'estimate': 'hours and cost of a training from the time of one step',
+    'eval': 'top-1 of a network as it is, packed and deployed, from a folder of images',
+    'plot': 'pictures: gammas, feature maps, estimators, training curves, accuracy against size and time',
     'push': 'write a Hub folder of packed weights, check it, and upload it',
     'run': "run one of timm's scripts with these models registered",
     'sweep': 'binarize many nets and print what came of it',

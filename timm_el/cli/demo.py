@@ -1,9 +1,12 @@
-"""python -m timm_el demo: train a binarized network on real images, offline, in under three minutes.
+"""python -m timm_el demo [IMAGE ...]: what a binarized network sees, what it costs, and how it learns; all offline.
 
-The images are scikit-learn's 1,797 scanned handwritten digits. Model, optimizer, scheduler and transforms are timm's.
+First a network with shipped weights classifies scikit-learn's photographs, or the images and folders that are named,
+and stands beside its float host in size and latency. Then one is trained, in under three minutes, on scikit-learn's
+1,797 scanned handwritten digits. Model, optimizer, scheduler and transforms are timm's.
 """
 import argparse
 import time
+from pathlib import Path
 from typing import Dict, List, Tuple
 
 import numpy as np
@@ -15,11 +18,19 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch.utils.data import DataLoader, Dataset
 
+from ..engine import deploy, info
+from ..shapes import own_input_size
 from ..summary import Summary, summarize
+from . import photos
+from .measure.infer import runner
+from .measure.machine import cpu_name
+from .measure.nets import host_name
+from .measure.turns import Spread, take_turns
 
 NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 HELD_OUT = 360  # images, the last fifth
 BATCH_SIZE = 64
+ROUNDS = 11  # of the comparison of latencies
 
 
 class Digits(Dataset):
@@ -105,14 +116,50 @@ def show(model: torch.nn.Module, digits: Digits, count: int = 8) -> None:
         print(f'  image {i}: {NAMES[guess]:5} ({100 * p[guess]:.0f} %), truly {NAMES[digits.labels[i]]}')
 
 
+def look(name: str, paths: List[str]) -> None:
+    """Classify photographs with pretrained weights, and print what that costs beside the float host."""
+    model = timm.create_model(name, pretrained=True).eval()
+    file = model.pretrained_cfg.get('file')
+    if not file:
+        raise ValueError(f'pretrained: the weights of {name} are not shipped with this package; try el_resnet26')
+    deployed = deploy(model)
+    size = own_input_size(model)
+    print(f'{name}.{model.pretrained_cfg["tag"]} at {size[-1]} px knows: {", ".join(photos.label_names(model))}')
+    if not paths:
+        print("  (scikit-learn's photographs show a temple and a flower, so look at your own: demo IMAGE)")
+    for path in photos.find(paths):
+        best = photos.classify(deployed, photos.prepare(model, photos.read(path)))
+        print(f'  {path}: ' + ', '.join(f'{label} {100 * p:.0f} %' for label, p in best))
+
+    host = timm.create_model(host_name(name, None, None), num_classes=model.num_classes).eval()
+    rows = {
+        f'float {host_name(name, None, None)}': (host, tensor_mb(host)),
+        'latent': (model, tensor_mb(model)),
+        'packed and deployed': (deployed, Path(file).stat().st_size / 1e6)}
+    x = torch.randn(1, *size)
+    seconds = take_turns({row: runner(net, x) for row, (net, _) in rows.items()}, ROUNDS, settle=True)
+    print(f'\none image, {cpu_name()}, {torch.get_num_threads()} threads, engine {info()["body"]}, '
+          f'medians of {ROUNDS} rounds:')
+    for row, (_, mb) in rows.items():
+        print(f'  {row:20} {1e3 * Spread.of(seconds[row]).median:7.2f} ms {mb:7.2f} MB')
+
+
+def tensor_mb(model: torch.nn.Module) -> float:
+    """Megabytes of a model's state dict."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6
+
+
 def main(argv: List[str]) -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(
         prog='python -m timm_el demo', description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--model', default='el_resnet26', help='registered timm_el model that takes a recipe')
+    parser.add_argument('images', nargs='*', metavar='IMAGE',
+                        help='images and folders to classify; without any, the photographs of scikit-learn')
+    parser.add_argument('--pretrained', default='el_resnet26', metavar='MODEL', help='model that classifies them')
+    parser.add_argument('--model', default='el_resnet26', help='registered timm_el model to train, with a recipe')
     parser.add_argument('--recipe', default='el', help='how it is binarized')
     parser.add_argument('--compare', metavar='RECIPE', help='train a twin with this recipe beside it, e.g. bireal')
-    parser.add_argument('--epochs', type=int, default=10)
+    parser.add_argument('--epochs', type=int, default=10, help='0: classify only')
     parser.add_argument('--size', type=int, default=32, help='pixels')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args(argv)
@@ -120,6 +167,10 @@ def main(argv: List[str]) -> None:
     recipes = [args.recipe, *([args.compare] if args.compare and args.compare != args.recipe else [])]
     for recipe in recipes:  # before any time is spent
         timm.create_model(args.model, recipe=recipe, device='meta')
+    look(args.pretrained, args.images)
+    if args.epochs == 0:
+        return
+    print()
     results: Dict[str, Tuple[float, float, Summary]] = {}
     models: List[torch.nn.Module] = []
     for recipe in recipes:

@@ -23,7 +23,8 @@ def main(argv: List[str]) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m timm_el push', description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('repo', help='user/repo on the Hub')
-    parser.add_argument('--model', required=True, help='registered model, or a timm model that --recipe converts')
+    parser.add_argument('--model', required=True,
+                        help='registered model, a timm model that --recipe converts, or a folder that train.py wrote')
     parser.add_argument('--recipe', help='how it is binarized; its own recipe for a registered model if not given')
     parser.add_argument('--checkpoint', help='weights: what train.py wrote, or a packed file; fresh ones if not given')
     parser.add_argument('--model-kwargs', type=json.loads, default={}, metavar='JSON', help='e.g. {"num_classes": 10}')
@@ -42,14 +43,20 @@ def main(argv: List[str]) -> None:
     from timm.models import load_checkpoint
 
     from . import create
-    model = create(args.model, args.recipe, **args.model_kwargs)
+    from .runs import is_run, load_run, training_log
+    details = args.details.read_text() if args.details else ''
+    if is_run(args.model):
+        model = load_run(args.model)
+        details = details or training_log(args.model)
+    else:
+        model = create(args.model, args.recipe, **args.model_kwargs)
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint)
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_for_hub(
             model, args.folder or temporary, float_dtype=FLOATS.get(args.float_dtype), repo_id=args.repo,
-            metrics={k: v for m in args.metric for k, v in m.items()}, dataset=args.dataset,
-            details=args.details.read_text() if args.details else '', pretrained_cfg=args.pretrained_cfg)
+            metrics={k: v for m in args.metric for k, v in m.items()}, dataset=args.dataset, details=details,
+            pretrained_cfg=args.pretrained_cfg)
         facts = {path.name: file_facts(path) for path in sorted(folder.iterdir())}
         for name, fact in facts.items():
             print(f'{name}: {fact["size"]:,} bytes, sha256 {fact["sha256"]}')
