@@ -5,10 +5,12 @@ if TYPE_CHECKING:
     import torch.nn as nn
 
 VERBS = {
+    'ablate': 'run or resume a table of ablations, or print it beside the paper',
     'bench': 'what inference of a deployed model costs beside its float host and other engines; or training',
     'demo': 'classify photographs with shipped weights, then train on real images, offline, in under three minutes',
     'estimate': 'hours and cost of a training from the time of one step',
     'eval': 'top-1 of a network as it is, packed and deployed, from a folder of images',
+    'fit': 'train stage by stage: two-stage, progressive, with teachers; resumable',
     'plot': 'pictures: gammas, feature maps, estimators, training curves, accuracy against size and time',
     'push': 'write a Hub folder of packed weights, check it, and upload it',
     'run': "run one of timm's scripts with these models registered",

@@ -128,6 +128,6 @@ def _create_mobilenet_v1(
 
 
 @register_model
-def el_mobilenet_v1(pretrained: bool = False, **kwargs) -> BinarizedEfficientNet:
+def el_mobilenet_v1(pretrained: bool = False, channel_multiplier: float = 1.0, **kwargs) -> BinarizedEfficientNet:
     """Elastic-Link MobileNetV1."""
-    return _create_mobilenet_v1('el_mobilenet_v1', 1.0, pretrained, **kwargs)
+    return _create_mobilenet_v1('el_mobilenet_v1', channel_multiplier, pretrained, **kwargs)

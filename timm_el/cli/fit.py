@@ -1,0 +1,406 @@
+"""python -m timm_el fit CONFIG.yaml: train a network, stage by stage, and resume where it stopped.
+
+For what timm's train.py cannot say: attention matching, several stages one after another, clipped latent weights, and
+a record of what binary layers do. A config holds fields of `FitConfig`, under the names of train.py where it has them,
+and perhaps `stages`, a list of changes with a `name` each, run in order in a folder each. In a stage, `initial_stage`
+and `teacher_stage` name an earlier one, whose weights it starts from or is taught by.
+
+A run folder holds args.yaml, timm's checkpoints (last, best), log.jsonl and telemetry.jsonl. Run the same command again
+and it goes on behind the last finished epoch, to the same weights as if it had never stopped.
+"""
+import argparse
+import collections.abc
+import dataclasses
+import math
+import os
+import time
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Sequence, Union
+
+import torch
+import torch.nn as nn
+import yaml
+from timm.models import load_checkpoint
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask, TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import CheckpointSaver, random_seed
+
+from ..training import DistillationTask, JsonLines, Telemetry, clip_latent_weights
+from . import create
+from ._images import create_images, epoch_seed
+
+Recipe = Union[str, Dict[str, Any]]
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """The value fits the annotation."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Union:
+        return any(_is_a(value, option) for option in options)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is collections.abc.Sequence:
+        return isinstance(value, (list, tuple)) and all(_is_a(v, options[0]) for v in value)
+    return isinstance(value, origin or kind)
+
+
+def _in_words(kind: Any) -> str:
+    return getattr(kind, '__name__', '') if isinstance(kind, type) else str(kind).replace('typing.', '')
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """All that decides the result of a run. Names and meanings are train.py's where it has them.
+
+    Args:
+        recipe: Name or dict of a recipe; None for the model as it is.
+        pad_crop: Decode the images once into a tensor, and augment by crops out of images padded by so many pixels and
+            by mirrors. None: timm's loader and transforms (`train_crop_mode`, `scale`, `hflip`, ...).
+        teacher: Name of a timm model; with `teacher_recipe`, `teacher_kwargs`, and a `teacher_checkpoint`, without
+            which its pretrained weights are used.
+        kd_loss_type, attention_loss_weight, match_layers, attention_norm: As for `training.DistillationTask`.
+        distill_loss_weight: Weight of the logit term; used if there is a teacher.
+        clip_latent: Clip latent weights to +- this after each step, None not to.
+        telemetry_interval: Steps between two records of `training.Telemetry`, beside that at the end of each epoch.
+
+    Raises:
+        ValueError: An unknown field, a value of the wrong type, or a count that is not positive.
+    """
+    model: str = 'el_resnet26'
+    recipe: Optional[Recipe] = None
+    model_kwargs: Dict[str, Any] = field(default_factory=dict)
+    num_classes: int = 10
+    input_size: Sequence[int] = (3, 32, 32)
+    mean: Sequence[float] = (0.4914, 0.4822, 0.4465)
+    std: Sequence[float] = (0.2470, 0.2435, 0.2616)
+    initial_checkpoint: Optional[str] = None
+    seed: int = 0
+    # images
+    train_split: str = 'train'
+    val_split: str = 'validation'
+    batch_size: int = 64
+    pad_crop: Optional[int] = None
+    train_crop_mode: Optional[str] = None
+    scale: Sequence[float] = (0.08, 1.0)
+    hflip: float = 0.5
+    color_jitter: float = 0.0
+    crop_pct: float = 1.0
+    interpolation: str = 'bilinear'
+    # optimization
+    epochs: int = 10
+    opt: str = 'adam'
+    opt_kwargs: Dict[str, Any] = field(default_factory=dict)
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    sched: str = 'cosine'
+    sched_on_updates: bool = True
+    min_lr: float = 0.0
+    warmup_epochs: int = 0
+    warmup_lr: float = 1e-5
+    decay_milestones: Sequence[int] = (90, 180, 270)
+    decay_rate: float = 0.1
+    smoothing: float = 0.0
+    clip_latent: Optional[float] = None
+    model_ema: bool = False
+    model_ema_decay: float = 0.9998
+    # teaching
+    teacher: Optional[str] = None
+    teacher_recipe: Optional[Recipe] = None
+    teacher_kwargs: Dict[str, Any] = field(default_factory=dict)
+    teacher_checkpoint: Optional[str] = None
+    task_loss_weight: float = 1.0
+    distill_loss_weight: float = 1.0
+    kd_loss_type: str = 'kl'
+    kd_temperature: float = 1.0
+    attention_loss_weight: float = 0.0
+    match_layers: Optional[Sequence[str]] = None
+    attention_norm: str = 'l2'
+    # records
+    telemetry_interval: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            if not _is_a(getattr(self, name), kind):
+                found = getattr(self, name)
+                raise ValueError(
+                    f'{name}: found {found!r}, a {type(found).__name__}, expected {_in_words(kind)}; '
+                    f'YAML takes 1e-3 for text, write 0.001 or 1.0e-3')
+        for name in ('epochs', 'batch_size', 'num_classes', 'pad_crop', 'telemetry_interval'):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f'{name}: found {value}, expected a positive integer')
+        if self.sched == 'plateau':
+            raise ValueError("sched: found 'plateau', which cannot be resumed; expected one of timm's other schedulers")
+
+    @classmethod
+    def from_dict(cls, data: Dict[str, Any]) -> 'FitConfig':
+        """From the plain data of a YAML."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in data:
+            if key not in known:
+                raise ValueError(f'{key}: no such field, expected some of {", ".join(known)}')
+        return cls(**data)
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Plain data, as in a YAML."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+def create_network(config: FitConfig) -> nn.Module:
+    """The network of a config, drawn from its seed, with the weights of `initial_checkpoint` if it names one."""
+    random_seed(config.seed)
+    model = create(
+        config.model, config.recipe, num_classes=config.num_classes, pretrained_cfg_overlay=_own_cfg(config),
+        **config.model_kwargs)
+    if config.initial_checkpoint is not None:
+        load_checkpoint(model, config.initial_checkpoint)
+    return model
+
+
+def _own_cfg(config: FitConfig) -> Dict[str, Any]:
+    return dict(mean=tuple(config.mean), std=tuple(config.std), input_size=tuple(config.input_size))
+
+
+def _create_teacher(config: FitConfig) -> Union[nn.Module, str, None]:
+    if config.teacher is None or config.teacher_checkpoint is None:
+        for name in ('teacher_recipe', 'teacher_kwargs', 'teacher_checkpoint'):
+            if getattr(config, name):
+                raise ValueError(
+                    f'{name}: found {getattr(config, name)!r}, expected teacher and teacher_checkpoint beside it')
+        return config.teacher  # with its pretrained weights, or no teacher at all
+    teacher = create(
+        config.teacher, config.teacher_recipe, num_classes=config.num_classes,
+        pretrained_cfg_overlay=_own_cfg(config), **config.teacher_kwargs)
+    load_checkpoint(teacher, config.teacher_checkpoint)
+    return teacher
+
+
+def create_task(config: FitConfig, device: torch.device) -> TrainingTask:
+    """The task of a config: labels alone, or a `DistillationTask` where it names a teacher or attention matching."""
+    model = create_network(config).to(device, memory_format=torch.channels_last)
+    criterion = nn.CrossEntropyLoss(label_smoothing=config.smoothing)
+    if config.teacher is None and not config.attention_loss_weight:
+        return ClassificationTask(model, criterion, device=device, verbose=False)
+    return DistillationTask(
+        model, _create_teacher(config), attention_loss_weight=config.attention_loss_weight,
+        match_layers=config.match_layers, attention_norm=config.attention_norm, loss_type=config.kd_loss_type,
+        criterion=criterion, task_loss_weight=config.task_loss_weight, distill_loss_weight=config.distill_loss_weight,
+        temperature=config.kd_temperature, device=device, verbose=False).to(device)
+
+
+@torch.inference_mode()
+def evaluate(task: TrainingTask, images, device: torch.device) -> Dict[str, float]:
+    """Loss and top-1 in percent, of the averaged weights where there are such."""
+    model = task.get_eval_model(ema=task.has_ema()).eval()
+    evaluator = task.create_evaluator()
+    for x, y in images.epoch(0):
+        evaluator.update(model(x.to(device)), y.to(device))
+    return dict(evaluator.summary())
+
+
+def _check_resumable(config: FitConfig, path: str) -> None:
+    """Raise unless the run that is already there has the same arguments."""
+    with open(path) as f:
+        found = FitConfig.from_dict(yaml.safe_load(f)).to_dict()
+    for name, value in config.to_dict().items():
+        if found[name] != value:
+            raise ValueError(
+                f'{name}: found {found[name]!r} in {path}, the run to resume, expected {value!r} as now; '
+                f'use the same value, or another --output')
+
+
+def fit(
+        config: FitConfig,
+        output: str,
+        data_dir: str,
+        cache: Optional[str] = None,
+        device: str = 'cpu',
+        workers: int = 2,
+        stop_after: Optional[int] = None,
+) -> Dict[str, float]:
+    """Train, or go on with, one run.
+
+    What is random in an epoch depends on the seed and the epoch alone, and schedules on the step alone, so that model,
+    averaged model, optimizer and epoch, which timm's checkpoint holds, are all that there is to resume.
+
+    Args:
+        config: What to train.
+        output: The run's folder.
+        data_dir: An ImageFolder with the folders `train_split` and `val_split`.
+        cache: Folder for decoded images (`pad_crop`); `output` if None.
+        device: As for torch.
+        workers: Processes of timm's loader.
+        stop_after: Stop as if interrupted, before the epoch of this index.
+
+    Returns:
+        The last line of log.jsonl: epoch, train_loss, loss, top1, top5, lr, and seconds, those of all epochs.
+
+    Raises:
+        ValueError: The folder holds a run with other arguments, or the config makes no sense.
+    """
+    last, args = os.path.join(output, 'last.pth.tar'), os.path.join(output, 'args.yaml')
+    device = torch.device(device)
+    if os.path.exists(args):
+        _check_resumable(config, args)
+    task = create_task(config, device)
+    model = task.get_trainable_module()
+    os.makedirs(output, exist_ok=True)
+    with open(args, 'w') as f:
+        yaml.safe_dump(config.to_dict(), f, sort_keys=False)
+    cache = cache or output
+    train, val = (create_images(config, data_dir, cache, workers, training) for training in (True, False))
+    optimizer = create_optimizer_v2(
+        model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **config.opt_kwargs)
+    if config.model_ema:
+        task.setup_ema(decay=config.model_ema_decay)
+    saver = CheckpointSaver(
+        model, optimizer, argparse.Namespace(**config.to_dict()), checkpoint_dir=output, recovery_dir=output,
+        max_history=1, task=task)
+    start = 0
+    if os.path.exists(last):
+        start = resume_task_checkpoint(task, last, optimizer, log_info=False)
+        saver.load_state_dict_from_checkpoint(last)
+        if config.model_ema:
+            load_task_ema_checkpoint(task, last)
+    steps = len(train)
+    scheduler, epochs = create_scheduler_v2(
+        optimizer, config.sched, config.epochs, decay_milestones=config.decay_milestones,
+        decay_rate=config.decay_rate, min_lr=config.min_lr, warmup_lr=config.warmup_lr,
+        warmup_epochs=config.warmup_epochs, step_on_epochs=not config.sched_on_updates, updates_per_epoch=steps)
+    scheduler.step_update(start * steps)
+    scheduler.step(start)
+    log = JsonLines(os.path.join(output, 'log.jsonl'), start)
+    telemetry = Telemetry(model, os.path.join(output, 'telemetry.jsonl'), start)
+
+    for epoch in range(start, epochs if stop_after is None else min(stop_after, epochs)):
+        began, total, update = time.perf_counter(), 0.0, epoch * steps
+        random_seed(epoch_seed(config.seed, epoch))
+        task.train()
+        for x, y in train.epoch(epoch):
+            x, y = x.to(device, memory_format=torch.channels_last), y.to(device)
+            loss = task(x, y)['loss']
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if config.clip_latent is not None:
+                clip_latent_weights(model, config.clip_latent)
+            update += 1
+            task.update_ema(step=update)
+            scheduler.step_update(update)
+            total += loss.item()
+            if config.telemetry_interval and update % config.telemetry_interval == 0:
+                telemetry.record(epoch, update, x)
+        lr = optimizer.param_groups[0]['lr']
+        scheduler.step(epoch + 1)
+        telemetry.record(epoch, update, x)
+        metrics = evaluate(task, val, device)
+        before = sum(line['seconds'] for line in JsonLines.read(log.path)[-1:])
+        row = dict(
+            epoch=epoch, train_loss=_rounded(total / steps), loss=_rounded(metrics['loss']), top1=metrics['top1'],
+            top5=metrics['top5'], lr=lr, seconds=round(before + time.perf_counter() - began, 1))
+        log.write(row)
+        print(f'{output}: {row}', flush=True)
+        saver.save_checkpoint(epoch, metrics['top1'])
+    return JsonLines.read(log.path)[-1]
+
+
+def _rounded(value: float) -> Optional[float]:
+    return round(value, 5) if math.isfinite(value) else None  # JSON knows no NaN
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+
+def merge(base: Dict[str, Any], changes: Dict[str, Any]) -> Dict[str, Any]:
+    """Fields of `base` with changes; dicts (model_kwargs, opt_kwargs, ...) are merged key by key."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = {**base[key], **value} if both else value
+    return merged
+
+
+def load_config(path: str) -> Dict[str, Any]:
+    """A YAML as plain data."""
+    with open(path) as f:
+        data = yaml.safe_load(f)
+    if not isinstance(data, dict):
+        raise ValueError(f'{path}: found a {type(data).__name__}, expected the fields of a run')
+    return data
+
+
+def plan_stages(data: Dict[str, Any], output: str) -> List[tuple]:
+    """(folder, FitConfig) of each stage, in order; a config without `stages` is one stage in `output` itself.
+
+    Raises:
+        ValueError: A stage has no name or one that is taken, or refers to a stage that does not come before it.
+    """
+    base = {k: v for k, v in data.items() if k != 'stages'}
+    if 'stages' not in data:
+        return [(output, FitConfig.from_dict(base))]
+    plan: Dict[str, tuple] = {}
+    for stage in data['stages']:
+        changes = dict(stage)
+        name = changes.pop('name', None)
+        if not isinstance(name, str) or name in plan:
+            raise ValueError(f'stages: found the name {name!r}, expected one of its own for each stage')
+        fields = merge(base, changes)
+        for key in ('initial_stage', 'teacher_stage'):
+            earlier = fields.pop(key, None)
+            if earlier is None:
+                continue
+            if earlier not in plan:
+                raise ValueError(f'{key}: found {earlier!r}, expected an earlier stage than {name!r}: {list(plan)}')
+            folder, config = plan[earlier]
+            checkpoint = os.path.join(folder, 'last.pth.tar')
+            if key == 'initial_stage':
+                fields['initial_checkpoint'] = checkpoint
+            else:
+                fields.update(
+                    teacher=config.model, teacher_recipe=config.recipe, teacher_kwargs=config.model_kwargs,
+                    teacher_checkpoint=checkpoint)
+        plan[name] = os.path.join(output, name), FitConfig.from_dict(fields)
+    return list(plan.values())
+
+
+def fit_stages(data: Dict[str, Any], output: str, data_dir: str, **places: Any) -> Dict[str, float]:
+    """Run or resume all stages; those that are finished are passed over. Returns the last one's result."""
+    result: Dict[str, float] = {}
+    for folder, config in plan_stages(data, output):
+        result = fit(config, folder, data_dir, **places)
+    return result
+
+
+def add_places(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Arguments that say where a run takes place, and do not change its result."""
+    parser.add_argument('--data-dir', required=required, help='ImageFolder with train/ and validation/')
+    parser.add_argument('--output', required=required, help='folder of the run, which is resumed if it is there')
+    parser.add_argument('--cache', help='folder for decoded images (default: OUTPUT)')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--workers', type=int, default=2, help="processes of timm's loader")
+
+
+def main(argv: List[str]) -> None:
+    """Train what a YAML says."""
+    parser = argparse.ArgumentParser(
+        prog='python -m timm_el fit', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='YAML with fields of FitConfig, and perhaps stages')
+    add_places(parser)
+    parser.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE', help='fields to change, as YAML')
+    args = parser.parse_args(argv)
+    data = load_config(args.config)
+    for change in args.set:
+        key, equals, value = change.partition('=')
+        if not equals:
+            raise ValueError(f'--set: found {change!r}, expected FIELD=VALUE')
+        data = merge(data, {key: yaml.safe_load(value)})
+    result = fit_stages(
+        data, args.output, args.data_dir, cache=args.cache, device=args.device, workers=args.workers)
+    print(f"top-1 {result['top1']:.2f} % after {result['epoch'] + 1} epochs, {result['seconds']:.0f} s")
