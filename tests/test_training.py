@@ -220,7 +220,7 @@ def test_telemetry_sees_a_flip_made_by_hand(tmp_path):
         (layer.weight >= 0).float().mean().item(), abs=1e-6) != pytest.approx(share, abs=1e-6)
     assert record['gamma']['layer1.0.conv1.link'] == 2.5 and len(record['gamma']) == 8
     assert telemetry.record(0, 20)['layers']['layer1.0.conv2.conv']['flip_ratio'] == 0  # since the record before
-    assert [json.loads(line)['update'] for line in open(tmp_path / 't.jsonl')] == [10, 20]
+    assert [json.loads(line)['update'] for line in (tmp_path / 't.jsonl').read_text().splitlines()] == [10, 20]
 
 
 def test_telemetry_counts_latent_weights_in_units_of_their_mean(tmp_path):

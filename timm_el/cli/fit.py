@@ -133,6 +133,11 @@ class FitConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f'{name}: found {value}, expected a positive integer')
+        for name in ('teacher_recipe', 'teacher_kwargs', 'teacher_checkpoint'):
+            if getattr(self, name) and (self.teacher is None or self.teacher_checkpoint is None):
+                raise ValueError(
+                    f'{name}: found {getattr(self, name)!r}, expected teacher and teacher_checkpoint beside it; the '
+                    f'name of a pretrained model in teacher stands alone')
         if self.sched == 'plateau':
             raise ValueError("sched: found 'plateau', which cannot be resumed; expected one of timm's other schedulers")
 
@@ -169,11 +174,7 @@ def _own_cfg(config: FitConfig) -> Dict[str, Any]:
 
 
 def _create_teacher(config: FitConfig) -> Union[nn.Module, str, None]:
-    if config.teacher is None or config.teacher_checkpoint is None:
-        for name in ('teacher_recipe', 'teacher_kwargs', 'teacher_checkpoint'):
-            if getattr(config, name):
-                raise ValueError(
-                    f'{name}: found {getattr(config, name)!r}, expected teacher and teacher_checkpoint beside it')
+    if config.teacher_checkpoint is None:
         return config.teacher  # with its pretrained weights, or no teacher at all
     teacher = create(
         config.teacher, config.teacher_recipe, num_classes=config.num_classes,
