@@ -11,8 +11,9 @@ from PIL import Image
 
 from timm_el.__main__ import main
 from timm_el.cli import ablate
+from timm_el.cli._config import FitConfig, load_config, plan_stages
 from timm_el.cli._images import TensorImages, crop_and_flip, decode
-from timm_el.cli.fit import FitConfig, create_network, create_task, evaluate, fit, fit_stages, load_config, plan_stages
+from timm_el.cli.fit import create_network, create_task, evaluate, fit, fit_stages
 from timm_el.recipes import RECIPES
 from timm_el.training import DistillationTask, JsonLines
 
@@ -138,7 +139,7 @@ def test_a_run_with_other_arguments_is_not_resumed(folder, tmp_path, changes, me
     (dict(epochs=0), 'epochs: found 0, expected a positive integer'),
     (dict(epochs=True), 'epochs: found True'),
     (dict(input_size=[3, 'x', 3]), 'input_size'),
-    (dict(sched='plateau'), 'sched'),
+    (dict(sched='plateau'), "sched: found 'plateau'.*'constant'"),
     (dict(stages=[dict(name='a'), dict(name='a')]), "stages: found the name 'a'"),
     (dict(stages=[dict(name='a', initial_stage='b')]), "initial_stage: found 'b', expected an earlier stage"),
 ])
@@ -289,7 +290,8 @@ def test_paired_statistics_against_scipy():
 
 
 def test_a_report_pairs_seeds_and_says_what_it_cannot():
-    data = dict(rows=['el_3', 'baseline', 'el_4'], contrasts=[['el_3', 'baseline'], ['baseline', 'el_3'], ['el_3', 'el_4']])
+    contrasts = [['el_3', 'baseline'], ['baseline', 'el_3'], ['el_3', 'el_4']]
+    data = dict(rows=['el_3', 'baseline', 'el_4'], contrasts=contrasts)
     lines = [dict(row='el_3', seed=s, top1=50. + d) for s, d in enumerate((1., 2., 3.))]
     lines += [dict(row='baseline', seed=s, top1=40. + d) for s, d in ((2, 3.5), (0, 1.), (9, 90.))]
     text = ablate.report(data, lines)

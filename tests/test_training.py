@@ -112,6 +112,7 @@ def test_the_task_weighs_three_terms():
     assert at > 0.1 and len(features) == 8
     result['loss'].backward()
     assert all(p.grad is not None for p in model.parameters()) and all(p.grad is None for p in real.parameters())
+    assert not any(p.requires_grad for p in real.parameters())
     assert not real.training and not model.layer1[0]._forward_hooks
 
 

@@ -1,6 +1,7 @@
 """Images for `fit`: timm's own loader, or a tensor of decoded images that is cropped and flipped batch by batch.
 
-Both give the same batches for the same seed and epoch, whatever happened before, so that a run can be resumed.
+Both give the same batches for the same seed and epoch, so that a run can be resumed: the tensor by itself, the loader
+if all random numbers are seeded anew with `epoch_seed` before each epoch.
 """
 import os
 from typing import Iterator, Sequence, Tuple
@@ -8,7 +9,6 @@ from typing import Iterator, Sequence, Tuple
 import numpy as np
 import torch
 from timm.data import create_dataset, create_loader
-from timm.utils import random_seed
 
 Batch = Tuple[torch.Tensor, torch.Tensor]
 SEED_STEP = 10_000  # epochs between the seeds of two runs
@@ -96,22 +96,21 @@ class TensorImages:
 
 
 class LoaderImages:
-    """Batches of timm's loader, its random numbers fixed by seed and epoch."""
+    """Batches of timm's loader, whose random numbers are those that torch, numpy and Python are seeded with."""
 
-    def __init__(self, loader, seed: int) -> None:
-        self.loader, self.seed = loader, seed
+    def __init__(self, loader) -> None:
+        self.loader = loader
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch."""
-        random_seed(epoch_seed(self.seed, epoch))
-        yield from self.loader
+        return iter(self.loader)
 
 
 def create_images(config, data_dir: str, cache: str, workers: int, training: bool):
-    """Images of one split, as a `fit.FitConfig` says."""
+    """Images of one split, as a `FitConfig` says."""
     split = config.train_split if training else config.val_split
     common = dict(batch_size=config.batch_size, mean=config.mean, std=config.std)
     if config.pad_crop is not None:
@@ -123,4 +122,4 @@ def create_images(config, data_dir: str, cache: str, workers: int, training: boo
         train_crop_mode=config.train_crop_mode, scale=config.scale, hflip=config.hflip,
         color_jitter=config.color_jitter, crop_pct=config.crop_pct, interpolation=config.interpolation,
         num_workers=workers, use_prefetcher=False, persistent_workers=False, **common)
-    return LoaderImages(loader, config.seed)
+    return LoaderImages(loader)

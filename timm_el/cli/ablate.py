@@ -21,7 +21,8 @@ import torch
 
 from ..recipes import RECIPES
 from ..training import JsonLines
-from .fit import FitConfig, add_places, fit, load_config, merge
+from ._config import FitConfig, load_config, merge
+from .fit import add_places, fit
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... 30 degrees of freedom; beyond, the last is a little wide.
 T_95 = (
