@@ -19,7 +19,9 @@ from timm_el.training import DistillationTask, JsonLines
 
 # timm's dataset leaves the files of images for the interpreter to close.
 pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
-CONFIGS = sorted((pathlib.Path(__file__).resolve().parent.parent / 'train_cfgs' / 'fit').glob('*.yaml'))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / 'train_cfgs' / 'fit').glob('*.yaml'))
+RESULTS = sorted((ROOT / 'train_cfgs' / 'results').glob('*.jsonl'))
 TINY = dict(
     model='el_resnet18', model_kwargs=dict(layers=[1, 1, 1, 1], channels=[8, 8, 16, 16]), num_classes=3, batch_size=8,
     epochs=3, lr=0.01)
@@ -265,7 +267,9 @@ def test_a_table_runs_resumes_and_prints(folder, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.glob('out/**/*.tar'))
     monkeypatch.setattr(ablate, 'fit', None)  # nothing is left to run
     assert main([*args, '--seeds', '2']) == 0
-    capsys.readouterr()
+    (tmp_path / 'tiny.yaml').write_text(yaml.safe_dump({**TABLE, 'epochs': 2}))
+    assert main([*args, '--seeds', '2']) == 2
+    assert 'epochs: found 1 in' in capsys.readouterr().err
     assert main(['ablate', str(tmp_path / 'tiny.yaml'), '--report', str(results)]) == 0
     printed = capsys.readouterr().out
     mean = statistics.fmean(line['top1'] for line in lines if line['row'] == 'el')
@@ -297,9 +301,22 @@ def test_a_report_pairs_seeds_and_says_what_it_cannot():
     text = ablate.report(data, lines)
     assert '| `el_3` | 52.00 | 1.00 | 3 | yes | 63.2 |' in text and '| `el_4` | not run | | 0 | | 59.2 |' in text
     assert '| `el_3` - `baseline` | +3.4 | +9.75 | 0.35 | +39.0 | +6.57 to +12.93 | 2 | agrees |' in text
+    unsure = [dict(row='el_4', seed=s, top1=50. + d) for s, d in enumerate((0., 0., 4.))]
+    assert '| +4.0 | +0.67 |' in ablate.report(data, lines + unsure)
+    assert '| 3 | open |' in ablate.report(data, lines + unsure)
     assert '| 2 | disagrees |' in text and '| `el_3` - `el_4` | +4.0 |  | | | | 0 | open |' in text
     low = ablate.report(dict(rows=['el_3']), [dict(row='el_3', seed=0, top1=10.)])
     assert 'does not converge' in low
+
+
+@pytest.mark.parametrize('results', RESULTS, ids=lambda path: path.stem)
+def test_the_readme_shows_what_the_report_prints(results):
+    table = load_config(str(ROOT / 'train_cfgs' / 'fit' / f'{results.stem}.yaml'))
+    lines = JsonLines.read(results)
+    assert ablate.report(table, lines) in (ROOT / 'README.md').read_text()
+    assert len({(line['row'], line['seed']) for line in lines}) == len(lines)
+    assert {line['row'] for line in lines} <= set(ablate.plan_rows(table))
+    assert {line['epochs'] for line in lines} == {table['epochs']}
 
 
 @pytest.mark.parametrize('changes, message', [

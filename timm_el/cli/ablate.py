@@ -22,7 +22,7 @@ import torch
 from ..recipes import RECIPES
 from ..training import JsonLines
 from ._config import FitConfig, load_config, merge
-from .fit import add_places, fit
+from .fit import add_places, check_resumable, fit
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... 30 degrees of freedom; beyond, the last is a little wide.
 T_95 = (
@@ -85,15 +85,16 @@ def run_table(
     os.makedirs(output, exist_ok=True)
     done = {(line['seed'], line['row']) for line in JsonLines.read(path)}
     for (seed, row), config in configs.items():
-        if (seed, row) in done:
-            continue
         folder = os.path.join(output, row, f'seed_{seed}')
+        if (seed, row) in done:
+            check_resumable(config, folder)  # or runs of several budgets would stand in one table
+            continue
         result = fit(config, folder, data_dir, cache=cache or output, **places)
         line = dict(
             table=name, row=row, seed=seed, top1=result['top1'], loss=result['loss'],
             train_loss=result['train_loss'], epochs=result['epoch'] + 1, seconds=result['seconds'],
-            command=f'python -m timm_el ablate {name}.yaml --seeds {seed + 1}', hardware=hardware(),
-            threads=torch.get_num_threads(), torch=torch.__version__, timm=timm.__version__)
+            command=f'python -m timm_el ablate train_cfgs/fit/{name}.yaml --rows {row} --seeds {seed + 1}',
+            hardware=hardware(), threads=torch.get_num_threads(), torch=torch.__version__, timm=timm.__version__)
         with open(path, 'a') as f:
             f.write(json.dumps(line) + '\n')
         for checkpoint in glob.glob(os.path.join(folder, '*.pth.tar')):  # the table needs them no more

@@ -79,8 +79,11 @@ def evaluate(task: TrainingTask, images, device: torch.device) -> Dict[str, floa
     return dict(evaluator.summary())
 
 
-def _check_resumable(config: FitConfig, path: str) -> None:
-    """Raise unless the run that is already there has the same arguments."""
+def check_resumable(config: FitConfig, output: str) -> None:
+    """Raise ValueError if there is a run in the folder `output` with other arguments."""
+    path = os.path.join(output, 'args.yaml')
+    if not os.path.exists(path):
+        return
     with open(path) as f:
         found = FitConfig.from_dict(yaml.safe_load(f)).to_dict()
     for name, value in config.to_dict().items():
@@ -119,14 +122,12 @@ def fit(
     Raises:
         ValueError: The folder holds a run with other arguments, or the config makes no sense.
     """
-    last, args = os.path.join(output, 'last.pth.tar'), os.path.join(output, 'args.yaml')
-    device = torch.device(device)
-    if os.path.exists(args):
-        _check_resumable(config, args)
+    last, device = os.path.join(output, 'last.pth.tar'), torch.device(device)
+    check_resumable(config, output)
     task = create_task(config, device)
     model = task.get_trainable_module()
     os.makedirs(output, exist_ok=True)
-    with open(args, 'w') as f:
+    with open(os.path.join(output, 'args.yaml'), 'w') as f:
         yaml.safe_dump(config.to_dict(), f, sort_keys=False)
     cache = cache or output
     train, val = (create_images(config, data_dir, cache, workers, training) for training in (True, False))

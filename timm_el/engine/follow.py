@@ -111,7 +111,8 @@ def _watch(
         chain: List[str] = []
         tensor = gave[path]
         while tensor not in leaving:
-            nexts = [p for p, t in took.items() if t == tensor and p not in (path, *chain)]  # in the order of their calls
+            # In the order of their calls.
+            nexts = [p for p, t in took.items() if t == tensor and p not in (path, *chain)]
             if not nexts or isinstance(modules[nexts[0]], sources) or not single(nexts[0]):
                 break
             passed = [modules[p] for p in chain]
