@@ -403,3 +403,125 @@ def test_inputs_that_do_not_fit_are_refused_by_name():
         unit(torch.zeros(1, 63, 8, 8))
     with pytest.raises(TypeError, match='another dtype'):
         deployed.half()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a review found
+
+def small_unit(**parts) -> BinaryUnit:
+    return randomise(BinaryUnit(BinaryConv2d(16, 16, 3, padding=1), norm=nn.BatchNorm2d(16), **parts)).eval()
+
+
+class Clamping(nn.Module):
+    """Changes its input in place before it uses it twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.down = nn.ReLU6(inplace=True), nn.Conv2d(16, 16, 1)
+        self.conv1, self.conv2 = small_unit(), small_unit()
+
+    def forward(self, x):
+        x = self.act(x)
+        shortcut = self.down(x)
+        return self.conv2(self.conv1(x)) + shortcut
+
+
+def test_a_block_that_changes_its_input_stays_as_it_is():
+    torch.manual_seed(0)
+    latent = nn.Sequential(Clamping()).eval()
+    deployed, x = timm_el.deploy(latent), torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        assert not any(isinstance(m, DeployedBlock) for m in deployed.modules())
+        torch.testing.assert_close(deployed[0].conv1(x), latent[0].conv1(x), rtol=1e-5, atol=1e-5)
+
+
+class Listed(nn.Module):
+    """Goes through its units one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(small_unit(), small_unit(), small_unit())
+
+    def forward(self, x):
+        for layer in self.body:
+            x = layer(x)
+        return self.body[len(self.body) - 1](x)
+
+
+def test_a_row_of_units_can_still_be_listed():
+    torch.manual_seed(0)
+    latent, x = Listed().eval(), torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(timm_el.deploy(latent)(x), latent(x), rtol=1e-4, atol=1e-4)
+
+
+class OddNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).abs()
+
+
+class OddPReLU(nn.PReLU):
+    def forward(self, x):
+        return super().forward(x) + 3
+
+
+def test_a_forward_of_ones_own_is_not_folded():
+    torch.manual_seed(0)
+    latent = nn.Sequential(nn.Conv2d(3, 16, 1), randomise(OddNorm(16)), small_unit(act=OddPReLU())).eval()
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(timm_el.deploy(latent)(x), latent(x), rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_inside_a_unit_are_refused_by_name():
+    unit = small_unit()
+    unit.norm.register_forward_hook(lambda m, args, out: out + 1)
+    with pytest.raises(ValueError, match='0.norm: .*hooks'):
+        timm_el.deploy(nn.Sequential(unit).eval())
+
+
+def test_a_convolution_with_a_forward_of_its_own_is_refused_by_name():
+    class Own(BinaryConv2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+    with pytest.raises(ValueError, match='0.conv: Own'):
+        timm_el.deploy(nn.Sequential(BinaryUnit(Own(16, 16, 1))).eval())
+
+
+def test_a_refused_conversion_leaves_the_network_as_it_was():
+    latent, x = net('el_resnet26'), torch.randn(1, 3, 64, 64)
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        expected = deployed(x)
+        with pytest.raises(TypeError):
+            deployed.to(torch.bfloat16)
+        assert torch.equal(deployed(x), expected)
+
+
+@pytest.mark.parametrize('fuse', [True, False])
+def test_weights_that_change_are_noticed_however_they_change(fuse):
+    first, second, x = net('el_resnet26'), net('el_resnet26', seed=1), torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        a, b = timm_el.deploy(first, fuse_blocks=fuse), timm_el.deploy(second, fuse_blocks=fuse)
+        expected = b(x).clone()
+        a(x)
+        a.load_state_dict(b.state_dict())
+        assert torch.equal(a(x), expected)
+    with torch.no_grad():
+        for module in a.modules():
+            if isinstance(module, DeployedUnit):
+                module.bits.data = torch.zeros_like(module.bits)
+        found = a(x)
+        engine.use_isa('reference')
+        assert torch.equal(a(x), found)
+
+
+def test_another_default_dtype_is_no_matter():
+    latent, x = net('el_resnet26', layers=[1, 1, 1, 1]), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = timm_el.deploy(latent)(x)
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert torch.equal(timm_el.deploy(latent)(x), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)

@@ -241,6 +241,7 @@ def test_a_pool_that_makes_no_sense_is_refused():
             (ValueError, 'mode', (x, window.ints(), 'median', False)),
             (ValueError, 'window', (x, Window((9, 9)).ints(), 'max', False)),
             (ValueError, 'window', (x, Window((2, 2), (2, 2), (5, 5)).ints(), 'max', False)),
+            (ValueError, 'window', (torch.randn(1, 16, 3, 3), [2, 2, 1, 1, 1, 1, 4, 4], 'max', False)),
             (ValueError, 'window', (x, [0] * 8, 'max', False)), (ValueError, 'window', (x, [1] * 7, 'max', False))):
         with pytest.raises(error, match=message):
             ops.pool2d(*arguments)
@@ -410,3 +411,29 @@ def test_a_stored_weight_is_restored(case):
     weight = torch.randn(spec.c_out, spec.c_in // spec.groups, *spec.conv.kernel)
     expected = weight if real else torch.where(weight >= 0, 1., -1.)
     assert torch.equal(restore(store(weight, spec, real), spec, torch.float32), expected)
+
+
+def test_a_link_whose_pool_misses_the_image_is_refused():
+    spec = ConvSpec(16, 16, link='identity', link_c=16, link_pool='max', pool=Window((2, 2), (1, 1), (1, 1), (4, 4)))
+    assert 'link' in spec.problem((1, 16, 3, 3), (1, 16, 3, 3))
+    assert replace(spec, pool=Window((2, 2), (1, 1), (1, 1), (1, 1))).problem((1, 16, 3, 3), (1, 16, 3, 3)) is None
+
+
+def test_a_chain_notices_that_a_weight_is_another_one_at_the_same_address():
+    arguments, _ = chain_example()
+    x, tensors, *rest = arguments
+    memory = torch.zeros(2, tensors[4].numel(), dtype=torch.uint8)
+
+    def call(weight: torch.Tensor) -> torch.Tensor:
+        memory[0] = weight.flatten()
+        changed = [*tensors]
+        changed[4] = memory[0].clone().set_(memory.untyped_storage(), 0, tensors[4].shape, tensors[4].stride())
+        return ops.chain(x, changed, *rest)
+
+    for body in BODIES:
+        engine.use_isa(body)
+        for weight in (tensors[4], ~tensors[4]):
+            found = call(weight)
+            changed = [*tensors]
+            changed[4] = weight.clone()
+            assert same(found, ops.chain(x, changed, *rest)), body

@@ -56,6 +56,16 @@ class DeployedBlock(nn.Module):
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, '_cached': None}
 
+    def __iter__(self):
+        """Its children, where the host's block was a `Sequential`."""
+        return iter(self.children())
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, i):
+        return list(self.children())[i]
+
     def extra_repr(self) -> str:
         return f'units={self.units}, shortcut={self.shortcut!r}'
 
@@ -70,16 +80,23 @@ def _as_row(block: nn.Module) -> Optional[nn.Module]:
     calls: List[Tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
     handles = [m.register_forward_hook(lambda m, args, out: calls.append((m, args[0], out, out.clone())))
                for m in block.modules() if m is not block]
-    images = torch.randn(2, next(iter(units)).in_channels, 9, 9, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    channels = next(iter(units)).in_channels
+    images = torch.randn(2, channels, 9, 9, generator=generator)
+    other = 3 * torch.randn(1, channels, 8, 12, generator=generator)
     x = images.clone()
     try:
         with torch.no_grad():
             expected = block(x)
+            expected_other = block(other.clone())
     except Exception:  # it wants something else than an image
         return None
     finally:
         for handle in handles:
             handle.remove()
+    if not torch.equal(x, images):  # it changes its input in place
+        return None
+    calls = calls[:len(calls) // 2]  # those of the first batch
     row = [(m, source, out) for m, source, out, _ in calls if m in units]
     if [m for m, _, _ in row] != list(dict.fromkeys(m for m, _, _ in row)) or len(row) != len(units):
         return None
@@ -93,10 +110,11 @@ def _as_row(block: nn.Module) -> Optional[nn.Module]:
         fused = DeployedBlock(block, [units[m] for m, _, _ in row], shortcut)
         try:
             with torch.no_grad():
-                found = fused(images)
+                found, found_other = fused(images.clone()), fused(other.clone())
         except ValueError:  # the shapes do not fit
             continue
-        if found.shape == expected.shape and torch.equal(found, expected):
+        if all(a.shape == b.shape and torch.equal(a, b) for a, b in (
+                (found, expected), (found_other, expected_other))):
             return fused.eval()
     return None
 

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 import torch
 import torch.nn as nn
 
-from ..layers import BinaryConv2d, BinaryUnit
+from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit
 from . import native
 from .blocks import join_units
 from .follow import followers
@@ -75,6 +75,7 @@ def _refuse_unfit(model: nn.Module, float_dtype: torch.dtype) -> None:
         if isinstance(module, BinaryUnit):
             units += 1
             conv = module.conv
+            _refuse_inside(name, module)
             if getattr(conv, 'input_quantizer', None) is not None and conv.weight_quantizer is None:
                 raise ValueError(
                     f'{name}: the weights are still real (stage one of two-stage training); '
@@ -94,6 +95,24 @@ def _refuse_unfit(model: nn.Module, float_dtype: torch.dtype) -> None:
     if not units:
         raise ValueError(
             'model: there is no BinaryUnit in it; binarize it, or create one of the registered models, first')
+
+
+def _computes_weight(conv: nn.Module) -> bool:
+    """A parametrization, or a hook such as that of spectral_norm, makes the weight anew in each pass."""
+    return any(getattr(hook, '__module__', type(hook).__module__).startswith('torch.')
+               for hook in conv._forward_pre_hooks.values()) or hasattr(conv, 'parametrizations')
+
+
+def _refuse_inside(name: str, unit: BinaryUnit) -> None:
+    """Raise for what would be lost: hooks inside the unit, and a forward of one's own."""
+    for key, part in unit.named_modules():
+        if key and (part._forward_hooks or part._forward_pre_hooks):
+            raise ValueError(
+                f'{name}.{key}: the {type(part).__name__} carries hooks, which would be lost; remove them, or hook the '
+                f'unit itself')
+    conv = unit.conv
+    if isinstance(conv, (BinaryConv2d, BinaryLinear)) and not type(conv).forward.__module__.startswith('timm_el.'):
+        raise ValueError(f'{name}.conv: {type(conv).__name__} has a forward of its own, which the engine does not know')
 
 
 def deploy(
@@ -122,6 +141,11 @@ def deploy(
             deployed; it has no binary unit, or one whose weights are still real.
     """
     _refuse_unfit(model, float_dtype)
+    with torch.inference_mode(False), torch.no_grad():  # buffers that count what is written to them
+        return _deployed(model, float_dtype, fuse_blocks)
+
+
+def _deployed(model: nn.Module, float_dtype: torch.dtype, fuse_blocks: bool) -> nn.Module:
     memo: Dict[int, Any] = {}
     replaced: List[Tuple[nn.Module, nn.Module]] = []
 
@@ -137,7 +161,7 @@ def deploy(
     modules = dict(model.named_modules())
     for path, chain in followers(model, (nn.Conv2d,), (*NORMS, *ACTS)).items():
         conv = modules[path]
-        if id(conv) in inner or isinstance(conv, BinaryConv2d):
+        if id(conv) in inner or isinstance(conv, BinaryConv2d) or _computes_weight(conv):
             continue
         after = [(p, modules[p]) for p in chain if id(modules[p]) not in inner]
         new, taken = _replace_float(path, conv, after, float_dtype)

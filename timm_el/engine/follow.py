@@ -66,7 +66,8 @@ def _watch(
         others: Tuple[type, ...],
 ) -> Dict[str, List[str]]:
     watch = _Watch()
-    hooked = {path for path, m in model.named_modules() if m._forward_hooks}
+    hooked = {path for path, m in model.named_modules()
+              if m._forward_hooks or m._forward_pre_hooks and not isinstance(m, sources)}
     paths = {m: p for p, m in network.named_modules()}
     ran: Dict[str, int] = {}
     made: Dict[int, str] = {}  # id of an output: the module that gave it

@@ -26,7 +26,7 @@ def affine_of(norm: Optional[nn.Module], channels: int) -> Optional[Affine]:
     one, zero = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     if norm is None or isinstance(norm, nn.Identity):
         return Affine(one, zero)
-    if not isinstance(norm, NORMS) or norm.running_mean is None or norm.training:
+    if not isinstance(norm, NORMS) or norm.running_mean is None or norm.training or not _is_known(norm):
         return None
     if any(not isinstance(getattr(norm, name, None), (nn.Identity, type(None))) for name in ('act', 'drop')):
         return None
@@ -39,12 +39,19 @@ def affine_of(norm: Optional[nn.Module], channels: int) -> Optional[Affine]:
     return Affine(scale, shift)
 
 
+def _is_known(module: nn.Module) -> bool:
+    """Its forward is torch's or timm's, not one of its own."""
+    return type(module).forward.__module__.startswith(('torch.nn.', 'timm.layers.'))
+
+
 def act_of(act: Optional[nn.Module]) -> Optional[Tuple[str, Any, Any]]:
     """An activation as ('none' | 'clip' | 'prelu', lo or slope, hi), None if it is neither."""
     if act is None or isinstance(act, (nn.Identity, nn.Dropout)):
         return 'none', -INF, INF
     if type(act) is nn.ReLU:
         return 'clip', 0., INF
+    if not _is_known(act):
+        return None
     if isinstance(act, nn.Hardtanh):
         return 'clip', act.min_val, act.max_val
     if type(act) is nn.LeakyReLU:
@@ -114,7 +121,7 @@ class Fusion:
     def link(self, link: ElasticLink) -> bool:
         """Take a link in."""
         pool = pool_of(link.pool)
-        if self.stage > 2 or pool is None:
+        if self.stage > 2 or pool is None or (link.gamma is not None and link.gamma.item() == 0):
             return False
         self.stage = 3
         self.facts.update(link=link.kind, link_c=link.in_channels, **pool)
@@ -136,9 +143,9 @@ class Fusion:
             return True
         if self.stage > 3:
             return False
-        if isinstance(post, RPReLU):
+        if type(post) is RPReLU:
             rows = (post.shift_in, post.slope, post.shift_out)
-        elif isinstance(post, nn.PReLU):
+        elif isinstance(post, nn.PReLU) and _is_known(post):
             zero = torch.zeros(self.channels)
             rows = (zero, post.weight.expand(self.channels), zero)
         else:
@@ -150,7 +157,7 @@ class Fusion:
 
     def table(self, rows: Sequence[str]) -> torch.Tensor:
         """The rows as the operator takes them."""
-        table = torch.zeros(len(rows), table_stride(self.channels))
+        table = torch.zeros(len(rows), table_stride(self.channels), dtype=torch.float32)
         for i, name in enumerate(rows):
             table[i, :self.channels] = self.rows[name].float()
         return table

@@ -67,14 +67,11 @@ class Engine(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         """Move as modules do, but stay float32: the constants are part of what makes the outputs exact."""
-        before = self.table
-        super()._apply(fn, recurse)
-        if self.table.dtype != torch.float32:
-            self.table = before
+        if fn(torch.empty(0, dtype=torch.float32)).dtype != torch.float32:
             raise TypeError(
                 f'{self.path}: a deployed network cannot be converted to another dtype; '
-                f'convert the latent network, or pass float_dtype to deploy()')
-        return self
+                f'deploy the latent network again, with float_dtype where float convolutions shall have another one')
+        return super()._apply(fn, recurse)
 
 
 class DeployedConv(Engine):
@@ -181,6 +178,9 @@ class DeployedUnit(Engine):
 
     def _set_binary(self, unit: BinaryUnit, conv: nn.Module, fusion: Fusion, has_k: bool) -> None:
         spec = spec_of(conv)
+        if spec.taps > 1024:
+            raise ValueError(
+                f'{self.path}: found a kernel of {spec.conv.kernel}, expected at most 1024 taps; keep it float')
         if not self.linear and conv.padding_mode != 'zeros':
             self.pad_mode = (conv.padding_mode, conv.pad_sides)
             spec = spec.padded(0, 0, 0, 0)
@@ -222,7 +222,7 @@ class DeployedUnit(Engine):
         return self.table if hasattr(self, 'table') else None if self.conv is None else self.conv.weight
 
     def _apply(self, fn, recurse: bool = True):
-        return super()._apply(fn, recurse) if hasattr(self, 'table') else nn.Module._apply(self, fn, recurse)
+        return super()._apply(fn, recurse)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check(x)

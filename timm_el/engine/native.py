@@ -1,5 +1,6 @@
 """The native library: found, loaded and asked once. Importing this cannot fail; `info()` says what came of it."""
 import ctypes
+import functools
 import os
 import sys
 from pathlib import Path
@@ -80,6 +81,7 @@ def _load() -> None:
         _lib, _reason = None, f'TIMM_EL_ISA: {e}'
 
 
+@functools.lru_cache(maxsize=None)
 def _bodies() -> List[str]:
     return _lib.el_bodies().decode().split()
 

@@ -4,6 +4,7 @@ Each has a schema, a fake kernel for tracing, a plain-torch reference (reference
 active, a kernel in C that gives the same bits. They are for inference: no gradient is defined.
 """
 import ctypes
+import weakref
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from . import native, reference
 from .layout import stored_shape
-from .spec import ACTS, LINKS, POOLS, ConvSpec, Window, pooled_size, table_stride
+from .spec import ACTS, LINKS, POOLS, ConvSpec, Window, has_empty_window, pooled_size, table_stride
 
 __all__ = ['binary_conv2d', 'real_conv2d', 'chain', 'pool2d', 'Layer']
 
@@ -63,7 +64,7 @@ class Layer(NamedTuple):
 class _Prepared:
     """What the native library keeps for one weight tensor: its own layout, and a plan for each shape of input."""
 
-    def __init__(self, version: int) -> None:
+    def __init__(self, version: Tuple[int, int]) -> None:
         self.version = version
         self.generation = native.generation()
         self.weights: Dict[Tuple[int, ...], Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]] = {}
@@ -114,9 +115,9 @@ def _pointer(tensor: Optional[torch.Tensor]) -> Optional[int]:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _version(weight: torch.Tensor) -> int:
-    """Changes when the weight is written to; inference tensors do not count."""
-    return 0 if weight.is_inference() else weight._version
+def _version(weight: torch.Tensor) -> Tuple[int, int]:
+    """Changes when the weight is written to or moves. Inference tensors do not count; `deploy` makes none."""
+    return 0 if weight.is_inference() else weight._version, weight.data_ptr()
 
 
 def _prepared_for(weight: torch.Tensor) -> _Prepared:
@@ -170,6 +171,7 @@ def _plan(
         prepared.weights[layout] = _lay_out(lib, plan, weight, spec, padded, real)
     ready, sums = prepared.weights[layout]
     plan.weight, plan.tap_sums = _pointer(weight if ready is None else ready), _pointer(sums)
+    plan.keeps = ready, sums  # as long as somebody has the plan
     return _remember(prepared, key, (ctypes.addressof(plan), [n, spec.c_out, oh, ow], plan))
 
 
@@ -249,7 +251,7 @@ def _chain_plans(
         _, shape, plan = _plan(
             lib, value, weight, table, threshold, flip, value if has_link else None, ints, constants, layer.real)
         plans.append(plan)
-        value = torch.empty(shape, device='meta')
+        value = torch.empty(shape, device='meta', dtype=torch.float32)
     addresses = (ctypes.c_void_p * len(plans))(*map(ctypes.addressof, plans))
     return addresses, shape, plans
 
@@ -273,12 +275,13 @@ def _chain(
             y = y + added
         return y
     prepared = _prepared_for(tensors[0])
-    key = (
-        x.shape, x.dtype, *specs, *constants, *[t.data_ptr() for t in tensors], *[_version(t) for t in tensors[::4]])
+    weights = tensors[::4]
+    key = (x.shape, x.dtype, *specs, *constants, *[t.data_ptr() for t in tensors], *map(_version, weights))
     found = prepared.plans.get(key)
-    if found is None:
-        found = _remember(prepared, key, _chain_plans(lib, x, Layer.all_of(tensors, specs, constants)))
-    addresses, shape, _ = found
+    if found is None or any(ref() is not weight for ref, weight in zip(found[3], weights)):
+        found = _remember(prepared, key, (
+            *_chain_plans(lib, x, Layer.all_of(tensors, specs, constants)), [weakref.ref(w) for w in weights]))
+    addresses, shape, *_ = found
     if added is not None:
         _check_added(added, shape)
         added = _nhwc(lib, added)
@@ -316,8 +319,7 @@ def _pooled(x: torch.Tensor, window: List[int], mode: str, ceil_mode: bool) -> T
         raise ValueError(f'window: found {window}, expected Window.ints() with at most 64 pixels')
     parsed = Window.of(window)
     size = pooled_size(parsed, *x.shape[2:], ceil_mode)
-    reach = [d * (k - 1) for d, k in zip(parsed.dilation, parsed.kernel)]
-    if min(size) < 1 or any(p > r for p, r in zip(parsed.padding, reach)):
+    if min(size) < 1 or has_empty_window(parsed, x.shape[2:], size):
         raise ValueError(f'window: found {parsed}, which has no pixel of {tuple(x.shape)} in some place')
     return size, parsed
 

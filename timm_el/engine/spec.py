@@ -2,7 +2,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, List, Optional, Sequence, Tuple
 
-__all__ = ['ACTS', 'LINKS', 'POOLS', 'ROWS', 'ConvSpec', 'Window', 'pooled_size', 'table_stride']
+__all__ = ['ACTS', 'LINKS', 'POOLS', 'ROWS', 'ConvSpec', 'Window', 'has_empty_window', 'pooled_size', 'table_stride']
 
 ACTS = ('none', 'clip', 'prelu')
 LINKS = ('none', 'identity', 'squeeze', 'expand')
@@ -32,6 +32,17 @@ class Window:
     def of(cls, ints: Sequence[int]) -> 'Window':
         """Inverse of `ints`."""
         return cls(*(tuple(ints[i:i + 2]) for i in range(0, 8, 2)))
+
+
+def has_empty_window(window: Window, size: Sequence[int], output: Sequence[int]) -> bool:
+    """Some window of a pool has no pixel of the image."""
+    for i in (0, 1):
+        step, first, dilation = window.stride[i], -window.padding[i], window.dilation[i]
+        for start in range(first, first + step * output[i], step):
+            at = start if start >= 0 else start % dilation
+            if at >= size[i] or at > start + (window.kernel[i] - 1) * dilation:
+                return True
+    return False
 
 
 def pooled_size(window: Window, height: int, width: int, ceil_mode: bool) -> List[int]:
@@ -173,13 +184,8 @@ class ConvSpec:
         if not fits[self.link]:
             return f'link: {self.link} cannot make {self.c_out} channels of {self.link_c}'
         out = self.output_size(*x_shape[2:])
-        for i in (0, 1):
-            size, n = link_shape[2 + i], out[i]
-            if self.link_pool == 'none':
-                fine = size == n
-            else:
-                first, last = -self.pool.padding[i], (n - 1) * self.pool.stride[i] - self.pool.padding[i]
-                fine = size > last and first + (self.pool.kernel[i] - 1) * self.pool.dilation[i] >= 0
-            if not fine:
-                return f'link: found shape {tuple(link_shape)}, which does not give {out[0]} x {out[1]} pixels'
-        return None
+        size = list(link_shape[2:])
+        fine = size == out if self.link_pool == 'none' else min(size) > 0 and not has_empty_window(self.pool, size, out)
+        if fine:
+            return None
+        return f'link: found shape {tuple(link_shape)}, which does not give {out[0]} x {out[1]} pixels'

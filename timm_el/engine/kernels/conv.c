@@ -65,10 +65,20 @@ static int bad_window(const el_window *w) {
     return w->kh < 1 || w->kw < 1 || w->sh < 1 || w->sw < 1 || w->ph < 0 || w->pw < 0 || w->dh < 1 || w->dw < 1;
 }
 
-/* Every window of a pool must have a pixel of the image: its first and its last one have. */
+/* Some place of a window along one axis has no pixel of the image. */
+static int is_outside(int taps, int stride, int padding, int dilation, int size, int n) {
+    for (int64_t o = 0; o < n; o++) {
+        int64_t at = o * stride - padding;
+        int t = 0;
+        while (t < taps && at < 0) at += dilation, t++;
+        if (t == taps || at >= size) return 1;
+    }
+    return 0;
+}
+
+/* Every window of a pool must have a pixel of the image. */
 static int has_empty_window(const el_window *k, int h, int w, int oh, int ow) {
-    const int64_t last_h = (int64_t)(oh - 1) * k->sh - k->ph, last_w = (int64_t)(ow - 1) * k->sw - k->pw;
-    return last_h >= h || last_w >= w || (k->kh - 1) * k->dh < k->ph || (k->kw - 1) * k->dw < k->pw;
+    return is_outside(k->kh, k->sh, k->ph, k->dh, h, oh) || is_outside(k->kw, k->sw, k->pw, k->dw, w, ow);
 }
 
 static int is_bad(const el_plan *p) {
