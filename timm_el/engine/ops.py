@@ -8,7 +8,7 @@ import weakref
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import native, reference
 from .layout import stored_shape
@@ -71,7 +71,7 @@ class _Prepared:
         self.plans: Dict[Tuple[Any, ...], Any] = {}
 
 
-_prepared: WeakIdKeyDictionary = WeakTensorKeyDictionary()
+_prepared = WeakTensorKeyDictionary()
 
 
 def _check(
