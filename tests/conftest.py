@@ -1,4 +1,6 @@
 """Shared helpers: real photographs, randomised batch norms, and the models that this package registers."""
+from typing import Iterable, List
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,17 @@ import torch.nn.functional as F
 
 import timm_el
 
+
+def with_slow(default: Iterable, slow: Iterable) -> List:
+    """Parameters of a test: the default ones, then the others, which are left to `pytest -m slow`."""
+    default = list(default)
+    return default + [
+        pytest.param(*(p if isinstance(p, tuple) else (p,)), marks=pytest.mark.slow) for p in slow if p not in default]
+
+
 MODELS = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('timm_el.')]
+# Basic blocks, bottlenecks, separable convolutions and ReActNet's blocks; the others are these with other numbers.
+EACH_MODEL = with_slow(['el_resnet18', 'el_resnet26', 'el_mobilenet_v1', 'el_reactnet_c'], MODELS)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

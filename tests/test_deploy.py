@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from conftest import MODELS, randomise
+from conftest import EACH_MODEL, randomise, with_slow
 
 import timm_el
 from timm_el import engine
@@ -64,7 +64,7 @@ def check(latent: nn.Module, size: int = 64) -> nn.Module:
     return deployed
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', EACH_MODEL)
 def test_each_unit_of_a_registered_model_gives_what_the_latent_gives(name):
     deployed = check(net(name))
     units = [m for m in deployed.modules() if isinstance(m, DeployedUnit)]
@@ -87,7 +87,7 @@ def test_basic_blocks_deploy(recipe):
     check(net('el_resnet18', recipe=recipe))
 
 
-@pytest.mark.parametrize('name', [pytest.param(n, marks=[pytest.mark.slow] * (i > 2)) for i, n in enumerate(CONVERTED)])
+@pytest.mark.parametrize('name', with_slow(CONVERTED[:3], CONVERTED))
 def test_converted_nets_deploy(name):
     torch.manual_seed(0)
     latent = timm_el.binarize(timm.create_model(name))
@@ -514,6 +514,19 @@ def test_weights_that_change_are_noticed_however_they_change(fuse):
         found = a(x)
         engine.use_isa('reference')
         assert torch.equal(a(x), found)
+
+
+def test_weights_loaded_into_a_part_of_a_block_are_noticed():
+    gamma = 'layer2.1.conv2.link.gamma'
+    latent, x = net('el_resnet26'), torch.randn(1, 3, 64, 64)
+    other = copy.deepcopy(latent)
+    other.get_parameter(gamma).data.mul_(3)
+    with torch.inference_mode():
+        a, b = timm_el.deploy(latent), timm_el.deploy(other)
+        assert not torch.equal(a(x), b(x))
+        part = a.get_submodule('layer2.1.conv2')
+        part.load_state_dict(b.get_submodule('layer2.1.conv2').state_dict())
+        assert torch.equal(a(x), b(x))
 
 
 def test_another_default_dtype_is_no_matter():

@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import positive_shares, randomise
+from conftest import positive_shares, randomise, with_slow
 
 import timm_el
 from timm_el import quantizers
@@ -435,17 +435,11 @@ def test_weight_only_nets_are_their_hosts_with_other_weights(name, recipe):
 
 # ----------------------------------------------------------------------------------------------------- as timm's models
 
-def some(first: list, rest: list) -> list:
-    """The others are left to `-m slow`."""
-    return [*first, *(pytest.param(*(p if isinstance(p, tuple) else (p,)), marks=pytest.mark.slow)
-                      for p in rest if p not in first)]
-
-
 HOSTS = ['el_resnet18', 'el_resnet26', 'el_mobilenet_v1']
 EVERYWHERE = [(host, recipe) for host in HOSTS for recipe in [*SYSTEMS, *WEIGHTS]]
 
 
-@pytest.mark.parametrize('host, recipe', some(
+@pytest.mark.parametrize('host, recipe', with_slow(
     [*((HOSTS[0], recipe) for recipe in ('abc', 'tbn', 'reactnet', 'bwn')),
      *((HOSTS[1], recipe) for recipe in ('xnor', 'el_r2b', 'binarye', 'ttq')),
      *((HOSTS[2], recipe) for recipe in ('xnor_pp', 'r2b', 'twn'))], EVERYWHERE))
@@ -494,7 +488,7 @@ def test_a_float_checkpoint_gives_what_converting_the_float_net_gives(recipe):
             torch.testing.assert_close(loaded.state_dict()[key], value, msg=key)
 
 
-@pytest.mark.parametrize('recipe', some(
+@pytest.mark.parametrize('recipe', with_slow(
     ['xnor_pp', 'abc', 'r2b', 'reactnet', 'ttq'], [*SYSTEMS, *WEIGHTS]))
 def test_every_system_converts_foreign_nets(recipe):
     model = timm.create_model('regnety_002', num_classes=5)

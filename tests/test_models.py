@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import MODELS, positive_shares, randomise
+from conftest import EACH_MODEL, MODELS, positive_shares, randomise
 
 import timm_el
 from timm_el.models.reactnet import checkpoint_filter_fn
@@ -19,7 +19,7 @@ def test_registered_names():
 
 
 @pytest.mark.parametrize('size', [224, 225, 193])
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', EACH_MODEL)
 def test_forward_backward(name, size):
     model = timm.create_model(name, num_classes=5)
     y = model(torch.randn(2, 3, size, size))
@@ -28,7 +28,7 @@ def test_forward_backward(name, size):
     assert [k for k, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', EACH_MODEL)
 def test_variants(name):
     x = torch.randn(1, 3, 64, 64)
     model = timm.create_model(name, in_chans=1, num_classes=0).eval()
@@ -45,7 +45,7 @@ def test_variants(name):
         timm.create_model(name, no_such_argument=1)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', EACH_MODEL)
 def test_memory_format_and_dtype(name):
     torch.manual_seed(0)
     model = randomise(timm.create_model(name, num_classes=7)).eval()
@@ -62,7 +62,7 @@ def test_memory_format_and_dtype(name):
         assert copy.deepcopy(model).to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', EACH_MODEL)
 def test_no_sign_is_dead_on_real_images_at_initialisation(name, photos):
     torch.manual_seed(0)
     model = timm.create_model(name)

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from conftest import MODELS, randomise
+from conftest import EACH_MODEL, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
@@ -132,7 +132,7 @@ def test_signs_survive_a_dtype_that_cannot_hold_alpha(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- round trips
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', EACH_MODEL)
 def test_registered_models_come_back_bit_for_bit(name, tmp_path):
     torch.manual_seed(0)
     model = randomise(timm.create_model(name)).eval()

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import MODELS
+from conftest import EACH_MODEL
 
 import timm_el
 
@@ -44,7 +44,7 @@ def test_link_ops_of_el_resnet50_are_the_papers_eight_million():
     assert one_by_one == pytest.approx(6.90e6, rel=1e-3)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', EACH_MODEL)
 def test_totals_add_up_and_match_the_model(name):
     model = timm.create_model(name)
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from conftest import MODELS, randomise
+from conftest import EACH_MODEL, MODELS, randomise
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models._features_fx import create_feature_extractor
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -28,7 +28,7 @@ def gradients(model: nn.Module, forward, x: torch.Tensor) -> dict:
     return {k: p.grad.clone() for k, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', EACH_MODEL)
 def test_gradients_under_fx_equal_eager(name):
     """timm's backward_fx asks only that there is a gradient; a lost estimator gives zeros."""
     model = small(name).eval()
@@ -107,7 +107,7 @@ def test_prune_intermediate_layers(name):
     assert all(torch.equal(a, b) for a, b in zip(expected, pruned))
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', EACH_MODEL)
 def test_scripted_model_equals_eager_and_trains(name):
     model = small(name).eval()
     scripted = torch.jit.script(copy.deepcopy(model))
@@ -120,7 +120,7 @@ def test_scripted_model_equals_eager_and_trains(name):
         scripted(torch.randn(1, 3, 16, 16))
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', EACH_MODEL)
 def test_grad_checkpointing_gives_the_same_gradients(name):
     model = small(name).eval()
     x = torch.randn(2, 3, 64, 64)
@@ -145,7 +145,7 @@ def test_only_weights_are_decayed(build):
     assert all(k in free for k in names.values() if k.endswith(('gamma', 'slope', 'shift_in', 'shift_out', 'bias')))
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', EACH_MODEL)
 def test_layer_decay_groups_follow_depth(name):
     model = timm.create_model(name)
     groups = param_groups_layer_decay(model, layer_decay=0.5)

@@ -28,13 +28,13 @@ class DeployedBlock(nn.Module):
         for name, child in block.named_children():
             self.add_module(name, child)
         self.units, self.shortcut = tuple(units), shortcut
-        self._cached: Optional[Tuple[List[torch.Tensor], List[int], List[float]]] = None
+        self._cached: Optional[Tuple[List[torch.Tensor], List[int], List[List[float]]]] = None
 
-    def _layers(self) -> Tuple[List[torch.Tensor], List[int], List[float]]:
+    def _layers(self) -> Tuple[List[torch.Tensor], List[int], List[List[float]]]:
         layers = [self.get_submodule(name).layer() for name in self.units]
         return (
             [t for layer in layers for t in layer.tensors()], [i for layer in layers for i in layer.ints],
-            [c for layer in layers for c in layer.constants])
+            [layer.constants for layer in layers])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.get_submodule(self.units[0])._check(x)
@@ -43,7 +43,8 @@ class DeployedBlock(nn.Module):
             added = self.get_submodule(self.shortcut)(x) if self.shortcut else x
         if self._cached is None:
             self._cached = self._layers()
-        return ops.chain(x, *self._cached, added)
+        tensors, ints, constants = self._cached
+        return ops.chain(x, tensors, ints, [c for row in constants for c in row], added)
 
     def _apply(self, fn, recurse: bool = True):
         self._cached = None

@@ -54,7 +54,7 @@ class Engine(nn.Module):
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Inverse of `get_extra_state`."""
         if hasattr(self, 'constants'):
-            self.constants = state.tolist()
+            self.constants[:] = state.tolist()  # in place: a block may hold the list
 
     def _check(self, x: torch.Tensor) -> None:
         if x.device.type != 'cpu' and x.device.type != 'meta':
