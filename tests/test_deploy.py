@@ -517,16 +517,35 @@ def test_weights_that_change_are_noticed_however_they_change(fuse):
 
 
 def test_weights_loaded_into_a_part_of_a_block_are_noticed():
-    gamma = 'layer2.1.conv2.link.gamma'
     latent, x = net('el_resnet26'), torch.randn(1, 3, 64, 64)
     other = copy.deepcopy(latent)
-    other.get_parameter(gamma).data.mul_(3)
+    other.layer2[1].conv2.norm.bias.data.add_(3)
     with torch.inference_mode():
         a, b = timm_el.deploy(latent), timm_el.deploy(other)
         assert not torch.equal(a(x), b(x))
         part = a.get_submodule('layer2.1.conv2')
         part.load_state_dict(b.get_submodule('layer2.1.conv2').state_dict())
         assert torch.equal(a(x), b(x))
+
+
+def test_tensors_that_are_swapped_for_one_call_are_used():
+    latent, x = net('el_resnet26'), torch.randn(1, 3, 64, 64)
+    other = copy.deepcopy(latent)
+    other.layer2[1].conv2.norm.bias.data.add_(3)
+    a, b = timm_el.deploy(latent), timm_el.deploy(other)
+    with torch.no_grad():
+        before, expected = a(x), b(x)
+        assert torch.equal(torch.func.functional_call(a, dict(b.named_buffers()), (x,)), expected)
+        assert torch.equal(a(x), before) and not torch.equal(before, expected)
+
+
+def test_what_is_watched_goes_through_torchs_operators():
+    deployed, x = timm_el.deploy(net('el_resnet26', layers=[1, 1, 1, 1])), torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = deployed(x)
+        with torch.profiler.profile() as profile:
+            assert torch.equal(deployed(x), expected)
+        assert {'timm_el::chain', 'timm_el::real_conv2d'} <= {event.key for event in profile.key_averages()}
 
 
 def test_another_default_dtype_is_no_matter():

@@ -1,17 +1,17 @@
 """Blocks of the host that are nothing but units in a row, run as one operator."""
 import inspect
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 
 from . import ops
-from .modules import DeployedUnit
+from .modules import Chained, DeployedUnit
 
 __all__ = ['DeployedBlock', 'join_units']
 
 
-class DeployedBlock(nn.Module):
+class DeployedBlock(Chained):
     """A block of the host that is nothing but units in a row, and perhaps a shortcut around them: one operator.
 
     unit3(unit2(unit1(x))) + shortcut(x). What lies between the units never leaves the cache.
@@ -28,34 +28,16 @@ class DeployedBlock(nn.Module):
         for name, child in block.named_children():
             self.add_module(name, child)
         self.units, self.shortcut = tuple(units), shortcut
-        self._cached: Optional[Tuple[List[torch.Tensor], List[int], List[List[float]]]] = None
+        self.path = self.get_submodule(units[0]).path
 
-    def _layers(self) -> Tuple[List[torch.Tensor], List[int], List[List[float]]]:
-        layers = [self.get_submodule(name).layer() for name in self.units]
-        return (
-            [t for layer in layers for t in layer.tensors()], [i for layer in layers for i in layer.ints],
-            [layer.constants for layer in layers])
+    def layers(self) -> List[ops.Layer]:
+        return [layer for name in self.units for layer in self.get_submodule(name).layers()]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.get_submodule(self.units[0])._check(x)
         added = None
         if self.shortcut is not None:
             added = self.get_submodule(self.shortcut)(x) if self.shortcut else x
-        if self._cached is None:
-            self._cached = self._layers()
-        tensors, ints, constants = self._cached
-        return ops.chain(x, tensors, ints, [c for row in constants for c in row], added)
-
-    def _apply(self, fn, recurse: bool = True):
-        self._cached = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._cached = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, '_cached': None}
+        return self.chain()(x, added)
 
     def __iter__(self):
         """Its children, where the host's block was a `Sequential`."""
@@ -74,7 +56,7 @@ class DeployedBlock(nn.Module):
 def _as_row(block: nn.Module) -> Optional[nn.Module]:
     """A `DeployedBlock` that gives what the block gives, bit for bit, None if there is none. Found out by a trial."""
     units = {m: name for name, m in block.named_modules() if isinstance(m, DeployedUnit)}
-    if not 2 <= len(units) <= ops.MOST_LAYERS or any(m.layer() is None for m in units) or _hooked(block):
+    if not 2 <= len(units) <= ops.MOST_LAYERS or any(not m.layers() for m in units) or _hooked(block):
         return None
     if len(inspect.signature(block.forward).parameters) != 1:  # the host may pass it more than x
         return None

@@ -26,7 +26,35 @@ from .spec import ConvSpec, Window
 __all__ = ['DeployedConv', 'DeployedLinear', 'DeployedPool', 'DeployedUnit', 'Engine', 'engine_runs', 'folded_conv']
 
 
-class Engine(nn.Module):
+class Chained(nn.Module):
+    """A module that is one operator, or may be."""
+    _chain: Optional[ops.Chain] = None
+    _made: Optional[Tuple[int, List[Tuple[Dict[str, Any], str, Any]]]] = None  # for which body, of which tensors
+
+    def layers(self) -> List[ops.Layer]:
+        """What runs here, nothing if that is more than one operator."""
+        raise NotImplementedError
+
+    def chain(self) -> Optional[ops.Chain]:
+        """The operator, None if there is more than one."""
+        if ops.watched():  # its tensors may be those of a trace
+            return self._new_chain(direct=False)
+        if self._made is None or self._made[0] != native.generation() or any(
+                buffers[name] is not tensor for buffers, name, tensor in self._made[1]):
+            self._chain = self._new_chain(direct=True)
+            self._made = native.generation(), [
+                (m._buffers, name, tensor) for m in self.modules() for name, tensor in m._buffers.items()]
+        return self._chain
+
+    def _new_chain(self, direct: bool) -> Optional[ops.Chain]:
+        layers = self.layers()
+        return ops.Chain(self.path, layers, direct) if layers else None
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, '_chain': None, '_made': None}
+
+
+class Engine(Chained):
     """What `DeployedUnit` and `DeployedConv` share: constants, spec, and the attributes that hosts read."""
 
     def _set_up(self, source: nn.Module, spec: ConvSpec, fusion: Fusion) -> None:
@@ -56,15 +84,6 @@ class Engine(nn.Module):
         if hasattr(self, 'constants'):
             self.constants[:] = state.tolist()  # in place: a block may hold the list
 
-    def _check(self, x: torch.Tensor) -> None:
-        if x.device.type != 'cpu' and x.device.type != 'meta':
-            raise ValueError(
-                f'{self.path}: found an input on {x.device}, a deployed network runs on the CPU; '
-                f'use the latent network there')
-        if x.dtype != torch.float32:
-            raise TypeError(
-                f'{self.path}: found an input of {x.dtype}, expected torch.float32; convert it with .float()')
-
     def _apply(self, fn, recurse: bool = True):
         """Move as modules do, but stay float32: the constants are part of what makes the outputs exact."""
         if fn(torch.empty(0, dtype=torch.float32)).dtype != torch.float32:
@@ -91,12 +110,13 @@ class DeployedConv(Engine):
         self.register_buffer('weight', store(weight.float(), spec_of(conv), True))
         self._set_up(conv, spec_of(conv), fusion)
 
-    def layer(self) -> ops.Layer:
-        """What a chain needs."""
-        return ops.Layer(self.weight, self.table, None, None, self.ints, self.constants)
+    def layers(self) -> List[ops.Layer]:
+        return [ops.Layer(self.weight, self.table, None, None, self.ints, self.constants)]
 
     def forward(self, x: torch.Tensor, link: Optional[torch.Tensor] = None) -> torch.Tensor:
-        self._check(x)
+        if link is None or link is x:
+            return self.chain()(x)
+        ops.check_input(self.path, x)
         return ops.real_conv2d(x, self.weight, self.table, link, self.ints, self.constants)
 
 
@@ -221,11 +241,11 @@ class DeployedUnit(Engine):
         """A float tensor of the unit: hosts ask it for dtype and device."""
         return self.table if hasattr(self, 'table') else None if self.conv is None else self.conv.weight
 
-    def _apply(self, fn, recurse: bool = True):
-        return super()._apply(fn, recurse)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._check(x)
+        chain = self.chain()
+        if chain is not None:
+            return chain(x)
+        ops.check_input(self.path, x)
         y = self.link_alone(x) if self._is_link_alone() else self.branch_and_link(x)
         for module in self.after_sum:
             y = module(y)
@@ -234,16 +254,15 @@ class DeployedUnit(Engine):
     def _is_link_alone(self) -> bool:
         return self.conv is None and not hasattr(self, 'table')
 
-    def layer(self) -> Optional[ops.Layer]:
-        """What a chain needs, None if more than one operator runs here."""
+    def layers(self) -> List[ops.Layer]:
         modules = (self.link, self.pre, self.scale)
         if len(self.before_sum) or len(self.after_sum) or any(module is not None for module in modules):
-            return None
+            return []
         if isinstance(self.conv, DeployedConv):
-            return self.conv.layer()
+            return self.conv.layers()
         if not hasattr(self, 'table') or self.linear or self.same_pad or self.pad_mode or self.loose_k is not None:
-            return None
-        return ops.Layer(self.bits, self.table, self.threshold, self.flip, self.ints, self.constants)
+            return []
+        return [ops.Layer(self.bits, self.table, self.threshold, self.flip, self.ints, self.constants)]
 
     def link_alone(self, x: torch.Tensor) -> torch.Tensor:
         """A unit without a convolution."""
@@ -401,7 +420,7 @@ class DeployedLinear(Engine):
         self._set_up(linear, spec, Fusion(linear.out_features, one, linear.bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._check(x)
+        ops.check_input(self.path, x)
         if x.numel() == 0 or x.shape[-1] != self.in_features:
             return F.linear(x, x.new_zeros(self.out_features, self.in_features))  # torch's own shape, or its error
         y = ops.real_conv2d(_as_image(x), self.weight, self.table, None, self.ints, self.constants)

@@ -4,7 +4,6 @@ Each has a schema, a fake kernel for tracing, a plain-torch reference (reference
 active, a kernel in C that gives the same bits. They are for inference: no gradient is defined.
 """
 import ctypes
-import weakref
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -14,7 +13,7 @@ from . import native, reference
 from .layout import stored_shape
 from .spec import ACTS, LINKS, POOLS, ConvSpec, Window, has_empty_window, pooled_size, table_stride
 
-__all__ = ['binary_conv2d', 'real_conv2d', 'chain', 'pool2d', 'Layer']
+__all__ = ['binary_conv2d', 'real_conv2d', 'chain', 'pool2d', 'check_input', 'watched', 'Chain', 'Layer']
 
 _library = torch.library.Library('timm_el', 'DEF')
 _EPILOGUE = 'Tensor? link, int[] spec, float[] constants) -> Tensor'
@@ -240,6 +239,70 @@ def _raise_if(failed: int, ints: List[int], x: torch.Tensor) -> None:
             f'the native library refused {ints} for {tuple(x.shape)}')
 
 
+class Chain:
+    """Layers that run as one operator, `chain`, with what is found out once for each shape of image.
+
+    Args:
+        path: Where it stands, for errors.
+        layers: What runs, one after another; each one's link reads what the layer itself reads.
+        direct: Go past torch's dispatcher, for which a hundred arguments are wrapped in the time of a small layer. Not
+            if `watched()`.
+    """
+
+    def __init__(self, path: str, layers: List[Layer], direct: bool) -> None:
+        self.path, self.layers, self.direct = path, layers, direct
+        self.tensors = [t for layer in layers for t in layer.tensors()]
+        self.ints = [i for layer in layers for i in layer.ints]
+        self.constants = [layer.constants for layer in layers]
+        self.ready: Dict[Any, Tuple[Any, ...]] = {}
+
+    def __call__(self, x: torch.Tensor, added: Optional[torch.Tensor] = None) -> torch.Tensor:
+        if not self.direct or type(x) is not torch.Tensor or x.device.type != 'cpu' or native.library() is None:
+            return self._through_torch(x, added)
+        lib, state, found = native.library(), self._state(), self.ready.get((x.shape, x.dtype))
+        if found is None or found[0] != state:
+            check_input(self.path, x)
+            if len(self.ready) >= MOST_PLANS:
+                self.ready.clear()
+            found = state, *_chain_plans(lib, x, Layer.all_of(self.tensors, self.ints, self._constants()))
+            self.ready[x.shape, x.dtype] = found
+        _, addresses, shape, _ = found
+        return _run_chain(lib, addresses, shape, x, added)
+
+    def _through_torch(self, x: torch.Tensor, added: Optional[torch.Tensor]) -> torch.Tensor:
+        check_input(self.path, x)
+        if len(self.layers) > 1 or added is not None:
+            return chain(x, self.tensors, self.ints, self._constants(), added)
+        weight, table, threshold, flip, ints, constants = layer = self.layers[0]
+        link = x if ConvSpec.of(ints).link != 'none' else None
+        if layer.real:
+            return real_conv2d(x, weight, table, link, ints, constants)
+        return binary_conv2d(x, weight, table, threshold, flip, link, ints, constants)
+
+    def _constants(self) -> List[float]:
+        return [c for row in self.constants for c in row]
+
+    def _state(self) -> List[Any]:
+        """Changes with what the plans point to and with what they have copied."""
+        return [*map(_version, self.tensors), *self._constants()]
+
+
+def check_input(path: str, x: torch.Tensor) -> None:
+    """Raise ValueError or TypeError unless the engine takes this tensor."""
+    if x.device.type != 'cpu' and x.device.type != 'meta':
+        raise ValueError(
+            f'{path}: found an input on {x.device}, a deployed network runs on the CPU; use the latent network there')
+    if x.dtype != torch.float32:
+        raise TypeError(f'{path}: found an input of {x.dtype}, expected torch.float32; convert it with .float()')
+
+
+def watched() -> bool:
+    """Somebody wants to see operators: a compiler, a tracer, a profiler, a dispatch mode, a transform of functorch."""
+    return (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None)
+
+
 def _chain_plans(
         lib: ctypes.CDLL, x: torch.Tensor, layers: List[Layer],
 ) -> Tuple[Any, List[int], List[native.Plan]]:
@@ -256,32 +319,9 @@ def _chain_plans(
     return addresses, shape, plans
 
 
-def _chain(
-        x: torch.Tensor,
-        tensors: List[torch.Tensor],
-        specs: List[int],
-        constants: List[float],
-        added: Optional[torch.Tensor],
+def _run_chain(
+        lib: ctypes.CDLL, addresses: Any, shape: List[int], x: torch.Tensor, added: Optional[torch.Tensor],
 ) -> torch.Tensor:
-    lib = native.library()
-    if lib is None:
-        y = x
-        for layer in Layer.all_of(tensors, specs, constants):
-            weight, table, threshold, flip, ints, numbers = layer
-            link = y if ConvSpec.of(ints).link != 'none' else None
-            y = _run(y, weight, table, threshold, flip, link, ints, numbers, layer.real)
-        if added is not None:
-            _check_added(added, list(y.shape))
-            y = y + added
-        return y
-    prepared = _prepared_for(tensors[0])
-    weights = tensors[::4]
-    key = (x.shape, x.dtype, *specs, *constants, *[t.data_ptr() for t in tensors], *map(_version, weights))
-    found = prepared.plans.get(key)
-    if found is None or any(ref() is not weight for ref, weight in zip(found[3], weights)):
-        found = _remember(prepared, key, (
-            *_chain_plans(lib, x, Layer.all_of(tensors, specs, constants)), [weakref.ref(w) for w in weights]))
-    addresses, shape, *_ = found
     if added is not None:
         _check_added(added, shape)
         added = _nhwc(lib, added)
@@ -289,7 +329,29 @@ def _chain(
     y = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
     if y.numel():
         _raise_if(lib.el_chain(
-            addresses, len(addresses), x.data_ptr(), _pointer(added), y.data_ptr(), torch.get_num_threads()), specs, x)
+            addresses, len(addresses), x.data_ptr(), _pointer(added), y.data_ptr(), torch.get_num_threads()), shape, x)
+    return y
+
+
+def _chain(
+        x: torch.Tensor,
+        tensors: List[torch.Tensor],
+        specs: List[int],
+        constants: List[float],
+        added: Optional[torch.Tensor],
+) -> torch.Tensor:
+    lib, layers = native.library(), Layer.all_of(tensors, specs, constants)
+    if lib is not None:
+        addresses, shape, _plans = _chain_plans(lib, x, layers)
+        return _run_chain(lib, addresses, shape, x, added)
+    y = x
+    for layer in layers:
+        weight, table, threshold, flip, ints, numbers = layer
+        link = y if ConvSpec.of(ints).link != 'none' else None
+        y = _run(y, weight, table, threshold, flip, link, ints, numbers, layer.real)
+    if added is not None:
+        _check_added(added, list(y.shape))
+        y = y + added
     return y
 
 
