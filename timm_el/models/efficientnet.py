@@ -39,6 +39,10 @@ class BinarizedEfficientNet(CheckedLoading, EfficientNet):
     ) -> None:
         check_arguments(EfficientNet, BinarizedEfficientNet, kwargs)
         super().__init__(*args, **kwargs)
+        # timm draws it from +-1 / sqrt(classes). With ten classes, and features that are sums over all links, the first
+        # loss would be ten times that of chance, and training would not recover.
+        if isinstance(self.classifier, nn.Linear):
+            nn.init.normal_(self.classifier.weight, std=0.01)
         binarize(self, recipe, real_weights=real_weights)
 
 

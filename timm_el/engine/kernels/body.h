@@ -46,7 +46,8 @@ static void abs_mean(const float *x, int n, int c, float *means) {
 
 static void pool(const float *const *pixels, int n, int mode, int c, float *out) {
     int i = 0;
-    const float count = (float)n;
+    const float count = (float)n, inverse = 1.f / count;
+    const int exact = (n & (n - 1)) == 0; /* then a product with the inverse is the quotient, and much faster */
     for (; i + LANES <= c; i += LANES) {
         vf v = LOADF(pixels[0] + i);
         for (int j = 1; j < n; j++) {
@@ -54,7 +55,7 @@ static void pool(const float *const *pixels, int n, int mode, int c, float *out)
             if (mode == EL_POOL_MAX) v = SELECT((vi)(x > v) | (vi)(x != x), x, v);
             else v = v + x;
         }
-        STOREF(out + i, mode == EL_POOL_MAX ? v : v / SPREAD(count));
+        STOREF(out + i, mode == EL_POOL_MAX ? v : exact ? v * SPREAD(inverse) : v / SPREAD(count));
     }
     for (; i < c; i++) {
         float v = pixels[0][i];

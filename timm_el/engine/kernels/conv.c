@@ -11,6 +11,7 @@
 #define BAND_PIXELS 96         /* output pixels of a band, at least, if the image has them */
 #define FEW_PIXELS 96          /* for one thread */
 #define MOST_TILE 8
+#define K_PIXELS 8             /* whose signs and means are taken while they are in the first cache */
 
 static const el_body *body = &el_body_portable;
 static size_t large_image_bytes = 1000000; /* half of what a core's second cache has these days */
@@ -201,10 +202,15 @@ static void take_rows(const stage *s, int y0, int from, int to) {
             memcpy(row, x, (size_t)p->w * pixel);
             continue;
         }
-        for (int g = 0; g < groups; g++)
-            body->pack(x + g * cg, p->w, (size_t)p->c_in, p->threshold ? p->threshold + g * cg : NULL,
-                       p->flip ? p->flip + g * cg : NULL, cg, (uint64_t *)(void *)row + g * l->tap, (size_t)l->pixel);
-        if (p->has_k) body->abs_mean(x, p->w, p->c_in, AT(float, k_at) + (size_t)(y - y0) * (size_t)p->w);
+        const int step = p->has_k ? K_PIXELS : p->w;
+        for (int at = 0; at < p->w; at += step, x += (size_t)step * (size_t)p->c_in) {
+            const int n = p->w - at < step ? p->w - at : step;
+            for (int g = 0; g < groups; g++)
+                body->pack(x + g * cg, n, (size_t)p->c_in, p->threshold ? p->threshold + g * cg : NULL,
+                           p->flip ? p->flip + g * cg : NULL, cg,
+                           (uint64_t *)(void *)row + at * l->pixel + g * l->tap, (size_t)l->pixel);
+            if (p->has_k) body->abs_mean(x, n, p->c_in, AT(float, k_at) + (size_t)(y - y0) * (size_t)p->w + at);
+        }
     }
 }
 
