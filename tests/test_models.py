@@ -14,8 +14,8 @@ from timm_el.models.resnet import checkpoint_filter_fn as resnet_filter_fn
 
 def test_registered_names():
     assert MODELS == [
-        'bireal_resnet18', 'bireal_resnet34', 'el_mobilenet_v1', 'el_reactnet_c', 'el_resnet18', 'el_resnet26',
-        'el_resnet34', 'el_resnet50', 'reactnet_a', 'reactnet_c', 'reactnet_resnet18']
+        'bireal_resnet18', 'bireal_resnet34', 'el_mobilenet_v1', 'el_reactnet_c', 'el_resnet18', 'el_resnet20',
+        'el_resnet26', 'el_resnet34', 'el_resnet50', 'reactnet_a', 'reactnet_c', 'reactnet_resnet18']
 
 
 @pytest.mark.parametrize('size', [224, 225, 193])
@@ -35,12 +35,12 @@ def test_variants(name):
     assert model(x[:, :1]).shape == (1, model.num_features)
     features = timm.create_model(name, features_only=True).eval()
     maps = features(x)
-    assert len(maps) == 5
+    assert len(maps) == (4 if name == 'el_resnet20' else 5)
     assert [m.shape[1] for m in maps] == features.feature_info.channels()
     assert [64 // m.shape[2] for m in maps] == features.feature_info.reduction()
     meta = timm.create_model(name, device='meta')
     assert {p.device.type for p in [*meta.parameters(), *meta.buffers()]} == {'meta'}
-    assert meta(x.to('meta')).shape == (1, 1000)
+    assert meta(x.to('meta')).shape == (1, meta.pretrained_cfg['num_classes'])
     with pytest.raises(TypeError):
         timm.create_model(name, no_such_argument=1)
 
@@ -80,6 +80,64 @@ def test_gammas(name, count):
         unit = model.get_submodule(key[:-len('.link.gamma')])
         wide, narrow = sorted((unit.in_channels, unit.out_channels), reverse=True)
         assert gamma.item() == -(-wide // narrow)
+
+
+# ----------------------------------------------------------------------------------------------------- small images
+
+def test_the_nets_of_the_cifar_papers():
+    """Sizes as in the literature (0.27 M and 11.17 M parameters), one block of three stages the same as timm's."""
+    resnet20 = timm.create_model('el_resnet20').eval()
+    resnet18 = timm.create_model('el_resnet18', small_stem=True, num_classes=10).eval()
+    assert [sum(p.numel() for p in m.parameters()) for m in (resnet20, resnet18)] == [272_474, 11_173_962]
+    x = torch.randn(2, 3, 32, 32)
+    for model, sides, cfg in ((resnet20, [32, 32, 16, 8], resnet20.pretrained_cfg), (resnet18, [32, 32, 16, 8, 4], {})):
+        final, maps = model.forward_intermediates(x)
+        assert [m.shape[-1] for m in maps] == sides == [32 // info['reduction'] for info in model.feature_info]
+        assert torch.equal(final, maps[-1]) and torch.equal(final, model.forward_features(x))
+        assert model(x).shape == (2, 10) and model.conv1.stride == (1, 1)
+        assert cfg.get('pool_size', (4, 4)) == final.shape[2:]
+    cfg = resnet20.pretrained_cfg
+    assert cfg['input_size'] == (3, 32, 32) and isinstance(resnet20.get_submodule(cfg['first_conv']), torch.nn.Conv2d)
+    resnet20.reset_classifier(7)
+    assert resnet20(x).shape == (2, 7)
+    assert timm_el.summarize(resnet20).real_macs < 0.02 * timm_el.summarize(resnet20).binary_macs
+
+
+def test_features_of_three_stages_are_counted_as_three():
+    model, x = timm.create_model('el_resnet20').eval(), torch.randn(1, 3, 32, 32)
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    for indices, expected in ((1, [3]), (2, [2, 3]), ([-1], [3]), ([0, 2], [0, 2])):
+        found = model.forward_intermediates(x, indices=indices, intermediates_only=True, stop_early=True)
+        assert [torch.equal(f, maps[i]) for f, i in zip(found, expected)] == [True] * len(expected)
+    with pytest.raises(AssertionError, match='out of range'):
+        model.forward_intermediates(x, indices=[4])
+    chosen = timm.create_model('el_resnet20', features_only=True, out_indices=(1, 3))
+    assert chosen.feature_info.reduction() == [1, 4] and chosen.feature_info.channels() == [16, 64]
+    assert copy.deepcopy(model).prune_intermediate_layers(1, prune_head=False) == [3]
+    assert model.prune_intermediate_layers([1]) == [1] and model.num_features == 16
+    assert model.forward_features(x).shape == (1, 16, 32, 32)
+
+
+def test_the_float_twin_of_a_small_net_is_timms_resnet():
+    """Nothing binarized, the small stem is a convolution, norm and ReLU, and three stages are timm's."""
+    model = randomise(timm.create_model('el_resnet20', recipe='host')).eval()
+    x = torch.randn(2, 3, 32, 32)
+    y = model.act1(model.bn1(F.conv2d(x, model.conv1.weight, padding=1)))
+    for block in [*model.layer1, *model.layer2, *model.layer3]:
+        z = F.relu(block.conv1.norm(F.conv2d(y, block.conv1.conv.weight, None, block.conv1.conv.stride, 1)))
+        z = block.conv2.norm(F.conv2d(z, block.conv2.conv.weight, None, 1, 1))
+        y = F.relu(z + (y if block.downsample is None else block.downsample(y)))
+    torch.testing.assert_close(model(x), model.fc(y.mean((2, 3))), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(small_stem='yes'), "small_stem: found 'yes', expected True or False"),
+    (dict(stem_type='deep'), "stem_type: found 'deep' beside small_stem=True"),
+    (dict(channels=(15, 32, 64)), 'channels: found 15 in the first stage, expected an even number'),
+])
+def test_a_small_stem_that_cannot_be_is_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('el_resnet20', **kwargs)
 
 
 def test_float_twins_are_untouched():

@@ -6,14 +6,17 @@ which speaks of gammas of channel-reduction convolutions "in which downsampling 
 
 `bireal_resnet*` and `reactnet_resnet18` are the nets of the official Bi-Real Net and ReActNet checkpoints: the same
 classes with another recipe.
+
+`el_resnet20` is the net of three stages for images of 32 px (He et al., 2016, section 4.2), but for its shortcuts.
 """
 import re
-from typing import Any, Dict, Union
+from typing import Any, Dict, List, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._builder import build_model_with_cfg
+from timm.models._features import feature_take_indices
 from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -26,15 +29,20 @@ from ._shipped import CIFAR10, bundled_file, choose_weights
 
 __all__ = ['BinarizedResNet']
 
+STAGES = 4  # that the forward of timm's ResNet calls
+
 
 class BinarizedResNet(CheckedLoading, ResNet):
     """timm's ResNet, binarized.
 
     Args:
         recipe, real_weights: As for `timm_el.binarize`.
+        small_stem: For images of 32 px: the first convolution is a 3x3 without stride, as wide as the first stage, and
+            no pool follows, so that every reduction is a quarter of timm's.
         stride_first: Put a bottleneck's stride on its first 1x1. If False it stays on the 3x3, as in timm.
         zero_init_last: As in timm, but False by default: with True a fresh network would not depend on the last
             convolution of any block.
+        channels: As for timm's ResNet; three make a net of three stages.
         args, kwargs: As for timm's ResNet.
     """
 
@@ -43,13 +51,21 @@ class BinarizedResNet(CheckedLoading, ResNet):
             *args,
             recipe: Union[str, Recipe, Dict[str, Any]] = 'el',
             real_weights: bool = False,
+            small_stem: bool = False,
             stride_first: bool = True,
             zero_init_last: bool = False,
+            channels: Tuple[int, ...] = (64, 128, 256, 512),
             **kwargs,
     ) -> None:
         check_arguments(ResNet, BinarizedResNet, kwargs)
-        check_flags(real_weights=real_weights, stride_first=stride_first)
-        super().__init__(*args, zero_init_last=zero_init_last, **kwargs)
+        check_flags(real_weights=real_weights, small_stem=small_stem, stride_first=stride_first)
+        if small_stem:
+            kwargs = {**kwargs, **_wide_as(channels[0], kwargs)}
+        super().__init__(*args, zero_init_last=zero_init_last, channels=channels, **kwargs)
+        if small_stem:
+            self._make_stem_small(channels[0])
+        for stage in range(len(channels), STAGES):
+            self.add_module(f'layer{stage + 1}', nn.Sequential())
         if stride_first:
             for path, module in self.named_modules():
                 if isinstance(module, Bottleneck):
@@ -59,6 +75,44 @@ class BinarizedResNet(CheckedLoading, ResNet):
                             f'move to the first 1x1; pass stride_first=False')
                     module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
         binarize(self, recipe, real_weights=real_weights)
+
+    def _make_stem_small(self, width: int) -> None:
+        first = self.conv1[0].weight
+        self.conv1 = nn.Conv2d(self.in_chans, width, 3, padding=1, bias=False, device=first.device, dtype=first.dtype)
+        nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
+        self.maxpool = nn.Identity()
+        for info in self.feature_info:
+            info['reduction'] = max(info['reduction'] // 4, 1)
+
+    def _timm_indices(self, indices: Union[None, int, List[int]]) -> Tuple[List[int], List[int]]:
+        """Indices of own features, and what timm calls them, for whom the last feature is that of a fourth stage."""
+        last = len(self.feature_info) - 1
+        taken, _ = feature_take_indices(last + 1, indices)
+        return taken, [STAGES if i == last else i for i in taken]
+
+    def forward_intermediates(self, x: torch.Tensor, indices: Union[None, int, List[int]] = None, **kwargs):
+        """As in timm."""
+        return super().forward_intermediates(x, self._timm_indices(indices)[1], **kwargs)
+
+    def prune_intermediate_layers(self, indices: Union[int, List[int]] = 1, **kwargs) -> List[int]:
+        """As in timm."""
+        taken, timms = self._timm_indices(indices)
+        super().prune_intermediate_layers(timms, **kwargs)
+        return taken
+
+
+def _wide_as(width: int, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments of the one stem of timm's that is as wide as it is told to be; `small_stem` takes its place.
+
+    Raises:
+        ValueError: The width is odd, or another stem is asked for too.
+    """
+    for name in ('stem_type', 'stem_width', 'replace_stem_pool'):
+        if kwargs.get(name):
+            raise ValueError(f'{name}: found {kwargs[name]!r} beside small_stem=True, which has no such; leave one out')
+    if width % 2:
+        raise ValueError(f'channels: found {width} in the first stage, expected an even number with small_stem=True')
+    return dict(stem_type='deep', stem_width=width // 2)
 
 
 # The official nets have one block a convolution, ours a unit each in timm's blocks of two.
@@ -115,6 +169,7 @@ default_cfgs = generate_default_cfgs({
     'bireal_resnet18.untrained': _cfg(paper_ids='arXiv:1808.00278'),
     'bireal_resnet34.untrained': _cfg(paper_ids='arXiv:1808.00278'),
     'el_resnet18.untrained': _cfg(),
+    'el_resnet20.untrained': _cfg(input_size=(3, 32, 32), pool_size=(8, 8), **CIFAR10),
     'el_resnet26.cifar10': _cfg(
         file=bundled_file('el_resnet26.cifar10'), input_size=(3, 32, 32), pool_size=(1, 1), **CIFAR10),
     'el_resnet26.untrained*': _cfg(),  # behind the one with weights, or that one would be the default
@@ -126,6 +181,8 @@ default_cfgs = generate_default_cfgs({
 
 def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> BinarizedResNet:
     kwargs = choose_weights(variant, pretrained, kwargs)
+    features = 1 + len(kwargs.get('channels', range(STAGES)))
+    kwargs = {'feature_cfg': dict(out_indices=tuple(range(features))), **kwargs}
     return build_model_with_cfg(
         BinarizedResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
@@ -135,6 +192,13 @@ def el_resnet18(pretrained: bool = False, **kwargs) -> BinarizedResNet:
     """Elastic-Link ResNet-18: on basic blocks one shortcut per convolution."""
     model_args = dict(block=BasicBlock, layers=[2, 2, 2, 2], avg_down=True)
     return _create_resnet('el_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def el_resnet20(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+    """Elastic-Link ResNet-20 of the CIFAR papers: three stages of 16, 32 and 64 channels, for images of 32 px."""
+    model_args = dict(block=BasicBlock, layers=[3, 3, 3], channels=(16, 32, 64), small_stem=True, avg_down=True)
+    return _create_resnet('el_resnet20', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
