@@ -276,6 +276,44 @@ def test_a_table_runs_resumes_and_prints(folder, tmp_path, capsys, monkeypatch):
     assert f'| `el` | {mean:.2f} |' in printed and '| 64.0 |' in printed and '`el` - `real`' in printed
 
 
+def test_a_table_takes_changes_and_records_them(folder, tmp_path, capsys):
+    (tmp_path / 'tiny.yaml').write_text(yaml.safe_dump(TABLE))
+    args = ['ablate', str(tmp_path / 'tiny.yaml'), '--data-dir', str(folder), '--output', str(tmp_path / 'out'),
+            '--seeds', '1', '--rows', 'el']
+    assert main([*args, '--set', 'epochs=2', 'model_kwargs={layers: [1, 1, 1, 2]}']) == 0
+    (line,) = JsonLines.read(tmp_path / 'out' / 'results.jsonl')
+    assert line['epochs'] == 2
+    assert line['command'].endswith("--rows el --seeds 1 --set epochs=2 'model_kwargs={layers: [1, 1, 1, 2]}'")
+    run = yaml.safe_load((tmp_path / 'out' / 'el' / 'seed_0' / 'args.yaml').read_text())
+    assert run['model_kwargs'] == dict(layers=[1, 1, 1, 2], channels=TINY['model_kwargs']['channels'])
+    assert main([*args, '--set', 'model_kwargs={layers: [1, 1, 1, 2]}']) == 2
+    assert 'epochs: found 2 in' in capsys.readouterr().err
+    assert main([*args, '--set', 'epochs']) == 2
+    assert "--set: found 'epochs', expected FIELD=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('net', ['cifar10_resnet20', 'cifar10_resnet18'])
+def test_the_tables_of_the_cifar_nets_take_their_steps(net, folder, tmp_path, capsys):
+    changes = ['num_classes=3', 'batch_size=16']
+    if net == 'cifar10_resnet18':
+        changes.append('model_kwargs={channels: [8, 16, 16, 16]}')
+    assert main([
+        'ablate', str(ROOT / f'train_cfgs/fit/{net}.yaml'), '--data-dir', str(folder), '--output', str(tmp_path),
+        '--seeds', '1', '--set', *changes]) == 0
+    lines = JsonLines.read(tmp_path / 'results.jsonl')
+    assert [line['row'] for line in lines] == ['el', 'bireal', 'reactnet', 'el_reactnet_gate', 'host']
+    assert all(line['train_loss'] > 0 for line in lines) and '| AdaBin |' in capsys.readouterr().out
+
+
+def test_published_figures_stand_under_the_table_as_recalled():
+    data = dict(rows=['el', dict(name='twin', recipe='host', paper=70.)], paper=None, published={'IE-Net': 88.5})
+    text = ablate.report(data, [])
+    assert '| `el` | not run | | 0 | |  |' in text and '| `twin` | not run | | 0 | | 70.0 |' in text
+    assert text.endswith(
+        '| published, as recalled, after trainings of their own | top-1 |\n|---|---|\n| IE-Net | 88.5 |')
+    assert 'published' not in ablate.report(dict(rows=['el']), [])
+
+
 def test_paired_statistics_against_scipy():
     from scipy import stats
     rng = np.random.RandomState(0)
@@ -323,6 +361,7 @@ def test_the_readme_shows_what_the_report_prints(results):
     (dict(rows=[]), "rows: found none.*'fit'"),
     (dict(rows=['el', 'el']), "rows: found the name 'el'"),
     (dict(contrasts=[['el', 'nothing']]), "contrasts: found 'nothing', expected names of rows: el, real"),
+    (dict(published={'IE-Net': 'high'}), "published: found 'high' for 'IE-Net', expected its top-1 in percent"),
 ])
 def test_a_table_that_makes_no_sense_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -141,12 +141,17 @@ def merge(base: Dict[str, Any], changes: Dict[str, Any]) -> Dict[str, Any]:
     return merged
 
 
-def load_config(path: str) -> Dict[str, Any]:
-    """A YAML as plain data."""
+def load_config(path: str, changes: Sequence[str] = ()) -> Dict[str, Any]:
+    """A YAML as plain data, with changes to its fields, each as FIELD=VALUE."""
     with open(path) as f:
         data = yaml.safe_load(f)
     if not isinstance(data, dict):
         raise ValueError(f'{path}: found a {type(data).__name__}, expected the fields of a run')
+    for change in changes:
+        key, equals, value = change.partition('=')
+        if not equals:
+            raise ValueError(f'--set: found {change!r}, expected FIELD=VALUE')
+        data = merge(data, {key: yaml.safe_load(value)})
     return data
 
 

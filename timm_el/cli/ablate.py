@@ -2,8 +2,9 @@
 
 A table is a config of `fit` with `rows`, and `contrasts` that are named before anything runs. A row is the name of a
 recipe, or a mapping with a `name`, the fields that it changes, and perhaps `paper`, the paper's figure (if it is left
-out, the recipe's own). All rows of one seed start from the same weights of the host and see the same images in the same
-order, so that rows are compared in pairs. Seeds run one after another, within a seed the rows as they are listed.
+out, that of the table, or else the recipe's own). `published` maps the names of other works to their figures. All rows
+of one seed start from the same weights of the host and see the same images in the same order, so that rows are compared
+in pairs. Seeds run one after another, within a seed the rows as they are listed.
 
 Each finished run is a line of OUTPUT/results.jsonl, and is not run again. `--report` prints such a file as Markdown.
 """
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -22,7 +24,7 @@ import torch
 from ..recipes import RECIPES
 from ..training import JsonLines
 from ._config import FitConfig, load_config, merge
-from .fit import add_places, check_resumable, fit
+from .fit import add_changes, add_places, check_resumable, fit
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... 30 degrees of freedom; beyond, the last is a little wide.
 T_95 = (
@@ -30,17 +32,19 @@ T_95 = (
     2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484,
     2.0452, 2.0423)
 TRAINS = 1.5  # times chance
+OF_THE_TABLE = ('rows', 'contrasts', 'published')
 
 
 def plan_rows(data: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
     """Row name -> plain data of its run, with 'paper' beside the fields of `fit.FitConfig`.
 
     Raises:
-        ValueError: There are no rows, a name is missing or taken, or a contrast names no row.
+        ValueError: There are no rows, a name is missing or taken, a contrast names no row, or a published figure is no
+            number.
     """
     if not data.get('rows'):
         raise ValueError("rows: found none, expected a list of recipes; a single run is started by 'fit'")
-    base = {k: v for k, v in data.items() if k not in ('rows', 'contrasts')}
+    base = {k: v for k, v in data.items() if k not in OF_THE_TABLE}
     rows: Dict[str, Dict[str, Any]] = {}
     for row in data['rows']:
         changes = dict(name=row, recipe=row) if isinstance(row, str) else dict(row)
@@ -48,12 +52,16 @@ def plan_rows(data: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
         if not isinstance(name, str) or name in rows:
             raise ValueError(f'rows: found the name {name!r}, expected one of its own for each row')
         recipe = changes.get('recipe', base.get('recipe'))
-        changes.setdefault('paper', RECIPES[recipe].paper_top1 if recipe in RECIPES else None)
+        if 'paper' not in base:
+            changes.setdefault('paper', RECIPES[recipe].paper_top1 if recipe in RECIPES else None)
         rows[name] = merge(base, changes)
     for contrast in data.get('contrasts', []):
         for name in contrast:
             if name not in rows:
                 raise ValueError(f'contrasts: found {name!r}, expected names of rows: {", ".join(rows)}')
+    for name, top1 in data.get('published', {}).items():
+        if not isinstance(top1, (int, float)):
+            raise ValueError(f'published: found {top1!r} for {name!r}, expected its top-1 in percent')
     return rows
 
 
@@ -73,10 +81,12 @@ def run_table(
         output: str,
         data_dir: str,
         cache: Optional[str] = None,
+        changes: Sequence[str] = (),
         **places,
 ) -> None:
-    """Run what is not in OUTPUT/results.jsonl yet, or go on with it."""
+    """Run what is not in OUTPUT/results.jsonl yet, or go on with it; `changes` have been made to `data` already."""
     name = os.path.splitext(os.path.basename(table))[0]
+    changed = f' --set {shlex.join(changes)}' if changes else ''
     rows = plan_rows(data)
     configs = {  # all of them, before any time is spent
         (seed, row): FitConfig.from_dict({**{k: v for k, v in fields.items() if k != 'paper'}, 'seed': seed})
@@ -93,7 +103,7 @@ def run_table(
         line = dict(
             table=name, row=row, seed=seed, top1=result['top1'], loss=result['loss'],
             train_loss=result['train_loss'], epochs=result['epoch'] + 1, seconds=result['seconds'],
-            command=f'python -m timm_el ablate train_cfgs/fit/{name}.yaml --rows {row} --seeds {seed + 1}',
+            command=f'python -m timm_el ablate train_cfgs/fit/{name}.yaml --rows {row} --seeds {seed + 1}{changed}',
             hardware=hardware(), threads=torch.get_num_threads(), torch=torch.__version__, timm=timm.__version__)
         with open(path, 'a') as f:
             f.write(json.dumps(line) + '\n')
@@ -128,7 +138,7 @@ def _number(value: Optional[float], form: str = '.1f') -> str:
 
 
 def report(data: Dict[str, Any], lines: List[Dict[str, Any]]) -> str:
-    """A table of results and one of contrasts, in Markdown."""
+    """A table of results, one of contrasts, and one of what others published, in Markdown."""
     rows = plan_rows(data)
     chance = 100 / data.get('num_classes', 10)
     top1: Dict[str, Dict[int, float]] = {row: {} for row in rows}
@@ -162,6 +172,9 @@ def report(data: Dict[str, Any], lines: List[Dict[str, Any]]) -> str:
         out.append(
             f'{label} {mean:+.2f} | {sd:.2f} | {t:+.1f} | {interval[0]:+.2f} to {interval[1]:+.2f} | {len(seeds)} | '
             f'{verdict(interval)} |')
+    if data.get('published'):
+        out += ['', '| published, as recalled, after trainings of their own | top-1 |', '|---|---|']
+        out += [f'| {name} | {top1:.1f} |' for name, top1 in data['published'].items()]
     return '\n'.join(out)
 
 
@@ -173,9 +186,10 @@ def main(argv: List[str]) -> None:
     parser.add_argument('--report', metavar='RESULTS', help='print this results.jsonl and run nothing')
     parser.add_argument('--seeds', type=int, default=3, help='seeds 0, 1, ... (default: %(default)s)')
     parser.add_argument('--rows', nargs='+', help='run these rows only')
+    add_changes(parser)
     add_places(parser, required=False)
     args = parser.parse_args(argv)
-    data = load_config(args.table)
+    table = data = load_config(args.table, args.set)
     if args.report:
         print(report(data, JsonLines.read(args.report)))
         return
@@ -191,5 +205,5 @@ def main(argv: List[str]) -> None:
         data = {**data, 'rows': picked, 'contrasts': []}
     run_table(
         args.table, data, range(args.seeds), args.output, args.data_dir, cache=args.cache, device=args.device,
-        workers=args.workers)
-    print(report(load_config(args.table), JsonLines.read(os.path.join(args.output, 'results.jsonl'))))
+        workers=args.workers, changes=args.set)
+    print(report(table, JsonLines.read(os.path.join(args.output, 'results.jsonl'))))

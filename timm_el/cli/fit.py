@@ -25,7 +25,7 @@ from timm.utils import CheckpointSaver, random_seed
 
 from ..training import DistillationTask, JsonLines, Telemetry, clip_latent_weights
 from . import create
-from ._config import FitConfig, load_config, merge, plan_stages
+from ._config import FitConfig, load_config, plan_stages
 from ._images import create_images, epoch_seed
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,20 +211,20 @@ def add_places(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument('--workers', type=int, default=2, help="processes of timm's loader")
 
 
+def add_changes(parser: argparse.ArgumentParser) -> None:
+    """Argument that changes fields of the config."""
+    parser.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE', help='fields to change, as YAML')
+
+
 def main(argv: List[str]) -> None:
     """Train what a YAML says."""
     parser = argparse.ArgumentParser(
         prog='python -m timm_el fit', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='YAML with fields of FitConfig, and perhaps stages')
     add_places(parser)
-    parser.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE', help='fields to change, as YAML')
+    add_changes(parser)
     args = parser.parse_args(argv)
-    data = load_config(args.config)
-    for change in args.set:
-        key, equals, value = change.partition('=')
-        if not equals:
-            raise ValueError(f'--set: found {change!r}, expected FIELD=VALUE')
-        data = merge(data, {key: yaml.safe_load(value)})
     result = fit_stages(
-        data, args.output, args.data_dir, cache=args.cache, device=args.device, workers=args.workers)
+        load_config(args.config, args.set), args.output, args.data_dir, cache=args.cache, device=args.device,
+        workers=args.workers)
     print(f"top-1 {result['top1']:.2f} % after {result['epoch'] + 1} epochs, {result['seconds']:.0f} s")
