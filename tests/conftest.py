@@ -1,11 +1,13 @@
-"""Shared helpers: real photographs, randomised batch norms, and the models that this package registers."""
+"""Shared helpers: images, randomised batch norms, and the models that this package registers."""
 from typing import Iterable, List
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import timm_el
 
@@ -57,6 +59,20 @@ def photos() -> torch.Tensor:
     x = F.interpolate(torch.cat(crops), size=224, mode='bilinear', antialias=True)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (x - mean[:, None, None]) / std[:, None, None]
+
+
+@pytest.fixture(scope='session')
+def colours(tmp_path_factory):
+    """An ImageFolder of three classes, 12 training and 5 validation images each: noise around a colour."""
+    root, rng = tmp_path_factory.mktemp('images'), np.random.RandomState(0)
+    for split, count in (('train', 12), ('validation', 5)):
+        for c, name in enumerate(('red', 'green', 'blue')):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = rng.randint(0, 100, (32, 32, 3), dtype=np.uint8)
+                image[:, :, c] += 120
+                Image.fromarray(image).save(root / split / name / f'{i}.png')
+    return root
 
 
 def positive_shares(model: nn.Module, x: torch.Tensor) -> dict:

@@ -11,7 +11,9 @@ from PIL import Image
 import timm_el
 from timm_el.__main__ import main
 from timm_el.cli import eval as verb
+from timm_el.cli._config import FitConfig
 from timm_el.cli.eval import as_packed, show
+from timm_el.cli.fit import fit
 from timm_el.cli.nets import Net
 from timm_el.cli.photos import label_names, prepare
 
@@ -61,9 +63,9 @@ def test_all_forms_of_the_shipped_net_are_counted_right(folder, capsys):
     assert 50 <= found['forms']['latent']['top5'] <= 100
     assert found['same_top1']['latent = packed'] == 100
     assert abs(found['forms']['deployed']['top1'] - 50) <= 10 and found['same_top1']['latent = deployed'] >= 90
-    assert found['card'] == {'top1': 59.93} and found['engine']['body']
+    assert found['recorded'] == {'top1': 59.93} and found['engine']['body']
     text = '\n'.join(show(found))
-    assert 'model card: top-1 59.93' in text and text.count('NOT within 0.1 points') == 2
+    assert 'recorded: top-1 59.93' in text and text.count('NOT within 0.1 points') == 2
     assert 'NOT within 0.3 points' in text
 
 
@@ -78,12 +80,12 @@ def test_a_part_of_the_images_is_spread_over_the_classes_and_not_compared(folder
 
 def test_a_top1_like_the_cards_is_said_to_be_within():
     result = {
-        'net': 'net', 'images': 10_000, 'size': 32, 'limit': None, 'card': {'top1': 60.0}, 'same_top1': {},
+        'net': 'net', 'images': 10_000, 'size': 32, 'limit': None, 'recorded': {'top1': 60.0}, 'same_top1': {},
         'forms': {'latent': {'top1': 59.9, 'top5': 90.}, 'deployed': {'top1': 60.31, 'top5': 90.}},
         'engine': {'body': 'avx2'}, 'machine': {'cpu': 'a processor', 'threads': 1}}
     lines = list(show(result))
     assert lines[-2].endswith('-0.10   within 0.1 points') and lines[-1].endswith('+0.31   NOT within 0.3 points')
-    assert 'no model card' in list(show({**result, 'card': {}}))[-1]
+    assert 'no top-1 is recorded' in list(show({**result, 'recorded': {}}))[-1]
 
 
 def test_the_packed_form_computes_with_what_is_in_the_file(monkeypatch):
@@ -135,6 +137,25 @@ def test_a_folder_of_train_py_is_evaluated_as_it_was_trained_and_pushed_with_its
     pushed = timm_el.from_hub(tmp_path / 'hub').eval()
     assert torch.allclose(pushed(x), model(x)) and label_names(pushed) == list(CLASSES)
     assert pushed.pretrained_cfg['input_size'] == (3, 48, 48) and pushed.pretrained_cfg['tag'] == 'cifar10'
+
+
+def test_a_folder_of_fit_is_evaluated_to_what_its_log_says_and_pushed(colours, tmp_path, capsys):
+    run = tmp_path / 'run'
+    config = FitConfig(
+        model='resnet26', recipe='bireal', model_kwargs={'layers': [1, 1, 1, 1], 'channels': [8, 8, 16, 16]},
+        num_classes=3, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], pad_crop=4, batch_size=8, epochs=2)
+    top1 = fit(config, str(run), str(colours))['top1']
+    capsys.readouterr()
+    found = evaluate(capsys, run, '--data-dir', colours)
+    assert found['recorded'] == {'top1': top1} and found['size'] == 32 and found['images'] == 15
+    assert found['forms']['latent']['top1'] == found['forms']['packed']['top1'] == pytest.approx(top1)
+    argv = ['push', 'me/net', '--model', str(run), '--folder', str(tmp_path / 'hub'), '--dry-run']
+    assert main([*argv, '--pretrained-cfg', json.dumps({'label_names': ['red', 'green', 'blue']})]) == 0
+    card = (tmp_path / 'hub' / 'README.md').read_text()
+    assert '`python -m timm_el fit`: model resnet26, recipe bireal, model_kwargs' in card and f'{top1:.2f} |' in card
+    pushed, x = timm_el.from_hub(tmp_path / 'hub').eval(), torch.randn(2, 3, 32, 32)
+    assert torch.allclose(pushed(x), Net.parse(str(run)).build()(x)) and label_names(pushed)[1] == 'green'
+    assert tuple(pushed.pretrained_cfg['mean']) == (0.1, 0.2, 0.3)
 
 
 @pytest.mark.parametrize('argv, message', [

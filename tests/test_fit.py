@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from timm_el.__main__ import main
 from timm_el.cli import ablate
@@ -27,18 +26,9 @@ TINY = dict(
     epochs=3, lr=0.01)
 
 
-@pytest.fixture(scope='session')
-def folder(tmp_path_factory):
-    """An ImageFolder of three classes, 12 training and 5 validation images each: noise around a colour."""
-    root, rng = tmp_path_factory.mktemp('images'), np.random.RandomState(0)
-    for split, count in (('train', 12), ('validation', 5)):
-        for c, name in enumerate(('red', 'green', 'blue')):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                image = rng.randint(0, 100, (32, 32, 3), dtype=np.uint8)
-                image[:, :, c] += 120
-                Image.fromarray(image).save(root / split / name / f'{i}.png')
-    return root
+@pytest.fixture
+def folder(colours):
+    return colours
 
 
 def weights(run, key='state_dict'):

@@ -1,5 +1,6 @@
 """The pictures: what they show, what they refuse, and that the README shows each beside the command that makes it."""
 import argparse
+import math
 import pathlib
 import re
 
@@ -11,11 +12,17 @@ from PIL import Image
 
 import timm_el
 from timm_el.__main__ import main
+from timm_el.cli._config import FitConfig
+from timm_el.cli.fit import fit
+from timm_el.cli.nets import Net
 from timm_el.cli.photos import prepare, read
 from timm_el.cli.pictures import estimators, features, gamma, tradeoff, training
 from timm_el.cli.plot import PICTURES
 from timm_el.quantizers import QUANTIZERS
+from timm_el.training import JsonLines
 
+# timm's dataset leaves the files of images for the interpreter to close.
+pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HEAD = 'epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n'
 
@@ -112,8 +119,53 @@ def test_training_curves_survive_a_resumed_job(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             draw(training, file)
-    with pytest.raises(ValueError, match='found no such file'):
+    with pytest.raises(ValueError, match='found no summary.csv or log.jsonl, expected the folder'):
         draw(training, tmp_path / 'nowhere.csv')
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory, colours):
+    """Folders of `fit`: a float net, Bi-Real and EL, two epochs each."""
+    root = tmp_path_factory.mktemp('runs')
+    net = dict(model='el_resnet26', model_kwargs={'layers': [1, 1, 1, 1], 'channels': [8, 8, 16, 16]}, num_classes=3)
+    for name, recipe in (('float', 'host'), ('bireal', 'bireal'), ('el', None)):
+        config = FitConfig(**net, recipe=recipe, pad_crop=4, batch_size=8, epochs=2)
+        fit(config, str(root / name), str(colours), cache=str(root / 'cache'))
+    return [root / name for name in ('float', 'bireal', 'el')]
+
+
+def test_folders_of_fit_give_every_picture_of_trained_nets(runs):
+    figure = draw(features, *runs, '--channels', 2, 1, '--img-size', 64)
+    assert [figure.axes[i].get_ylabel() for i in (0, 3, 6)] == ['float', 'bireal', 'el']
+    assert [axis.get_title() for axis in figure.axes[:4]] == ['', 'channel 2', 'channel 1', '']
+    x = prepare(Net.parse(str(runs[2])).build(), read('china.jpg'), 64)
+    expected = features.feature_maps(Net.parse(str(runs[2])).build(), 'layer1', x[None])[0, 2]
+    assert figure.axes[7].images[0].get_array().tolist() == expected.tolist()
+    logs = [JsonLines.read(run / 'log.jsonl') for run in runs]
+    losses, top1 = (marks(axis) for axis in draw(training, *runs[:2], runs[2] / 'log.jsonl').axes)
+    for name, log in zip(('float', 'bireal', 'el'), logs):
+        assert losses[f'{name}, training'] == ([0, 1], [line['train_loss'] for line in log])
+        assert losses[f'{name}, validation'][1] == [line['loss'] for line in log]
+    assert [y for _, y in top1.values()] == [[line['top1'] for line in log] for log in logs]
+    sizes, times = (marks(axis) for axis in draw(tradeoff, *runs, '--rounds', 1).axes)
+    assert [label.partition(':')[0] for label in sizes] == ['float', 'bireal (deployed)', 'el (deployed)']
+    assert [y for _, y in sizes.values()] == [[log[-1]['top1']] for log in logs]
+    (before,), (after,) = (marks(draw(gamma, run).axes[0]).values() for run in (runs[2], runs[2]))
+    assert before == after and len(before[1]) == 8
+
+
+def test_curves_are_named_from_where_their_paths_part_and_may_diverge(tmp_path):
+    for row in ('el', 'bireal'):
+        (tmp_path / row / 'seed_0').mkdir(parents=True)
+        (tmp_path / row / 'seed_0' / 'log.jsonl').write_text(
+            '{"epoch": 0, "train_loss": null, "loss": 2.0, "top1": 10.0}\n')
+    files = sorted(tmp_path.glob('*/seed_0/log.jsonl'))
+    losses, _ = (marks(axis) for axis in draw(training, *files).axes)
+    assert list(losses) == [f'{row}/seed_0, {what}' for row in ('bireal', 'el') for what in ('training', 'validation')]
+    assert math.isnan(losses['el/seed_0, training'][1][0])
+    (tmp_path / 'el' / 'seed_0' / 'log.jsonl').write_text('')
+    with pytest.raises(ValueError, match='expected the columns epoch, train_loss, loss, top1 and at least one epoch'):
+        draw(training, *files)
 
 
 def test_tradeoff_shows_packed_size_and_the_cards_top1(trained):
@@ -126,7 +178,7 @@ def test_tradeoff_shows_packed_size_and_the_cards_top1(trained):
     assert f'{time[0]:.2f} ms' in label
     host = timm.create_model('resnet18')
     assert tradeoff.size_mb(host) == pytest.approx(4 * 11.7, rel=0.01)
-    with pytest.raises(ValueError, match='resnet18: no model card beside its weights gives a top-1; add --data-dir'):
+    with pytest.raises(ValueError, match='resnet18: no top-1 is recorded beside its weights; add --data-dir'):
         draw(tradeoff, 'resnet18', '--rounds', 1)
 
 

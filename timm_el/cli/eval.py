@@ -2,7 +2,8 @@
 
 D is a folder of one folder of images per class, or one that has such folders for its splits, as timm reads it; images
 are prepared as the model's config says. All forms see the same images, and the share of images that two forms put into
-the same class is printed. A top-1 in the model card beside the weights is compared with what was found.
+the same class is printed. A top-1 in the model card beside the weights, or in the log of
+a run, is compared with what was found.
 """
 import argparse
 import copy
@@ -34,7 +35,7 @@ def as_packed(model: nn.Module) -> nn.Module:
         return load_packed(twin, path).eval()
 
 
-# What is made of the latent model, and by how many points its top-1 may differ from the card's.
+# What is made of the latent model, and by how many points its top-1 may differ from what was recorded.
 FORMS: Dict[str, Callable[[nn.Module], nn.Module]] = {
     'latent': lambda model: model, 'packed': as_packed, 'deployed': deploy}
 TOLERANCE = {'latent': 0.1, 'packed': 0.1, 'deployed': 0.3}
@@ -148,7 +149,7 @@ def main(argv: List[str]) -> None:
     nets = {name: FORMS[name](model) for name in args.forms}
     result = {
         'net': args.net, 'size': args.img_size or model.pretrained_cfg['input_size'][-1], 'limit': args.limit,
-        **count_right(nets, tqdm(images, disable=None)), 'card': net.recorded(model),
+        **count_right(nets, tqdm(images, disable=None)), 'recorded': net.recorded(model),
         'engine': info(), 'machine': describe()}
     print(json.dumps(result, indent=2) if args.json else '\n'.join(show(result)))
 
@@ -163,17 +164,17 @@ def show(r: Dict[str, Any]) -> Iterable[str]:
         yield f'  {name:10} {found["top1"]:>8.2f} {found["top5"]:>8.2f}{body}'
     for pair, share in r['same_top1'].items():
         yield f'  same class, {pair}: {share:.2f} %'
-    yield from _beside_card(r)
+    yield from _beside_recorded(r)
 
 
-def _beside_card(r: Dict[str, Any]) -> Iterable[str]:
-    top1 = r['card'].get('top1')
+def _beside_recorded(r: Dict[str, Any]) -> Iterable[str]:
+    top1 = r['recorded'].get('top1')
     if top1 is None:
-        yield '  no model card beside the weights gives a top-1'
+        yield '  no top-1 is recorded beside the weights'
     elif r['limit'] is not None:
-        yield f'  model card: top-1 {top1:.2f}, of all images; not compared with one of {r["images"]}'
+        yield f'  recorded: top-1 {top1:.2f}, of all images; not compared with one of {r["images"]}'
     else:
-        yield f'  model card: top-1 {top1:.2f}'
+        yield f'  recorded: top-1 {top1:.2f}'
         for name, found in r['forms'].items():
             off = found['top1'] - top1
             fits = 'within' if abs(off) <= TOLERANCE[name] + 1e-9 else 'NOT within'

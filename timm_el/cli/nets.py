@@ -9,12 +9,13 @@ import torch.nn as nn
 
 from ..hub import from_hub, read_metrics
 from . import create
-from .runs import is_run, load_run
+from .runs import is_run, load_run, read_log
 
 PRETRAINED = 'pretrained'
 HELP = (
     'MODEL[:RECIPE][@WEIGHTS]: a timm model, el_resnet26 or el_resnet26.cifar10; a recipe to binarize it with; a file '
-    f'of weights (packed, or what train.py wrote) or the word {PRETRAINED}. Or a folder that train.py or `push` wrote')
+    f'of weights (packed, or what train.py wrote) or the word {PRETRAINED}. Or a folder that train.py, `fit` or `push` '
+    'wrote')
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class Net:
         return {} if weight is None else {'num_classes': weight.shape[0]}
 
     def recorded(self, model: nn.Module) -> Dict[str, float]:
-        """Metrics by name that the model card beside the weights of `model` gives; empty without a card."""
+        """Metrics by name that the log of a run, or the model card beside the weights of `model`, gives; else empty."""
         if os.path.isdir(self.model):
-            return read_metrics(self.model)
+            return {'top1': read_log(self.model)['eval_top1'][-1]} if is_run(self.model) else read_metrics(self.model)
         file = model.pretrained_cfg.get('file') if self.weights == PRETRAINED else self.weights
         return read_metrics(Path(file).parent) if file else {}

@@ -24,7 +24,7 @@ def main(argv: List[str]) -> None:
         prog='python -m timm_el push', description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('repo', help='user/repo on the Hub')
     parser.add_argument('--model', required=True,
-                        help='registered model, a timm model that --recipe converts, or a folder that train.py wrote')
+                        help='registered model, a timm model that --recipe converts, or the folder of a run')
     parser.add_argument('--recipe', help='how it is binarized; its own recipe for a registered model if not given')
     parser.add_argument('--checkpoint', help='weights: what train.py wrote, or a packed file; fresh ones if not given')
     parser.add_argument('--model-kwargs', type=json.loads, default={}, metavar='JSON', help='e.g. {"num_classes": 10}')

@@ -52,6 +52,8 @@ def draw(args: argparse.Namespace) -> 'Figure':
     image = read(args.image)
     columns = 1 + len(args.channels)
     figure, axes = new_figure(len(args.nets), columns, (1.4 * columns, 1.5 * len(args.nets)))
+    for channel, axis in zip(args.channels, axes[0, 1:]):
+        axis.set_title(f'channel {channel}', fontsize=8)
     for row, text in zip(axes, args.nets):
         net = Net.parse(text)
         model = net.build()
@@ -64,7 +66,6 @@ def draw(args: argparse.Namespace) -> 'Figure':
         row[0].set_ylabel(net.label, fontsize=8)
         for axis, channel in zip(row[1:], args.channels):
             axis.imshow(maps[channel], cmap='gray')
-            axis.set_title(f'channel {channel}' if row is axes[0] else '', fontsize=8)
         for axis in row:
             axis.set_xticks([])
             axis.set_yticks([])

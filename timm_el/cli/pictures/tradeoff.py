@@ -3,7 +3,7 @@
 python -m timm_el plot tradeoff el_resnet26@pretrained el_resnet50@pretrained resnet26@float.pth.tar --data-dir CIFAR10
 
 A binarized net is deployed and its size is that of its packed file, a float net stays as it is. Top-1 is measured on
-the images of --data-dir, else it is that of the model card beside the weights.
+the images of --data-dir, else it is that of a run's last epoch, or of the model card beside the weights.
 """
 import argparse
 import tempfile
@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
         else:
             top1 = net.recorded(model).get('top1')
             if top1 is None:
-                raise ValueError(f'{text}: no model card beside its weights gives a top-1; add --data-dir')
+                raise ValueError(f'{text}: no top-1 is recorded beside its weights; add --data-dir')
         channels, *own = own_input_size(model)
         size = [args.img_size] * 2 if args.img_size else own
         runs[text] = runner(fast, torch.randn(1, channels, *size))
@@ -81,7 +81,7 @@ def draw(args: argparse.Namespace) -> 'Figure':
     if args.threads:
         torch.set_num_threads(args.threads)
     rows = measure(args)
-    figure, axes = new_figure(1, 2, (8, 3.5), sharey=True)
+    figure, axes = new_figure(1, 2, (10, 3), sharey=True)
     sizes, times = axes[0]
     for row in rows:
         for axis, key in ((sizes, 'mb'), (times, 'ms')):
@@ -93,5 +93,5 @@ def draw(args: argparse.Namespace) -> 'Figure':
     for axis in (sizes, times):
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
-    times.legend(fontsize=8)
+    figure.legend(handles=times.get_lines(), loc='outside right center', fontsize=8)
     return figure
