@@ -84,6 +84,7 @@ def test_no_engine_is_said(engine, monkeypatch):
     (['el_resnet18', '--train', '--peers', 'all'], 'peers: it belongs to inference, found it with training'),
     (['el_resnet18', '--pairs', '0'], 'pairs: found 0, expected a positive integer'),
     (['resnet18'], 'host: no float host of resnet18 is known'),
+    (['el_resnet20', '--recipe', 'bireal'], r'host: no float host of el_resnet20 is known, name a model of timm'),
     (['el_resnet18', '--recipe', 'foo'], "recipe: unknown name 'foo'"),
 ])
 def test_errors_are_one_line(engine, argv, message, capsys):

@@ -19,6 +19,12 @@ VERBS = {
 }
 
 
+def is_ours(name: str) -> bool:
+    """This package registers a model of this name."""
+    import timm
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm_el.')
+
+
 def create(name: str, recipe: Optional[str] = None, **kwargs) -> 'nn.Module':
     """A timm model; with a recipe, a registered model of this package takes it and any other is converted by it."""
     import timm
@@ -26,6 +32,6 @@ def create(name: str, recipe: Optional[str] = None, **kwargs) -> 'nn.Module':
     from ..convert import binarize
     if recipe is None:
         return timm.create_model(name, **kwargs)
-    if timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm_el.'):
+    if is_ours(name):
         return timm.create_model(name, recipe=recipe, **kwargs)
     return binarize(timm.create_model(name, **kwargs), recipe)

@@ -18,6 +18,7 @@ from ..checkpoints import CheckedLoading, float_to_latent
 from ..convert import binarize
 from ..recipes import Recipe
 from ._arguments import check_arguments
+from ._shipped import choose_weights
 
 __all__ = ['BinarizedEfficientNet', 'BinarizedEfficientNetFeatures']
 
@@ -98,6 +99,7 @@ def _create_mobilenet_v1(
         pretrained: bool = False,
         **kwargs,
 ) -> BinarizedEfficientNet:
+    kwargs = choose_weights(variant, pretrained, kwargs)
     arch_def = [
         ['dsa_r1_k3_s1_c64'],
         ['dsa_r2_k3_s2_c128'],

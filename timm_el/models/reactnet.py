@@ -24,6 +24,7 @@ from ..layers import BinaryConv2d, BinaryUnit, ElasticLink, RPReLU, Shift, guard
 from ..packed import is_packed, unpack_state_dict
 from ._arguments import check_counts, check_flags
 from ._official import OfficialCheckpoint, strip_wrappers
+from ._shipped import choose_weights
 
 __all__ = ['ReActNet', 'ReActBlock']
 
@@ -337,6 +338,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_reactnet(variant: str, pretrained: bool = False, **kwargs) -> ReActNet:
+    kwargs = choose_weights(variant, pretrained, kwargs)
     return build_model_with_cfg(
         ReActNet,
         variant,

@@ -4,7 +4,9 @@ from typing import Optional
 import torch
 import torch.nn as nn
 
-# The float nets that the registered models stand for.
+from .. import is_ours
+
+# The float nets of timm that the registered models stand for.
 FLOAT_HOSTS = {
     'el_resnet18': 'resnet18', 'el_resnet26': 'resnet26', 'el_resnet34': 'resnet34', 'el_resnet50': 'resnet50',
     'el_mobilenet_v1': 'mobilenetv1_100',
@@ -15,9 +17,12 @@ def host_name(model: str, host: Optional[str], recipe: Optional[str]) -> str:
     """Name of the float net to compare with.
 
     Raises:
-        ValueError: None is known: the model has no entry in `FLOAT_HOSTS`, and no host or recipe is given.
+        ValueError: None is known: the model has no entry in `FLOAT_HOSTS`, and no host is given, nor, for a model of
+            timm, which is its own, a recipe.
     """
     name = host or FLOAT_HOSTS.get(model, model)
+    if name == model and is_ours(model):
+        raise ValueError(f'host: no float host of {model} is known, name a model of timm (--host)')
     if name == model and not recipe:
         raise ValueError(f'host: no float host of {model} is known, name one (--host) or a recipe (--recipe)')
     return name
