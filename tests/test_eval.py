@@ -1,4 +1,5 @@
 """The eval verb: what it counts, with what it compares, which nets it takes, what it refuses."""
+import dataclasses
 import json
 
 import pytest
@@ -149,6 +150,11 @@ def test_a_folder_of_fit_is_evaluated_to_what_its_log_says_and_pushed(colours, t
     found = evaluate(capsys, run, '--data-dir', colours)
     assert found['recorded'] == {'top1': top1} and found['size'] == 32 and found['images'] == 15
     assert found['forms']['latent']['top1'] == found['forms']['packed']['top1'] == pytest.approx(top1)
+    twin = dataclasses.replace(config, recipe='host', epochs=1)
+    top1_of_twin = fit(twin, str(tmp_path / 'float'), str(colours))['top1']
+    capsys.readouterr()
+    forms = evaluate(capsys, tmp_path / 'float', '--data-dir', colours)['forms']
+    assert list(forms) == ['latent'] and forms['latent']['top1'] == pytest.approx(top1_of_twin)
     argv = ['push', 'me/net', '--model', str(run), '--folder', str(tmp_path / 'hub'), '--dry-run']
     assert main([*argv, '--pretrained-cfg', json.dumps({'label_names': ['red', 'green', 'blue']})]) == 0
     card = (tmp_path / 'hub' / 'README.md').read_text()

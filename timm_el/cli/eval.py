@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 
 from ..checkpoints import load_packed
 from ..engine import deploy, info
-from ..packed import save_packed
+from ..packed import binary_layers, save_packed
 from .measure.machine import describe
 from .nets import HELP, PRETRAINED, Net
 
@@ -130,8 +130,8 @@ def main(argv: List[str]) -> None:
     parser.add_argument('--dataset', default='', help='as for train.py: torch/cifar10 (default: a folder)')
     parser.add_argument('--dataset-download', action='store_true', help='fetch it first, where timm can')
     parser.add_argument('--split', default='validation', help='folder in D (default: validation, or D itself)')
-    parser.add_argument('--forms', type=forms, default=list(FORMS), metavar='NAMES',
-                        help=f'some of {",".join(FORMS)} (default: all)')
+    parser.add_argument('--forms', type=forms, metavar='NAMES',
+                        help=f'some of {",".join(FORMS)} (default: all, and latent alone of a float net)')
     parser.add_argument('--img-size', type=count, help="pixels (default: the model's own)")
     parser.add_argument('--batch-size', type=count, default=64, help='default: 64')
     parser.add_argument('--limit', type=count, metavar='N', help='N images, spread evenly over all (default: all)')
@@ -146,7 +146,8 @@ def main(argv: List[str]) -> None:
     images = load_images(
         model, args.data_dir, args.split, args.img_size, args.limit, args.batch_size, args.workers,
         args.dataset, args.dataset_download)
-    nets = {name: FORMS[name](model) for name in args.forms}
+    possible = list(FORMS) if any(True for _ in binary_layers(model)) else ['latent']
+    nets = {name: FORMS[name](model) for name in args.forms or possible}
     result = {
         'net': args.net, 'size': args.img_size or model.pretrained_cfg['input_size'][-1], 'limit': args.limit,
         **count_right(nets, tqdm(images, disable=None)), 'recorded': net.recorded(model),
