@@ -65,7 +65,7 @@ def draw(args: argparse.Namespace) -> 'Figure':
         row[0].imshow(((x - x.min()) / (x.max() - x.min())).permute(1, 2, 0).numpy())
         row[0].set_ylabel(net.label, fontsize=8)
         for axis, channel in zip(row[1:], args.channels):
-            axis.imshow(maps[channel], cmap='gray')
+            axis.imshow(maps[channel], cmap='gray', interpolation='nearest')
         for axis in row:
             axis.set_xticks([])
             axis.set_yticks([])
