@@ -291,7 +291,7 @@ def test_the_tables_of_the_cifar_nets_take_their_steps(net, folder, tmp_path, ca
         'ablate', str(ROOT / f'train_cfgs/fit/{net}.yaml'), '--data-dir', str(folder), '--output', str(tmp_path),
         '--seeds', '1', '--set', *changes]) == 0
     lines = JsonLines.read(tmp_path / 'results.jsonl')
-    assert [line['row'] for line in lines] == ['el', 'bireal', 'reactnet', 'el_reactnet_gate', 'host']
+    assert [line['row'] for line in lines] == ['el', 'bireal', 'reactnet', 'el_r2b_rprelu', 'host']
     assert all(line['train_loss'] > 0 for line in lines) and '| AdaBin |' in capsys.readouterr().out
 
 

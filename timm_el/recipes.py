@@ -274,8 +274,8 @@ _ROWS = (
     Recipe('r2b', **_S_MIX, pre='norm', scale_output='gate', act='prelu', paper_top1=64.8),
     Recipe('el_r2b', link=ROLES, pre='norm', scale_output='gate', act='prelu', paper_top1=67.1),  # the dagger
     Recipe('reactnet', **_S_MIX, input_quantizer='approx', pre='shift', act='rprelu'),
-    # Nobody's system: Elastic-Link with ReActNet's thresholds and RPReLU and Real-to-Binary's gate.
-    Recipe('el_reactnet_gate', link=ROLES, input_quantizer='approx', pre='shift', scale_output='gate', act='rprelu'),
+    # Nobody's system: the dagger with ReActNet's RPReLU and ApproxSign; the norm's bias is ReActNet's threshold.
+    Recipe('el_r2b_rprelu', link=ROLES, input_quantizer='approx', pre='norm', scale_output='gate', act='rprelu'),
 
     # The related work's weight-only quantizers: the host with other weights.
     Recipe('binaryconnect', **_WEIGHTS, scale_weight=False),
