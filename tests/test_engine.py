@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import with_slow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -340,7 +341,7 @@ def ask(code: str, **environment) -> str:
         check=True).stdout.strip()
 
 
-@pytest.mark.parametrize('body', [*BODIES, 'reference'])
+@pytest.mark.parametrize('body', with_slow(['portable'], [*BODIES, 'reference']))
 def test_the_environment_forces_a_body(body):
     assert ask('import timm_el; print(timm_el.engine.info()["body"])', TIMM_EL_ISA=body) == body
 

@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import positive_shares
+from conftest import positive_shares, with_slow
 
 import timm_el
 from timm_el.checkpoints import _new_name
@@ -14,9 +14,10 @@ from timm_el.cli.sweep import build, first_output, randomise_norms, sweep_one
 from timm_el.layers import BinaryConv2d, BinaryLinear, BinaryUnit
 
 FEW = [
-    'regnetx_002', 'densenet121', 'mobilenetv2_100', 'repvgg_a0', 'ghostnet_050', 'test_convnext',
-    'test_nfnet', 'res2next50', 'mobilevit_xxs', 'tv:shufflenet_v2_x1_0']
+    'regnetx_002', 'mobilenetv2_100', 'repvgg_a0', 'ghostnet_050', 'test_convnext', 'test_nfnet', 'mobilevit_xxs',
+    'tv:shufflenet_v2_x1_0']
 MANY = [
+    'densenet121', 'res2next50',
     # byobnet and byoanet
     'vgg11_bn', 'test_byobnet', 'mobileone_s0', 'gernet_s', 'resnext26ts', 'eca_resnext26ts', 'halonet26t',
     'lambda_resnet26t', 'botnet26t_256',
@@ -43,11 +44,7 @@ SIZES = {'halonet26t': 256, 'lambda_resnet26t': 256, 'botnet26t_256': 256, 'tv:i
 # In training mode at 96 px the last signs of a deep bottleneck net, to which the table adds no norms, are 99.2 % +1 on
 # photographs and more on white noise; one sign of iformer_t is 99.6 % +1 on white noise, behind its norm.
 DRIFTS = {'tv:resnext50_32x4d': 0.999, 'iformer_t': 0.99}
-COMPILED = ['regnetx_002', 'test_convnext', 'test_nfnet']
-
-
-def nets(few, many):
-    return [*few, *(pytest.param(name, marks=pytest.mark.slow) for name in many)]
+COMPILED = ['test_convnext', 'test_nfnet', 'regnetx_002']
 
 
 def test_the_sweep_covers_the_families():
@@ -57,7 +54,7 @@ def test_the_sweep_covers_the_families():
 
 
 @pytest.mark.filterwarnings('ignore:The default weight initialization', 'ignore:Scripting')
-@pytest.mark.parametrize('name', nets(FEW, MANY))
+@pytest.mark.parametrize('name', with_slow(FEW, MANY))
 def test_net(name, photos):
     row = sweep_one(lambda: build(name), SIZES.get(name, 96))
     model, report = row['model'], row['report']
@@ -100,7 +97,7 @@ def test_net(name, photos):
 
 
 @pytest.mark.filterwarnings('ignore:The default weight initialization')
-@pytest.mark.parametrize('name', nets(FEW, MANY))
+@pytest.mark.parametrize('name', with_slow(FEW, MANY))
 def test_every_weight_of_the_host_survives(name):
     model = build(name)
     randomise_norms(model)
@@ -118,7 +115,7 @@ def test_every_weight_of_the_host_survives(name):
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('name', nets(COMPILED[:1], COMPILED[1:]))
+@pytest.mark.parametrize('name', with_slow(COMPILED[:1], COMPILED))
 def test_converted_nets_compile(name):
     model = timm_el.binarize(build(name)).train()
     x = torch.randn(2, 3, 64, 64)

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from conftest import EACH_MODEL, MODELS, randomise
+from conftest import EACH_MODEL, MODELS, randomise, with_slow
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.models._features_fx import create_feature_extractor
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -57,11 +57,12 @@ class _First(nn.Module):
         return self.graph_module(x)['out']
 
 
-@pytest.mark.parametrize('name', ['el_resnet18', 'el_mobilenet_v1', 'reactnet_a'])
-def test_gradients_under_compile_equal_eager(name):
+@pytest.mark.parametrize('name, sizes', with_slow(
+    [('el_resnet26', dict(layers=[1, 1, 1, 1]))], [('el_resnet18', {}), ('el_mobilenet_v1', {}), ('reactnet_a', {})]))
+def test_gradients_under_compile_equal_eager(name, sizes):
     """aot_eager traces forward and backward as inductor does, without generating code."""
     torch._dynamo.reset()
-    model = small(name).eval()
+    model = small(name, **sizes).eval()
     x = torch.randn(2, 3, 64, 64)
     eager = gradients(model, model, x)
     compiled = gradients(model, torch.compile(model, backend='aot_eager', fullgraph=True), x)
@@ -69,6 +70,7 @@ def test_gradients_under_compile_equal_eager(name):
         torch.testing.assert_close(compiled[key], grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item() + 1e-9, msg=key)
 
 
+@pytest.mark.slow
 def test_inductor_code_of_one_block_equals_eager():
     torch._dynamo.reset()
     block = small('el_resnet26').layer2[0].eval()

@@ -24,7 +24,7 @@ from ..summary import Summary, summarize
 from . import photos
 from .measure.infer import runner
 from .measure.machine import cpu_name
-from .measure.nets import host_name
+from .measure.nets import FLOAT_HOSTS
 from .measure.turns import Spread, take_turns
 
 NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
@@ -131,9 +131,11 @@ def look(name: str, paths: List[str]) -> None:
         best = photos.classify(deployed, photos.prepare(model, photos.read(path)))
         print(f'  {path}: ' + ', '.join(f'{label} {100 * p:.0f} %' for label, p in best))
 
-    host = timm.create_model(host_name(name, None, None), num_classes=model.num_classes).eval()
-    rows = {
-        f'float {host_name(name, None, None)}': (host, tensor_mb(host)),
+    rows = {}
+    if name in FLOAT_HOSTS:  # timm has none for a ReActNet
+        host = timm.create_model(FLOAT_HOSTS[name], num_classes=model.num_classes).eval()
+        rows[f'float {FLOAT_HOSTS[name]}'] = host, tensor_mb(host)
+    rows |= {
         'latent': (model, tensor_mb(model)),
         'packed and deployed': (deployed, Path(file).stat().st_size / 1e6)}
     x = torch.randn(1, *size)

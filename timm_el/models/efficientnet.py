@@ -18,7 +18,7 @@ from ..checkpoints import CheckedLoading, float_to_latent
 from ..convert import binarize
 from ..recipes import Recipe
 from ._arguments import check_arguments
-from ._shipped import choose_weights
+from ._shipped import CIFAR10, bundled_file, choose_weights
 
 __all__ = ['BinarizedEfficientNet', 'BinarizedEfficientNetFeatures']
 
@@ -89,7 +89,9 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    'el_mobilenet_v1.untrained': _cfg(),
+    'el_mobilenet_v1.cifar10': _cfg(
+        file=bundled_file('el_mobilenet_v1.cifar10'), input_size=(3, 64, 64), pool_size=(2, 2), **CIFAR10),
+    'el_mobilenet_v1.untrained*': _cfg(),  # behind the one with weights, or that one would be the default
 })
 
 

@@ -24,7 +24,7 @@ from ..layers import BinaryConv2d, BinaryUnit, ElasticLink, RPReLU, Shift, guard
 from ..packed import is_packed, unpack_state_dict
 from ._arguments import check_counts, check_flags
 from ._official import OfficialCheckpoint, strip_wrappers
-from ._shipped import choose_weights
+from ._shipped import CIFAR10, bundled_file, choose_weights
 
 __all__ = ['ReActNet', 'ReActBlock']
 
@@ -333,7 +333,10 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
 default_cfgs = generate_default_cfgs({
     'reactnet_a.untrained': _cfg(paper_ids='arXiv:2003.03488'),
     'reactnet_c.untrained': _cfg(paper_ids='arXiv:2003.03488'),
-    'el_reactnet_c.untrained': _cfg(paper_ids='arXiv:2112.10149'),
+    'el_reactnet_c.cifar10': _cfg(
+        file=bundled_file('el_reactnet_c.cifar10'), input_size=(3, 32, 32), pool_size=(1, 1), **CIFAR10,
+        paper_ids='arXiv:2112.10149'),
+    'el_reactnet_c.untrained*': _cfg(paper_ids='arXiv:2112.10149'),
 })
 
 

@@ -174,7 +174,9 @@ default_cfgs = generate_default_cfgs({
         file=bundled_file('el_resnet26.cifar10'), input_size=(3, 32, 32), pool_size=(1, 1), **CIFAR10),
     'el_resnet26.untrained*': _cfg(),  # behind the one with weights, or that one would be the default
     'el_resnet34.untrained': _cfg(),
-    'el_resnet50.untrained': _cfg(),
+    'el_resnet50.cifar10': _cfg(
+        file=bundled_file('el_resnet50.cifar10'), input_size=(3, 32, 32), pool_size=(1, 1), **CIFAR10),
+    'el_resnet50.untrained*': _cfg(),
     'reactnet_resnet18.untrained': _cfg(paper_ids='arXiv:2003.03488'),
 })
 
