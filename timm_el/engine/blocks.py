@@ -27,16 +27,20 @@ class DeployedBlock(Chained):
         self.__dict__.update({k: v for k, v in block.__dict__.items() if k not in self.__dict__})
         for name, child in block.named_children():
             self.add_module(name, child)
-        self.units, self.shortcut = tuple(units), shortcut
-        self.path = self.get_submodule(units[0]).path
+        self.row, self.row_shortcut = tuple(units), shortcut  # names that no child of a host's block has
+
+    @property
+    def path(self) -> str:
+        """Where it starts, for errors."""
+        return self.get_submodule(self.row[0]).path
 
     def layers(self) -> List[ops.Layer]:
-        return [layer for name in self.units for layer in self.get_submodule(name).layers()]
+        return [layer for name in self.row for layer in self.get_submodule(name).layers()]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         added = None
-        if self.shortcut is not None:
-            added = self.get_submodule(self.shortcut)(x) if self.shortcut else x
+        if self.row_shortcut is not None:
+            added = self.get_submodule(self.row_shortcut)(x) if self.row_shortcut else x
         return self.chain()(x, added)
 
     def __iter__(self):
@@ -50,7 +54,7 @@ class DeployedBlock(Chained):
         return list(self.children())[i]
 
     def extra_repr(self) -> str:
-        return f'units={self.units}, shortcut={self.shortcut!r}'
+        return f'units={self.row}, shortcut={self.row_shortcut!r}'
 
 
 def _as_row(block: nn.Module) -> Optional[nn.Module]:
