@@ -7,7 +7,7 @@
 | ABC-Net | `MultiBaseConv2d`: M bases for the weight, N for the input | `conv` |
 | TTQ | `TrainedTernaryConv2d`: two learned levels for the weight | `conv` |
 
-All others are made of `layers.py` alone, by their row in `recipes.py`: TBN is a quantizer of the input, TWN one of the
+All others are made of `layers` alone, by their row in `recipes.py`: TBN is a quantizer of the input, TWN one of the
 weight, ReActNet a `Shift` and an `RPReLU`.
 """
 from typing import Optional, Sequence, Tuple
@@ -17,7 +17,8 @@ import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .layers import BinaryConv2d, _check_positive
+from .layers import BinaryConv2d
+from .layers.checks import check_positive
 from .quantizers import abc_input, abc_offsets, abc_weight, abc_weight_bases, ttq, ttq_levels
 
 __all__ = ['LearnedScale', 'Gate', 'MultiBaseConv2d', 'TrainedTernaryConv2d']
@@ -51,13 +52,13 @@ class LearnedScale(nn.Module):
 
     def __init__(self, channels: int, size: Optional[Tuple[int, int]] = None, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
-        _check_positive(channels=channels)
+        check_positive(channels=channels)
         super().__init__()
         self.channel = nn.Parameter(torch.ones(channels, **dd))
         self.row = self.column = None
         if size is not None:
             height, width = size
-            _check_positive(height=height, width=width)
+            check_positive(height=height, width=width)
             self.row = nn.Parameter(torch.ones(height, **dd))
             self.column = nn.Parameter(torch.ones(width, **dd))
 
@@ -90,7 +91,7 @@ class Gate(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, reduction: int = 8, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
-        _check_positive(in_channels=in_channels, out_channels=out_channels, reduction=reduction)
+        check_positive(in_channels=in_channels, out_channels=out_channels, reduction=reduction)
         super().__init__()
         hidden = max(in_channels // reduction, 1)
         self.fc1 = nn.Linear(in_channels, hidden, bias=False, **dd)
@@ -126,7 +127,7 @@ class MultiBaseConv2d(BinaryConv2d):
     def __init__(self, *args, bases: Sequence[int] = (1, 1), **quantization) -> None:
         if not isinstance(bases, (tuple, list)) or len(bases) != 2:
             raise ValueError(f'bases: found {bases!r}, expected (M, N), bases of the weight and of the input')
-        _check_positive(**{f'bases[{i}]': n for i, n in enumerate(bases)})
+        check_positive(**{f'bases[{i}]': n for i, n in enumerate(bases)})
         if quantization.get('input_quantizer', 'ste') != 'ste':
             raise ValueError(
                 f"input_quantizer: found {quantization['input_quantizer']!r}, the bases of an input are signs, "

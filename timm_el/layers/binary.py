@@ -1,14 +1,4 @@
-"""The layers of a binarized network.
-
-One mechanism serves every method: a `BinaryUnit` computes the paper's equation 4,
-
-    unit(x) = post( branch(x) + link(x) )        branch = pre -> conv -> scale -> norm and act, in the recipe's order
-
-where `conv` is usually a `BinaryConv2d`, which signs its input and its weight, and `link` an `ElasticLink`, which
-carries the real-valued input around it. Binarization adds no other wrapper to a network.
-"""
-import math
-import operator
+"""Convolutions and linear layers of binary weights and binary inputs, and their scales (paper, equations 1 to 3)."""
 from typing import List, Optional, Tuple, Union
 
 import torch
@@ -16,13 +6,10 @@ import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .quantizers import BITS, ESTIMATORS, WEIGHT_QUANTIZERS, get_quantizer, is_symbolic, lean
-from .quantizers import wide_float as _wide_float
+from ..quantizers import BITS, ESTIMATORS, WEIGHT_QUANTIZERS, get_quantizer, is_symbolic, lean, wide_float
+from .checks import check_float, check_images, check_positive
 
-__all__ = [
-    'weight_scale', 'input_scale', 'BinaryConv2d', 'StandardizedBinaryConv2d', 'BinaryLinear', 'ElasticLink',
-    'BinaryUnit', 'Shift', 'RSign', 'RPReLU', 'ZeroShortcut',
-]
+__all__ = ['weight_scale', 'input_scale', 'BinaryConv2d', 'StandardizedBinaryConv2d', 'BinaryLinear', 'same_pads']
 
 PAD_VALUES = (-1, 0, 1)
 
@@ -41,7 +28,7 @@ def weight_scale(weight: torch.Tensor, grad: bool = False) -> torch.Tensor:
         Tensor (O,) of the weight's dtype.
     """
     weight = weight if grad else weight.detach()
-    return weight.abs().flatten(1).mean(1, dtype=_wide_float(weight)).to(weight.dtype)
+    return weight.abs().flatten(1).mean(1, dtype=wide_float(weight)).to(weight.dtype)
 
 
 def input_scale(
@@ -250,7 +237,7 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
             pad_value: int = 0,
             same_pad: bool = False,
     ) -> None:
-        _check_positive(in_channels=in_channels, out_channels=out_channels)
+        check_positive(in_channels=in_channels, out_channels=out_channels)
         if pad_value not in PAD_VALUES:
             raise ValueError(f'pad_value: found {pad_value!r}, expected one of {PAD_VALUES}')
         if padding_mode != 'zeros':
@@ -288,7 +275,7 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
         return binary._share_parameters(conv)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _check_images(x, self.in_channels, 'BinaryConv2d')
+        check_images(x, self.in_channels, 'BinaryConv2d')
         bias = self.bias  # TorchScript narrows None on locals only
         inner_bias = None if self.scale_input else bias  # K does not scale the bias
         if torch.jit.is_scripting():
@@ -371,12 +358,12 @@ class StandardizedBinaryConv2d(BinaryConv2d):
 
     def latent_weight(self) -> torch.Tensor:
         weight = self.weight.flatten(1)
-        mean = weight.to(_wide_float(weight)).mean(1, keepdim=True)  # exact for +-c, whose signs must not change
+        mean = weight.to(wide_float(weight)).mean(1, keepdim=True)  # exact for +-c, whose signs must not change
         centred = weight - mean.to(weight.dtype)
         return (centred * (centred.square().mean(1, keepdim=True) + self.eps).rsqrt()).reshape_as(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _check_images(x, self.in_channels, 'StandardizedBinaryConv2d')
+        check_images(x, self.in_channels, 'StandardizedBinaryConv2d')
         if torch.jit.is_scripting():
             y = self.convolve(x)
         else:
@@ -424,7 +411,7 @@ class BinaryLinear(_Quantized, nn.Linear):
             input_scale_grad: bool = False,
             weight_scale_grad: bool = False,
     ) -> None:
-        _check_positive(in_features=in_features, out_features=out_features)
+        check_positive(in_features=in_features, out_features=out_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._set_quantization(
             input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad, weight_scale_grad)
@@ -437,7 +424,7 @@ class BinaryLinear(_Quantized, nn.Linear):
         return binary._share_parameters(linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _check_float(x, 'BinaryLinear')
+        check_float(x, 'BinaryLinear')
         signed = self.quantized_input(x)
         weight = self.quantized_weight()
         if not self.scale_input:
@@ -446,386 +433,6 @@ class BinaryLinear(_Quantized, nn.Linear):
         y = F.linear(signed, weight) * real.abs().mean(-1, keepdim=True)
         bias = self.bias
         return y if bias is None else y + bias
-
-
-class ElasticLink(nn.Module):
-    r"""Real-valued path around a binary convolution: pool, then Squeeze, Expand or Identity, divided by gamma (eq. 4).
-
-    With r from eq. 5, r = ceil(C_in / C_out) if C_in >= C_out else ceil(C_out / C_in):
-
-    * Squeeze (C_in > C_out): zero-pad the channels to r * C_out, cut them into r groups of C_out *consecutive*
-      channels, sum the groups: y[c] = sum_j x[j * C_out + c].
-    * Expand (C_in < C_out): tile all channels r times and cut to C_out: y[c] = x[c mod C_in].
-    * Identity: y = x.
-
-    Pooling (for a strided convolution) is a max-pool that comes first: by default kernel = stride, ceil mode, so that
-    the output has ceil(H / stride) rows for every H.
-
-    Shapes: x (N, C_in, H, W) -> (N, C_out, H', W'); with channels_last x (..., C_in) -> (..., C_out).
-
-    Args:
-        in_channels: C_in.
-        out_channels: C_out.
-        stride: Stride of the convolution that the link goes around.
-        gamma: 'learnable' (a 0-D parameter), 'fixed' (a 0-D buffer of the same name) or None (no division).
-            Initialised to r.
-        pool: Pooling module to use in place of the default one.
-        channels_last: Channels are the last axis, as around a linear layer; there is no pooling then.
-
-    Raises:
-        ValueError: Channel counts that are not positive, an unknown gamma, pooling with channels_last.
-    """
-
-    def __init__(
-            self,
-            in_channels: int,
-            out_channels: int,
-            stride: Union[int, Tuple[int, int]] = 1,
-            gamma: Optional[str] = 'learnable',
-            pool: Optional[nn.Module] = None,
-            device=None,
-            dtype=None,
-            channels_last: bool = False,
-    ) -> None:
-        _check_positive(in_channels=in_channels, out_channels=out_channels)
-        if gamma not in ('learnable', 'fixed', None):
-            raise ValueError(f"gamma: found {gamma!r}, expected 'learnable', 'fixed' or None")
-        super().__init__()
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.squeeze = in_channels > out_channels
-        self.expand = in_channels < out_channels
-        self.ratio = math.ceil(max(in_channels, out_channels) / min(in_channels, out_channels))
-        strides = tuple(stride) if isinstance(stride, (tuple, list)) else (stride, stride)
-        _check_positive(**{f'stride[{i}]': s for i, s in enumerate(strides)})
-        if channels_last and (pool is not None or strides != (1, 1)):
-            raise ValueError('channels_last: there is no pooling around a linear layer, expected stride 1 and no pool')
-        self.channel_axis = -1 if channels_last else 1
-        if pool is None and strides != (1, 1):
-            pool = nn.MaxPool2d(strides, strides, ceil_mode=True)
-        self.pool = pool
-        self.gamma_mode = gamma
-        if gamma is None:
-            self.gamma = None
-        else:
-            value = torch.full((), float(self.ratio), device=device, dtype=dtype)
-            if gamma == 'learnable':
-                self.gamma = nn.Parameter(value)
-            else:
-                self.register_buffer('gamma', value)
-
-    @classmethod
-    def for_conv(
-            cls,
-            conv: nn.Module,
-            gamma: Optional[str] = 'learnable',
-            same_pad: bool = False,
-    ) -> Optional['ElasticLink']:
-        """The link around a given convolution or linear layer.
-
-        gamma is dropped on a link that neither changes channels nor stands for a 1x1 convolution: the paper's Fig. 4
-        counts 16 in ResNet26, two a block. Where the convolution's output has not ceil(H / stride) rows for every H
-        (no padding, even kernels), the link pools with the convolution's own kernel, stride, padding and dilation.
-
-        Args:
-            conv: `torch.nn.Conv2d` or `torch.nn.Linear`.
-            gamma: As for the link itself.
-            same_pad: The convolution pads for ceil(H / stride) rows, whatever its `padding` says.
-
-        Returns:
-            The link, or None if no pooling has the convolution's output size.
-        """
-        dd = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
-        if isinstance(conv, nn.Linear):
-            return cls(conv.in_features, conv.out_features, gamma=gamma, channels_last=True, **dd)
-        identity = conv.in_channels == conv.out_channels
-        if identity and max(conv.kernel_size) > 1:
-            gamma = None
-        padding = conv.padding
-        if padding == 'valid':
-            padding = (0, 0)
-        pool = None
-        if not same_pad and padding != 'same' and any(
-                2 * p != d * (k - 1) for k, p, d in zip(conv.kernel_size, padding, conv.dilation)):
-            if any(2 * p > k for k, p in zip(conv.kernel_size, padding)):
-                return None
-            pool = nn.MaxPool2d(conv.kernel_size, conv.stride, padding, conv.dilation)
-        return cls(
-            conv.in_channels, conv.out_channels, conv.stride, gamma, pool, **dd)
-
-    __jit_unused_properties__ = ['kind']
-
-    @property
-    def kind(self) -> str:
-        """'squeeze', 'expand' or 'identity'."""
-        return 'squeeze' if self.squeeze else 'expand' if self.expand else 'identity'
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.channel_axis == 1:
-            _check_images(x, self.in_channels, 'ElasticLink')
-        if self.pool is not None:
-            x = self.pool(x)
-        if self.squeeze:
-            missing = self.ratio * self.out_channels - self.in_channels
-            if missing > 0:
-                x = F.pad(x, [0, 0, 0, 0, 0, missing] if self.channel_axis == 1 else [0, missing])
-            # A sum of slices keeps channels_last, a reduction over an unflattened axis does not.
-            groups = x.split(self.out_channels, self.channel_axis)
-            x = groups[0]
-            for i in range(1, self.ratio):
-                x = x + groups[i]
-        if self.gamma is not None:
-            x = x / self.gamma  # where there are fewest channels: autograd keeps x
-        if self.expand:
-            x = torch.cat([x] * self.ratio, self.channel_axis)
-            if self.ratio * self.in_channels != self.out_channels:
-                x = x.narrow(self.channel_axis, 0, self.out_channels)
-        return x
-
-    def extra_repr(self) -> str:
-        return f'{self.in_channels}, {self.out_channels}, {self.kind}, gamma={self.gamma_mode}'
-
-
-class Shift(nn.Module):
-    """Learnable shift per channel: y = x + bias, bias of shape (C,), initialised to 0.
-
-    Before a `BinaryConv2d` it is ReActNet's threshold: Sign(x + bias) = Sign(x - a) with a = -bias.
-
-    Args:
-        channels: C, the size of axis 1 of the input.
-    """
-
-    def __init__(self, channels: int, device=None, dtype=None) -> None:
-        _check_positive(channels=channels)
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.bias.reshape(-1, 1, 1)
-
-    def extra_repr(self) -> str:
-        return f'{self.bias.numel()}'
-
-
-class RSign(Shift):
-    """ReActNet's RSign: y = Sign(x + bias), with a learnable threshold -bias per channel (ReActNet, section 4.2).
-
-    For use by itself. Inside a `BinaryUnit` the convolution takes the sign, so `Shift` as `pre` is all that is needed.
-
-    Args:
-        channels: C, the size of axis 1 of the input.
-        quantizer: Name of the sign's estimator.
-    """
-
-    def __init__(self, channels: int, quantizer: str = 'approx', device=None, dtype=None) -> None:
-        super().__init__(channels, device=device, dtype=dtype)
-        self.quantize = get_quantizer(quantizer)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.quantize(super().forward(x))
-
-
-class RPReLU(nn.Module):
-    """ReActNet's RPReLU: y = PReLU(x + shift_in) + shift_out, all three per channel (ReActNet, section 4.2).
-
-    Args:
-        channels: C, the size of axis 1 of the input.
-        slope: Initial slope for negative values.
-    """
-
-    def __init__(self, channels: int, slope: float = 0.25, device=None, dtype=None) -> None:
-        _check_positive(channels=channels)
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.shift_in = nn.Parameter(torch.zeros(channels, **dd))
-        self.slope = nn.Parameter(torch.full((channels,), slope, **dd))
-        self.shift_out = nn.Parameter(torch.zeros(channels, **dd))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.prelu(x + self.shift_in.reshape(-1, 1, 1), self.slope) + self.shift_out.reshape(-1, 1, 1)
-
-    def extra_repr(self) -> str:
-        return f'{self.slope.numel()}'
-
-
-class ZeroShortcut(nn.Module):
-    """Stands where a host block had its shortcut: returns a 0-D zero, which the host adds."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros(())
-
-
-HOST_ATTRIBUTES = (
-    'in_channels', 'out_channels', 'in_features', 'out_features', 'kernel_size', 'stride', 'padding', 'dilation',
-    'groups', 'padding_mode')
-
-
-class BinaryUnit(nn.Module):
-    """One convolution of a binarized network with all that belongs to it (paper, eq. 4).
-
-    unit(x) = post( branch(x) + link(x) ),   branch(x) = tail( norm_act( scale( z, conv(z) ) ) ),   z = pre(x)
-
-    norm_act is act(norm(y)), or norm(act(y)) if `act_first`. Every part but one of conv and link may be None.
-
-    Shapes: those of `conv`; x (N, C_in, H, W) -> (N, C_out, H', W') around a convolution.
-
-    Args:
-        conv: `BinaryConv2d`, `BinaryLinear`, a float layer, or None (then the unit is its link alone).
-        norm: Normalization of the convolution's output.
-        act: Activation inside the branch.
-        link: `ElasticLink` or any module that maps x to the shape of the branch's output.
-        pre: Applied to the branch's input (the link sees x itself).
-        post: Applied to the sum.
-        tail: End of the branch: what a host had between its norm and the addition (squeeze-excite, drop path, blur).
-        act_first: conv -> act -> norm in place of conv -> norm -> act.
-        scale: Module of two arguments, the convolution's real input z (before its sign) and its output y, that gives y
-            times a factor (`methods.py`: XNOR-Net++'s learned scales, Real-to-Binary's gate).
-
-    Raises:
-        ValueError: Neither conv nor link is given.
-    """
-    __jit_unused_properties__ = ['weight', 'bias']
-
-    def __init__(
-            self,
-            conv: Optional[nn.Module],
-            norm: Optional[nn.Module] = None,
-            act: Optional[nn.Module] = None,
-            link: Optional[nn.Module] = None,
-            pre: Optional[nn.Module] = None,
-            post: Optional[nn.Module] = None,
-            tail: Optional[nn.Module] = None,
-            act_first: bool = False,
-            scale: Optional[nn.Module] = None,
-    ) -> None:
-        if conv is None and link is None:
-            raise ValueError('conv, link: both are None, a unit needs at least one of them')
-        super().__init__()
-        # Registered in the order in which they run.
-        self.pre = pre
-        self.conv = conv
-        self.scale = scale
-        if act_first:
-            self.act, self.norm = act, norm
-        else:
-            self.norm, self.act = norm, act
-        self.tail = tail
-        self.link = link
-        self.post = post
-        self.act_first = act_first
-        # Hosts read these off the layer that the unit replaces.
-        source = link if conv is None else conv
-        for name in HOST_ATTRIBUTES:
-            if hasattr(source, name):
-                setattr(self, name, getattr(source, name))
-
-    @property
-    def weight(self) -> Optional[torch.Tensor]:
-        """The latent weight, None for a unit without a convolution; hosts ask it for its dtype and device."""
-        return None if self.conv is None else self.conv.weight
-
-    @property
-    def bias(self) -> Optional[torch.Tensor]:
-        """The convolution's bias."""
-        return None if self.conv is None else self.conv.bias
-
-    def branch(self, x: torch.Tensor) -> torch.Tensor:
-        """Everything that runs beside the link."""
-        if self.pre is not None:
-            x = self.pre(x)
-        if self.scale is None:
-            x = self.conv(x)
-        else:
-            x = self.scale(x, self.conv(x))
-        if self.act_first:
-            if self.act is not None:
-                x = self.act(x)
-        if self.norm is not None:
-            x = self.norm(x)
-        if not self.act_first:
-            if self.act is not None:
-                x = self.act(x)
-        if self.tail is not None:
-            x = self.tail(x)
-        return x
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.conv is None:
-            y = self.link(x)
-        elif self.link is None:
-            y = self.branch(x)
-        else:
-            y = self.branch(x) + self.link(x)
-        return y if self.post is None else self.post(y)
-
-
-@torch.no_grad()
-def expected_statistics(weight: torch.Tensor, act: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of act(z) per channel, z ~ N(0, sum of squared weights): unit-variance inputs."""
-    dd = {'device': weight.device, 'dtype': torch.float32}
-    normal = torch.special.ndtri((torch.arange(256, **dd) + 0.5) / 256)
-    std = weight.detach().float().flatten(1).square().sum(1).sqrt()
-    values = act((std[:, None] * normal).to(weight.dtype)[None, :, :, None]).float().flatten(2)[0]
-    return values.mean(1), values.var(1)
-
-
-def _check_positive(**counts: int) -> None:
-    for name, value in counts.items():
-        try:
-            positive = not isinstance(value, bool) and operator.index(value) > 0
-        except TypeError:
-            positive = False
-        if not positive:
-            raise ValueError(f'{name}: found {value!r}, expected a positive integer')
-
-
-def _check_float(x: torch.Tensor, where: str) -> None:
-    """Raise TypeError unless x is a float tensor. Tracers see no shapes, so they are let pass."""
-    if torch.jit.is_scripting():
-        if not x.is_floating_point():
-            raise TypeError('input: expected a float tensor; convert images with .float() and normalise them')
-    elif not is_symbolic(x) and not x.is_floating_point():
-        raise TypeError(
-            f'{where} input: found dtype {x.dtype}, expected a float tensor; '
-            f'convert images with .float() and normalise them')
-
-
-def _check_images(x: torch.Tensor, channels: int, where: str) -> None:
-    """Raise unless x is a float tensor (N, channels, H, W)."""
-    _check_float(x, where)
-    if torch.jit.is_scripting():
-        if x.dim() != 4 or x.shape[1] != channels:
-            raise ValueError('input: expected a 4-D tensor (N, C, H, W) with the channels of the layer')
-    elif not is_symbolic(x) and (x.dim() != 4 or x.shape[1] != channels):
-        raise ValueError(
-            f'{where} input: found shape {tuple(x.shape)}, expected (N, {channels}, H, W); '
-            f'a single image needs a batch axis: x.unsqueeze(0)')
-
-
-def guard_input(conv: nn.Conv2d, min_size: int) -> None:
-    """Make a network's first convolution refuse what its network cannot take, before anything is computed.
-
-    The guard is a forward pre-hook, because the first convolution is the host's own; it also runs in TorchScript.
-
-    Args:
-        conv: The convolution that sees the images.
-        min_size: Smallest height and width, the stride of the whole network.
-    """
-    conv.min_input_size = min_size
-    conv.register_forward_pre_hook(_guard_input)
-
-
-def _guard_input(self, input: Tuple[torch.Tensor]) -> None:
-    x = input[0]
-    _check_images(x, self.in_channels, 'images')
-    if torch.jit.is_scripting():
-        if min(x.shape[2], x.shape[3]) < self.min_input_size:
-            raise ValueError('images input: smaller than the stride of the network; resize the images')
-    else:
-        if not is_symbolic(x) and min(x.shape[2:]) < self.min_input_size:
-            raise ValueError(
-                f'images input: found {x.shape[2]} x {x.shape[3]} pixels, expected at least '
-                f'{self.min_input_size} x {self.min_input_size}, the stride of the network; resize the images')
 
 
 def same_pads(
@@ -850,4 +457,3 @@ torch.fx.wrap('same_pads')  # depends on the size of the input, which a tracer d
 def _is_uneven(conv: nn.Conv2d) -> bool:
     left, right, top, bottom = conv._reversed_padding_repeated_twice
     return left != right or top != bottom
-

@@ -1,0 +1,20 @@
+"""The layers of a binarized network.
+
+One mechanism serves every method: a `BinaryUnit` computes the paper's equation 4,
+
+    unit(x) = post( branch(x) + link(x) )        branch = pre -> conv -> scale -> norm and act, in the recipe's order
+
+where `conv` is usually a `BinaryConv2d`, which signs its input and its weight, and `link` an `ElasticLink`, which
+carries the real-valued input around it. Binarization adds no other wrapper to a network.
+"""
+from .binary import BinaryConv2d, BinaryLinear, StandardizedBinaryConv2d, input_scale, same_pads, weight_scale
+from .checks import guard_input
+from .links import ElasticLink
+from .shifts import RPReLU, RSign, Shift
+from .unit import HOST_ATTRIBUTES, BinaryUnit, ZeroShortcut, expected_statistics
+
+__all__ = [
+    'weight_scale', 'input_scale', 'same_pads', 'guard_input', 'expected_statistics', 'BinaryConv2d',
+    'StandardizedBinaryConv2d', 'BinaryLinear', 'ElasticLink', 'BinaryUnit', 'Shift', 'RSign', 'RPReLU', 'ZeroShortcut',
+    'HOST_ATTRIBUTES',
+]
