@@ -11,7 +11,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path('timm_el/engine/kernels')
-SOURCES = [str(KERNELS / f'{name}.c') for name in ('bodies', 'plan', 'rows', 'conv', 'chain', 'threads', 'portable', 'avx2', 'avx512', 'neon')]
+SOURCES = [str(KERNELS / f'{name}.c') for name in (
+    'bodies', 'plan', 'rows', 'conv', 'chain', 'threads', 'portable', 'avx2', 'avx512', 'neon')]
 SUFFIX = {'win32': '.dll', 'darwin': '.dylib'}.get(sys.platform, '.so')
 
 
