@@ -384,8 +384,8 @@ class DeployedPool(nn.Module):
         self.pool = copy.deepcopy(pool)
         facts = pool_of(pool)
         self.mode = 'avg' if facts is None else facts['link_pool']
-        self.window = None if facts is None else facts['pool'].ints()
-        self.ceil_mode = bool(getattr(pool, 'ceil_mode', False))
+        window = None if facts is None else facts['pool'].ints()
+        self.run = None if window is None else ops.Pool(window, self.mode, bool(getattr(pool, 'ceil_mode', False)))
 
     @staticmethod
     def takes(pool: nn.Module) -> bool:
@@ -395,12 +395,12 @@ class DeployedPool(nn.Module):
         return isinstance(pool, (nn.MaxPool2d, nn.AvgPool2d)) and bool(pool_of(pool))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        window = self.window
-        if window is None and x.dim() == 4 and x.shape[2] * x.shape[3] <= 64:
-            window = Window(tuple(x.shape[2:])).ints()
-        if window is None or x.dim() != 4 or x.dtype != torch.float32 or x.device.type != 'cpu':
+        run = self.run
+        if run is None and x.dim() == 4 and x.shape[2] * x.shape[3] <= 64:
+            run = ops.Pool(Window(tuple(x.shape[2:])).ints(), self.mode, False)
+        if run is None or x.dim() != 4 or x.dtype != torch.float32 or x.device.type != 'cpu':
             return self.pool(x)
-        return ops.pool2d(x, window, self.mode, self.ceil_mode)
+        return run(x)
 
 
 class DeployedLinear(Engine):
@@ -419,11 +419,14 @@ class DeployedLinear(Engine):
         one = torch.ones(linear.out_features, dtype=torch.float64)
         self._set_up(linear, spec, Fusion(linear.out_features, one, linear.bias))
 
+    def layers(self) -> List[ops.Layer]:
+        return [ops.Layer(self.weight, self.table, None, None, self.ints, self.constants)]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ops.check_input(self.path, x)
         if x.numel() == 0 or x.shape[-1] != self.in_features:
             return F.linear(x, x.new_zeros(self.out_features, self.in_features))  # torch's own shape, or its error
-        y = ops.real_conv2d(_as_image(x), self.weight, self.table, None, self.ints, self.constants)
+        y = self.chain()(_as_image(x))
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 

@@ -13,7 +13,7 @@ from . import native, reference
 from .layout import stored_shape
 from .spec import ACTS, LINKS, POOLS, ConvSpec, Window, has_empty_window, pooled_size, table_stride
 
-__all__ = ['binary_conv2d', 'real_conv2d', 'chain', 'pool2d', 'check_input', 'watched', 'Chain', 'Layer']
+__all__ = ['binary_conv2d', 'real_conv2d', 'chain', 'pool2d', 'check_input', 'watched', 'Chain', 'Layer', 'Pool']
 
 _library = torch.library.Library('timm_el', 'DEF')
 _EPILOGUE = 'Tensor? link, int[] spec, float[] constants) -> Tensor'
@@ -355,6 +355,43 @@ def _chain(
     return y
 
 
+class Pool:
+    """`pool2d` with what is found out once for each shape of image; past torch's dispatcher as a `Chain`.
+
+    Args:
+        window, mode, ceil_mode: As for `pool2d`.
+    """
+
+    def __init__(self, window: List[int], mode: str, ceil_mode: bool) -> None:
+        self.window, self.mode, self.ceil_mode = window, mode, ceil_mode
+        self.ready: Dict[Any, Tuple[Any, List[int]]] = {}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        lib = native.library()
+        if watched() or lib is None or type(x) is not torch.Tensor:
+            return pool2d(x, self.window, self.mode, self.ceil_mode)
+        found = self.ready.get(x.shape)
+        if found is None:
+            size, _ = _pooled(x, self.window, self.mode, self.ceil_mode)
+            if len(self.ready) >= MOST_PLANS:
+                self.ready.clear()
+            found = self.ready[x.shape] = native.Window(*self.window), [*x.shape[:2], *size]
+        return _run_pool(lib, x, *found, self.mode)
+
+    def __reduce__(self):
+        return Pool, (self.window, self.mode, self.ceil_mode)
+
+
+def _run_pool(lib: ctypes.CDLL, x: torch.Tensor, window: native.Window, shape: List[int], mode: str) -> torch.Tensor:
+    x = _nhwc(lib, x)
+    n, c, h, w = x.shape
+    y = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
+    _raise_if(lib.el_pool(
+        x.data_ptr(), n, h, w, c, window, POOLS.index(mode), *shape[2:], y.data_ptr(),
+        torch.get_num_threads()) if n else 0, shape, x)
+    return y
+
+
 def _pool2d(x: torch.Tensor, window: List[int], mode: str, ceil_mode: bool) -> torch.Tensor:
     if x.dtype != torch.float32:
         raise TypeError(f'x: found dtype {x.dtype}, expected torch.float32; convert it with .float()')
@@ -362,13 +399,7 @@ def _pool2d(x: torch.Tensor, window: List[int], mode: str, ceil_mode: bool) -> t
     lib = native.library()
     if lib is None:
         return reference.pool2d(x, parsed, mode, size)
-    x = _nhwc(lib, x)
-    n, c, h, w = x.shape
-    y = torch.empty((n, c, *size), dtype=torch.float32, memory_format=torch.channels_last)
-    _raise_if(lib.el_pool(
-        x.data_ptr(), n, h, w, c, native.Window(*window), POOLS.index(mode), *size, y.data_ptr(),
-        torch.get_num_threads()) if n else 0, window, x)
-    return y
+    return _run_pool(lib, x, native.Window(*window), [*x.shape[:2], *size], mode)
 
 
 def _pooled(x: torch.Tensor, window: List[int], mode: str, ceil_mode: bool) -> Tuple[List[int], Window]:
