@@ -519,12 +519,13 @@ def test_weights_that_change_are_noticed_however_they_change(fuse):
 def test_weights_loaded_into_a_part_of_a_block_are_noticed():
     latent, x = net('el_resnet26'), torch.randn(1, 3, 64, 64)
     other = copy.deepcopy(latent)
-    other.layer2[1].conv2.norm.bias.data.add_(3)
+    other.layer2[1].conv1.norm.bias.data.add_(3)
+    other.layer2[1].conv1.link.gamma.data.mul_(3)  # no tensor of the deployed unit
     with torch.inference_mode():
         a, b = timm_el.deploy(latent), timm_el.deploy(other)
         assert not torch.equal(a(x), b(x))
-        part = a.get_submodule('layer2.1.conv2')
-        part.load_state_dict(b.get_submodule('layer2.1.conv2').state_dict())
+        part = a.get_submodule('layer2.1.conv1')
+        part.load_state_dict(b.get_submodule('layer2.1.conv1').state_dict())
         assert torch.equal(a(x), b(x))
 
 

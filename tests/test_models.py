@@ -1,5 +1,6 @@
 """Every registered model, as timm's users drive it."""
 import copy
+import math
 
 import pytest
 import timm
@@ -348,3 +349,11 @@ def test_bad_official_resnet_checkpoint_is_refused_by_key(name, recipe, change, 
     change(state)
     with pytest.raises(ValueError, match=message):
         resnet_filter_fn(state, timm.create_model('el_resnet18', recipe=recipe, device='meta'))
+
+
+def test_a_fresh_mobilenet_starts_near_chance_with_few_classes():
+    """Features are sums over all links: with timm's classifier the first loss is ten times that of chance."""
+    torch.manual_seed(0)
+    model = timm.create_model('el_mobilenet_v1', num_classes=10)
+    loss = F.cross_entropy(model(torch.randn(16, 3, 64, 64)), torch.arange(16) % 10)
+    assert loss < 2 * math.log(10)

@@ -126,10 +126,10 @@ def _prepared_for(weight: torch.Tensor) -> _Prepared:
     return prepared
 
 
-def _remember(prepared: _Prepared, key: Tuple[Any, ...], value: Any) -> Any:
-    if len(prepared.plans) >= MOST_PLANS:
-        prepared.plans.clear()
-    prepared.plans[key] = value
+def _remember(plans: Dict[Any, Any], key: Any, value: Any) -> Any:
+    if len(plans) >= MOST_PLANS:
+        plans.clear()
+    plans[key] = value
     return value
 
 
@@ -171,7 +171,7 @@ def _plan(
     ready, sums = prepared.weights[layout]
     plan.weight, plan.tap_sums = _pointer(weight if ready is None else ready), _pointer(sums)
     plan.keeps = ready, sums  # as long as somebody has the plan
-    return _remember(prepared, key, (ctypes.addressof(plan), [n, spec.c_out, oh, ow], plan))
+    return _remember(prepared.plans, key, (ctypes.addressof(plan), [n, spec.c_out, oh, ow], plan))
 
 
 def _lay_out(
@@ -262,10 +262,8 @@ class Chain:
         lib, state, found = native.library(), self._state(), self.ready.get((x.shape, x.dtype))
         if found is None or found[0] != state:
             check_input(self.path, x)
-            if len(self.ready) >= MOST_PLANS:
-                self.ready.clear()
-            found = state, *_chain_plans(lib, x, Layer.all_of(self.tensors, self.ints, self._constants()))
-            self.ready[x.shape, x.dtype] = found
+            plans = _chain_plans(lib, x, Layer.all_of(self.tensors, self.ints, self._constants()))
+            found = _remember(self.ready, (x.shape, x.dtype), (state, *plans))
         _, addresses, shape, _ = found
         return _run_chain(lib, addresses, shape, x, added)
 
@@ -378,9 +376,7 @@ class Pool:
         found = self.ready.get(x.shape)
         if found is None:
             size, _ = _pooled(x, self.window, self.mode, self.ceil_mode)
-            if len(self.ready) >= MOST_PLANS:
-                self.ready.clear()
-            found = self.ready[x.shape] = native.Window(*self.window), [*x.shape[:2], *size]
+            found = _remember(self.ready, x.shape, (native.Window(*self.window), [*x.shape[:2], *size]))
         return _run_pool(lib, x, *found, self.mode)
 
     def __reduce__(self):
