@@ -237,9 +237,9 @@ def test_no_float_convolution_runs_for_a_binary_unit():
         deployed(x)
     counts = {event.key: event.count for event in profile.key_averages()}
     assert not any('conv' in key for key in counts if not key.startswith('timm_el::')), counts
-    assert counts['timm_el::chain'] == 8
-    assert counts['timm_el::real_conv2d'] == 6  # stem, downsampling and classifier
-    assert counts['timm_el::pool2d'] == 5 and not any('pool' in key for key in counts if key.startswith('aten'))
+    assert counts['timm_el::chain'] == 6  # four stages, two pools
+    assert counts['timm_el::real_conv2d'] == 2  # stem and classifier
+    assert not any('pool' in key for key in counts if key.startswith('aten'))
 
 
 def test_hosts_ways_of_running_stay():
@@ -273,6 +273,33 @@ def test_features_by_hooks_deploy():
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert [f.shape for f in deployed(x)] == [f.shape for f in latent(x)] != []
+
+
+@pytest.mark.parametrize('name', ['el_resnet26', 'el_mobilenet_v1'])
+def test_hooks_put_on_what_is_inside_a_fused_stage_see_it(name):
+    deployed, x = timm_el.deploy(net(name)), torch.randn(1, 3, 64, 64)
+    stages = [m for m in deployed.modules() if isinstance(m, DeployedBlock)]
+    seen = {}
+    with torch.no_grad():
+        expected = deployed(x)
+        handles = [m.register_forward_hook(lambda m, args, out: seen.setdefault(m, out))
+                   for stage in stages for m in stage.modules() if isinstance(m, (DeployedBlock, DeployedUnit))]
+        assert torch.equal(deployed(x), expected)
+        assert len(seen) == len({m for stage in stages for m in stage.modules()
+                                 if isinstance(m, (DeployedBlock, DeployedUnit))}) > 8
+        for handle in handles:
+            handle.remove()
+        seen.clear()
+        assert torch.equal(deployed(x), expected) and not seen
+
+
+def test_a_stage_is_one_operator_and_still_its_blocks():
+    deployed, x = timm_el.deploy(net('el_resnet26')), torch.randn(2, 256, 9, 11)
+    stage = deployed.layer2
+    assert isinstance(stage, DeployedBlock) and len(stage) == 2 and len(stage.layers()) == 3 + 2 + 3
+    with torch.no_grad():
+        assert torch.equal(stage(x), stage[1](stage[0](x)))
+    assert [type(block) for block in stage] == [DeployedBlock] * 2 and stage[-1] is deployed.get_submodule('layer2.1')
 
 
 def test_outputs_are_nhwc_throughout():

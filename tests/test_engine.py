@@ -28,7 +28,7 @@ def _restore():
     torch.set_num_threads(threads)
     engine.use_isa(None)
     if native.library() is not None:
-        native.library().el_large_image(1000000)
+        native.library().el_large_image(250000)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -196,9 +196,17 @@ def chain_example():
         layers.append(ops.Layer(
             store(torch.randn(c_out, c_in, k, k, generator=g), spec, False),
             torch.randn(2, table_stride(c_out), generator=g) / c_in, None, None, list(spec.ints()), [0., 0., .5]))
+    layers[-1] = layers[-1]._replace(added=1)
+    layers = ops.in_row(*([layer] for layer in layers))
     x, added = torch.randn(2, 20, 13, 7, generator=g), torch.randn(2, 20, 13, 7, generator=g)
-    return (x, [t for layer in layers for t in layer.tensors()], [i for layer in layers for i in layer.ints],
-            [c for layer in layers for c in layer.constants], added), layers
+    return (x, *as_lists(layers), added), layers
+
+
+def as_lists(layers):
+    """Layers as the operator takes them."""
+    return (
+        [t for layer in layers for t in layer.tensors()], [i for layer in layers for i in layer.ints],
+        [c for layer in layers for c in layer.constants], [v for layer in layers for v in (layer.source, layer.added)])
 
 
 @pytest.mark.parametrize('real', [False, True])
@@ -220,32 +228,37 @@ POOLS = {
 @pytest.mark.parametrize('body', [*BODIES, 'reference'])
 @pytest.mark.parametrize('kind', POOLS)
 def test_pools_are_those_of_torch(kind, body):
-    from timm_el.engine.fusion import pool_of
     engine.use_isa(body)
     torch.set_num_threads(2)
-    pool, facts = POOLS[kind], pool_of(POOLS[kind])
+    pool = POOLS[kind]
+    deployed = engine.DeployedPool('pool', pool)
     for shape in ((2, 19, 7, 5), (1, 64, 9, 14), (0, 3, 8, 8)):
         x = torch.randn(shape)
         x.view(-1)[:1] = float('nan')
-        found = ops.pool2d(x, facts['pool'].ints(), facts['link_pool'], pool.ceil_mode)
+        found = deployed(x)
         torch.testing.assert_close(found, pool(x), rtol=1e-6, atol=1e-6, equal_nan=True)
-        assert found.is_contiguous(memory_format=torch.channels_last)
-    arguments = (torch.randn(2, 3, 7, 5), facts['pool'].ints(), facts['link_pool'], pool.ceil_mode)
-    torch.library.opcheck(ops.pool2d, arguments)
+    layers = deployed.layers()
+    assert bool(layers) == (kind != 'odd')  # how many rows its end may miss depends on the image
+    if layers:
+        torch.library.opcheck(ops.chain, (torch.randn(2, 3, 7, 5), *as_lists(layers), None))
+    assert deployed(torch.randn(3, 7, 5)).dim() == 3  # torch's own pool takes an image without a batch
 
 
 def test_a_pool_that_makes_no_sense_is_refused():
     x, window = torch.randn(1, 3, 8, 8), Window((2, 2), (2, 2))
-    for error, message, arguments in (
-            (TypeError, 'dtype', (x.double(), window.ints(), 'max', False)),
-            (ValueError, 'shape', (x[0], window.ints(), 'max', False)),
-            (ValueError, 'mode', (x, window.ints(), 'median', False)),
-            (ValueError, 'window', (x, Window((9, 9)).ints(), 'max', False)),
-            (ValueError, 'window', (x, Window((2, 2), (2, 2), (5, 5)).ints(), 'max', False)),
-            (ValueError, 'window', (torch.randn(1, 16, 3, 3), [2, 2, 1, 1, 1, 1, 4, 4], 'max', False)),
-            (ValueError, 'window', (x, [0] * 8, 'max', False)), (ValueError, 'window', (x, [1] * 7, 'max', False))):
-        with pytest.raises(error, match=message):
-            ops.pool2d(*arguments)
+    for error, message, image, arguments in (
+            (TypeError, 'dtype', x.double(), (window, 'max', (0, 0))),
+            (ValueError, 'shape', x[0], (window, 'max', (0, 0))),
+            (ValueError, 'fewer than the kernel', x, (Window((9, 2)), 'max', (0, 0))),
+            (ValueError, 'at most 1024, and 64', x, (Window((8, 9)), 'max', (0, 1))),
+            (ValueError, 'does not give', x, (Window((2, 2), (2, 2), (5, 5)), 'max', (5, 5))),
+            (ValueError, 'does not give', x[:, :, :3, :3], (Window((2, 2), (1, 1), (1, 1), (4, 4)), 'max', (1, 1))),
+            (ValueError, 'positive', x, (Window((0, 0)), 'max', (0, 0))),
+            (ValueError, 'expected a pool', x, (window, 'none', (0, 0)))):
+        for body in (None, 'reference'):
+            engine.use_isa(body)
+            with pytest.raises(error, match=message):
+                ops.chain(image, *as_lists([ops.pool_layer(*arguments)]), None)
 
 
 @pytest.mark.parametrize('threads', [1, 2])
@@ -262,7 +275,69 @@ def test_a_chain_gives_the_bits_of_its_layers_one_by_one(body, large, threads):
         native.library().el_large_image(large)
     torch.set_num_threads(threads)
     assert same(ops.chain(*arguments), y + arguments[-1])
-    assert same(ops.chain(*arguments[:-1], None), y)
+    alone = [layer._replace(added=-1) for layer in layers]
+    assert same(ops.chain(arguments[0], *as_lists(alone), None), y)
+
+
+def bottleneck_example():
+    """A block that halves its image, with a pool and a real convolution as its shortcut, and one that adds its x."""
+    g = torch.Generator().manual_seed(3)
+
+    def layer(c_in, c_out, k=1, stride=1, real=False, **wires):
+        spec = ConvSpec(c_in, c_out, Window((k, k), (stride, stride), (k // 2, k // 2)), (k // 2, k // 2))
+        return ops.Layer(
+            store(torch.randn(c_out, c_in, k, k, generator=g), spec, real),
+            torch.randn(2, table_stride(c_out), generator=g) / c_in, None, None, list(spec.ints()), [0., 0., 1.], **wires)
+
+    first = [
+        layer(12, 8), layer(8, 8, 3, 2, source=2), ops.pool_layer(Window((2, 2), (2, 2)), 'avg', (1, 1)),
+        layer(12, 30, real=True, source=4), layer(8, 30, source=3, added=5)]
+    return torch.randn(2, 12, 19, 11, generator=g), ops.in_row(first, [layer(30, 8), layer(8, 30, 3, source=2, added=0)])
+
+
+@pytest.mark.parametrize('threads', [1, 2])
+@pytest.mark.parametrize('large', [0, 1 << 40])
+@pytest.mark.parametrize('body', [*BODIES, 'reference'])
+def test_a_chain_with_shortcuts_gives_the_bits_of_its_layers_one_by_one(body, large, threads):
+    x, layers = bottleneck_example()
+    engine.use_isa('reference')
+    values = [x, None]
+    for layer in layers:
+        source = values[layer.source]
+        if layer.is_pool:
+            y = torch.nn.functional.avg_pool2d(source, 2, ceil_mode=True, count_include_pad=False)
+        else:
+            run, only = (ops.real_conv2d, ()) if layer.real else (ops.binary_conv2d, (None, None))
+            y = run(source, layer.weight, layer.table, *only, None, layer.ints, layer.constants)
+        values.append(y if layer.added < 0 else y + values[layer.added])
+    engine.use_isa(body)
+    if native.library() is not None:
+        native.library().el_large_image(large)
+    torch.set_num_threads(threads)
+    assert same(ops.chain(x, *as_lists(layers), None), values[-1])
+
+
+def test_wires_that_lead_nowhere_are_refused():
+    x, layers = bottleneck_example()
+    other = torch.randn(2, 12, 19, 11)
+    for i, wires in ((0, dict(source=2)), (0, dict(source=1)), (1, dict(added=3)), (3, dict(source=0)),
+                     (4, dict(added=-1)), (2, dict(added=0)), (1, dict(source=-1)), (1, dict(added=-2))):
+        changed = [*layers]
+        changed[i] = layers[i]._replace(**wires)
+        for body in (None, 'reference'):
+            engine.use_isa(body)
+            with pytest.raises(ValueError, match='reads value'):
+                ops.chain(x, *as_lists(changed), other)
+    for i, wires in ((6, dict(source=5)), (4, dict(added=0)), (6, dict(added=1))):  # shapes that do not fit
+        changed = [*layers]
+        changed[i] = layers[i]._replace(**wires)
+        for body in (None, 'reference'):
+            engine.use_isa(body)
+            with pytest.raises(ValueError):
+                ops.chain(x, *as_lists(changed), other)
+    lists = as_lists(layers)
+    with pytest.raises(ValueError, match='wires'):
+        ops.chain(x, *lists[:-1], lists[-1][:-1], None)
 
 
 def test_the_operators_compile_and_export():

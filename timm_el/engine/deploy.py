@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit
 from . import native
-from .blocks import join_units
+from .blocks import join_layers
 from .follow import followers
 from .fusion import ACTS, NORMS, Fusion
 from .modules import (
@@ -129,8 +129,8 @@ def deploy(
     Args:
         model: A latent network in eval mode, float32, on the CPU. It is not changed.
         float_dtype: Dtype in which float convolutions compute; activations between layers stay float32.
-        fuse_blocks: Run each block that is a row of units as one operator: the same bits, faster. Without it every unit
-            stands by itself, for time by layer and for hooks.
+        fuse_blocks: Run each stage of blocks that are rows of layers as one operator: the same bits, faster. It goes
+            layer by layer where a hook is put on what is inside. Without it every unit stands by itself.
 
     Returns:
         A module of the model's class. Its state dict is its own; save the latent network, not this one.
@@ -173,7 +173,7 @@ def _deployed(model: nn.Module, float_dtype: torch.dtype, fuse_blocks: bool) -> 
         if id(module) in inner or native.library() is None or id(module) in memo:
             continue
         if DeployedPool.takes(module):
-            exchange(module, DeployedPool(module))
+            exchange(module, DeployedPool(path, module))
         elif module is classifier and type(module) is nn.Linear and float_dtype == torch.float32:
             exchange(module, DeployedLinear(path, module))
     twin = copy.deepcopy(model, memo)
@@ -183,5 +183,5 @@ def _deployed(model: nn.Module, float_dtype: torch.dtype, fuse_blocks: bool) -> 
             if hasattr(old, 'min_input_size'):
                 new.min_input_size = old.min_input_size
     if fuse_blocks:
-        join_units(twin)
+        join_layers(twin)
     return twin.requires_grad_(False)

@@ -28,6 +28,7 @@ __all__ = ['DeployedConv', 'DeployedLinear', 'DeployedPool', 'DeployedUnit', 'En
 
 class Chained(nn.Module):
     """A module that is one operator, or may be."""
+    joins = True  # it reads and gives images, so that its layers may stand in a row with others'
     _chain: Optional[ops.Chain] = None
     _made: Optional[Tuple[int, List[Tuple[Dict[str, Any], str, Any]]]] = None  # for which body, of which tensors
 
@@ -371,21 +372,23 @@ def spec_of(conv: nn.Module) -> ConvSpec:
         conv.in_channels, conv.out_channels, window, (bottom, right), conv.groups, getattr(conv, 'pad_value', 0))
 
 
-class DeployedPool(nn.Module):
+class DeployedPool(Chained):
     """A pool of the host, run by the engine, whose threads it shares; x (N, C, H, W) float32.
 
     Args:
+        path: Where it stands, for errors.
         pool: `torch.nn.MaxPool2d`, `AvgPool2d` or `AdaptiveAvgPool2d(1)`; it stays for inputs that the engine has no
             kernel for, such as means of more than 64 pixels.
     """
+    _means: Optional[Tuple[Window, ops.Chain]] = None  # of all pixels of images of one size
 
-    def __init__(self, pool: nn.Module) -> None:
+    def __init__(self, path: str, pool: nn.Module) -> None:
         super().__init__()
+        self.path = path
         self.pool = copy.deepcopy(pool)
-        facts = pool_of(pool)
+        facts = pool_of(pool) if type(pool) is not nn.AdaptiveAvgPool2d else None
         self.mode = 'avg' if facts is None else facts['link_pool']
-        window = None if facts is None else facts['pool'].ints()
-        self.run = None if window is None else ops.Pool(window, self.mode, bool(getattr(pool, 'ceil_mode', False)))
+        self.window: Optional[Window] = None if facts is None else facts['pool']
 
     @staticmethod
     def takes(pool: nn.Module) -> bool:
@@ -394,13 +397,36 @@ class DeployedPool(nn.Module):
             return pool.output_size in (1, (1, 1))
         return isinstance(pool, (nn.MaxPool2d, nn.AvgPool2d)) and bool(pool_of(pool))
 
+    def layers(self) -> List[ops.Layer]:
+        window = self.window
+        if window is None:
+            return []
+        if not self.pool.ceil_mode:
+            return [ops.pool_layer(window, self.mode, window.padding)]
+        if window.padding != (0, 0) or window.dilation != (1, 1) or any(
+                k < s for k, s in zip(window.kernel, window.stride)):
+            return []  # how much is missing after the last row depends on the image
+        return [ops.pool_layer(window, self.mode, (window.stride[0] - 1, window.stride[1] - 1))]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        run = self.run
-        if run is None and x.dim() == 4 and x.shape[2] * x.shape[3] <= 64:
-            run = ops.Pool(Window(tuple(x.shape[2:])).ints(), self.mode, False)
-        if run is None or x.dim() != 4 or x.dtype != torch.float32 or x.device.type != 'cpu':
+        if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != 'cpu':
             return self.pool(x)
-        return run(x)
+        chain = self.chain()
+        if self.window is None and 1 <= x.shape[2] * x.shape[3] <= 64:
+            chain = self._mean_of(x.shape[2], x.shape[3])
+        return self.pool(x) if chain is None else chain(x)
+
+    def _mean_of(self, height: int, width: int) -> ops.Chain:
+        size, direct = Window((height, width)), not ops.watched()
+        if direct and self._means is not None and self._means[0] == size:
+            return self._means[1]
+        chain = ops.Chain(self.path, [ops.pool_layer(size, self.mode, (0, 0))], direct)
+        if direct:  # else its tensors may be those of a trace
+            self._means = size, chain
+        return chain
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**super().__getstate__(), '_means': None}
 
 
 class DeployedLinear(Engine):
@@ -410,6 +436,7 @@ class DeployedLinear(Engine):
         path: Where it stands, for errors.
         linear: The layer.
     """
+    joins = False
 
     def __init__(self, path: str, linear: nn.Linear) -> None:
         super().__init__()

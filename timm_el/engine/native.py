@@ -8,9 +8,9 @@ from typing import Any, Dict, List, Optional
 
 import torch
 
-__all__ = ['info', 'use_isa', 'library', 'chip_rate', 'count_rate', 'Plan', 'Window']
+__all__ = ['info', 'use_isa', 'library', 'chip_rate', 'count_rate', 'Plan', 'Step', 'Window']
 
-ABI = 1
+ABI = 2
 NAME = {'win32': '_native.dll', 'darwin': '_native.dylib'}.get(sys.platform, '_native.so')
 REFERENCE = 'reference'
 
@@ -26,13 +26,18 @@ class Plan(ctypes.Structure):
         *[(n, ctypes.c_int32) for n in ('n', 'h', 'w', 'c_in', 'oh', 'ow', 'c_out')],
         ('conv', Window),
         *[(n, ctypes.c_int32) for n in (
-            'groups', 'pad_value', 'real', 'has_k', 'act', 'has_affine', 'has_post', 'link', 'link_pool', 'link_h',
+            'groups', 'pad_value', 'real', 'is_pool', 'has_k', 'act', 'has_affine', 'has_post', 'link', 'link_pool', 'link_h',
             'link_w', 'link_c')],
         ('pool', Window),
         ('table_stride', ctypes.c_int32),
         *[(n, ctypes.c_float) for n in ('lo', 'hi', 'inverse_gamma')],
         *[(n, ctypes.c_void_p) for n in ('table', 'threshold', 'flip', 'weight', 'tap_sums')],
     ]
+
+
+class Step(ctypes.Structure):
+    """`el_step` of engine.h."""
+    _fields_ = [('plan', ctypes.c_void_p), ('source', ctypes.c_int32), ('added', ctypes.c_int32)]
 
 
 _lib: Optional[ctypes.CDLL] = None
@@ -59,9 +64,6 @@ def _load() -> None:
     for name, result, arguments in (
             ('el_bodies', ctypes.c_char_p, ()), ('el_active', ctypes.c_char_p, ()),
             ('el_use', ctypes.c_int, (ctypes.c_char_p,)), ('el_chip_rate', ctypes.c_double, ()),
-            ('el_pool', ctypes.c_int, (
-                ctypes.c_void_p, *[ctypes.c_int] * 4, ctypes.POINTER(Window), *[ctypes.c_int] * 3, ctypes.c_void_p,
-                ctypes.c_int)),
             ('el_nhwc', None, (ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p)),
             ('el_large_image', None, (ctypes.c_size_t,)),
             ('el_weight_size', ctypes.c_size_t, (plan,)),

@@ -1,63 +1,110 @@
-"""The engine's operators: `binary_conv2d`, `real_conv2d`, `pool2d` and `chain` of `torch.ops.timm_el`.
+"""The engine's operators: `binary_conv2d`, `real_conv2d` and `chain` of `torch.ops.timm_el`.
 
 Each has a schema, a fake kernel for tracing, a plain-torch reference (reference.py) and, where the native library is
 active, a kernel in C that gives the same bits. They are for inference: no gradient is defined.
 """
 import ctypes
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from dataclasses import replace
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import native, reference
 from .layout import stored_shape
-from .spec import ACTS, LINKS, POOLS, ConvSpec, Window, has_empty_window, pooled_size, table_stride
+from .spec import ACTS, LINKS, POOLS, ConvSpec, Window, table_stride
 
-__all__ = ['binary_conv2d', 'real_conv2d', 'chain', 'pool2d', 'check_input', 'watched', 'Chain', 'Layer', 'Pool']
+__all__ = ['binary_conv2d', 'real_conv2d', 'chain', 'check_input', 'in_row', 'pool_layer', 'watched', 'Chain', 'Layer']
 
 _library = torch.library.Library('timm_el', 'DEF')
 _EPILOGUE = 'Tensor? link, int[] spec, float[] constants) -> Tensor'
 _library.define(f'binary_conv2d(Tensor x, Tensor weight, Tensor table, Tensor? threshold, Tensor? flip, {_EPILOGUE}')
 _library.define(f'real_conv2d(Tensor x, Tensor weight, Tensor table, {_EPILOGUE}')
+_library.define(
+    'chain(Tensor x, Tensor[] tensors, int[] specs, float[] constants, int[] wires, Tensor? other) -> Tensor')
 
-_library.define('pool2d(Tensor x, int[] window, str mode, bool ceil_mode) -> Tensor')
-_library.define('chain(Tensor x, Tensor[] tensors, int[] specs, float[] constants, Tensor? added) -> Tensor')
-
-MOST_LAYERS = 8  # of a chain
 MOST_PLANS = 64  # of one layer: image sizes that it remembers
+FIRST_VALUE = 2  # values of a chain: 0 is x, 1 is `other`, 2 + i is what layer i gives
 
 
 class Layer(NamedTuple):
-    """One layer of a chain. It travels as `tensors` (absent ones as empty tensors), `specs` and `constants`."""
+    """One layer of a chain. It travels as `tensors` (absent ones as empty tensors), `specs`, `constants` and `wires`.
+
+    A layer without a weight is a pool, that of the link; its spec has no channels, but those of what it reads.
+    """
     weight: torch.Tensor
     table: torch.Tensor
     threshold: Optional[torch.Tensor]
     flip: Optional[torch.Tensor]
     ints: List[int]
     constants: List[float]
+    source: int = 0  # the value that it reads, and links
+    added: int = -1  # the value that is added to what it gives, or -1
 
     @property
     def real(self) -> bool:
         """The weight is real, the convolution too."""
         return self.weight.is_floating_point()
 
+    @property
+    def is_pool(self) -> bool:
+        """It has no weight."""
+        return self.weight.numel() == 0
+
+    def spec(self, channels: int) -> ConvSpec:
+        """The spec, for an input of so many channels."""
+        spec = ConvSpec.of(self.ints)
+        return replace(spec, c_in=channels, c_out=channels, link_c=channels) if self.is_pool else spec
+
     def tensors(self) -> List[torch.Tensor]:
         """Four tensors."""
         return [self.weight, self.table, *(
             self.table.new_empty(0) if t is None else t for t in (self.threshold, self.flip))]
 
+    def moved(self, x: int, by: int) -> 'Layer':
+        """The same, `by` layers further on, where value `x` is what was x."""
+        source, added = (x if v == 0 else v + by if v >= FIRST_VALUE else v for v in (self.source, self.added))
+        return self._replace(source=source, added=added)
+
     @classmethod
-    def all_of(cls, tensors: List[torch.Tensor], specs: List[int], constants: List[float]) -> List['Layer']:
+    def all_of(
+            cls, tensors: List[torch.Tensor], specs: List[int], constants: List[float], wires: List[int],
+    ) -> List['Layer']:
         """The layers of a call."""
         n, size = len(tensors) // 4, ConvSpec.SIZE
-        if not 1 <= n <= MOST_LAYERS or len(tensors) != 4 * n or len(specs) != size * n or len(constants) != 3 * n:
+        if not n or len(tensors) != 4 * n or len(specs) != size * n or len(constants) != 3 * n or len(wires) != 2 * n:
             raise ValueError(
-                f'chain: found {len(tensors)} tensors, {len(specs)} integers and {len(constants)} constants, '
-                f'expected 4, {size} and 3 for each of 1 to {MOST_LAYERS} layers')
-        return [
+                f'chain: found {len(tensors)} tensors, {len(specs)} integers, {len(constants)} constants and '
+                f'{len(wires)} wires, expected 4, {size}, 3 and 2 for each layer')
+        layers = [
             cls(*tensors[4 * i:4 * i + 2], *(t if t.numel() else None for t in tensors[4 * i + 2:4 * i + 4]),
-                specs[size * i:size * (i + 1)], constants[3 * i:3 * i + 3])
+                specs[size * i:size * (i + 1)], constants[3 * i:3 * i + 3], *wires[2 * i:2 * i + 2])
             for i in range(n)]
+        used = {v for layer in layers for v in (layer.source, layer.added)}
+        for i, layer in enumerate(layers):
+            last = i + FIRST_VALUE
+            if layer.source == 1 or not 0 <= layer.source < last or not -1 <= layer.added < last or (
+                    i + 1 < n and last not in used) or layer.is_pool and layer.added >= 0:
+                raise ValueError(
+                    f'chain: layer {i} reads value {layer.source} and adds value {layer.added}, expected x (0) or one '
+                    f'of a layer before it (2 and on), `other` (1) to be added only, not to a pool, and every value '
+                    f'to be read')
+        return layers
+
+
+def in_row(*parts: Sequence[Layer]) -> List[Layer]:
+    """Rows of layers one after another: what one gives is x to the next."""
+    row: List[Layer] = []
+    for part in parts:
+        row += [layer.moved(len(row) - 1 + FIRST_VALUE if row else 0, len(row)) for layer in part]
+    return row
+
+
+def pool_layer(window: Window, mode: str, pad_end: Tuple[int, int]) -> Layer:
+    """A pool; `pad_end` rows and columns may be missing after the last ones. A mean is that of pixels inside."""
+    none = torch.empty(0)
+    spec = ConvSpec(0, 0, window, pad_end, link='identity', link_pool=mode, pool=window)
+    return Layer(none, none, None, None, list(spec.ints()), [0., 0., 1.])
 
 
 class _Prepared:
@@ -159,7 +206,7 @@ def _plan(
     oh, ow = spec.output_size(h, w)
     window = native.Plan._fields_[7][1]
     plan = native.Plan(
-        n, h, w, spec.c_in, oh, ow, spec.c_out, window(*spec.conv.ints()), spec.groups, spec.pad_value, int(real),
+        n, h, w, spec.c_in, oh, ow, spec.c_out, window(*spec.conv.ints()), spec.groups, spec.pad_value, int(real), 0,
         int(spec.has_k), ACTS.index(spec.act), int(spec.has_affine), int(spec.has_post), LINKS.index(spec.link),
         POOLS.index(spec.link_pool), *((0, 0, 0) if link is None else (*link.shape[2:], spec.link_c)),
         window(*spec.pool.ints()), table_stride(spec.c_out), *constants, table.data_ptr(), _pointer(threshold),
@@ -172,6 +219,28 @@ def _plan(
     plan.weight, plan.tap_sums = _pointer(weight if ready is None else ready), _pointer(sums)
     plan.keeps = ready, sums  # as long as somebody has the plan
     return _remember(prepared.plans, key, (ctypes.addressof(plan), [n, spec.c_out, oh, ow], plan))
+
+
+def _pool_plan(x: torch.Tensor, spec: ConvSpec) -> Tuple[int, List[int], native.Plan]:
+    """The same of a pool."""
+    _check_pool(x, spec)
+    n, c, h, w = x.shape
+    oh, ow = spec.output_size(h, w)
+    window = native.Window(*spec.pool.ints())
+    plan = native.Plan(
+        n=n, h=h, w=w, c_in=c, oh=oh, ow=ow, c_out=c, conv=window, groups=1, real=1, is_pool=1, inverse_gamma=1.,
+        link=LINKS.index('identity'), link_pool=POOLS.index(spec.link_pool), link_h=h, link_w=w, link_c=c, pool=window)
+    return ctypes.addressof(plan), [n, c, oh, ow], plan
+
+
+def _check_pool(x: torch.Tensor, spec: ConvSpec) -> None:
+    if x.dtype != torch.float32:
+        raise TypeError(f'x: found dtype {x.dtype}, expected torch.float32; convert it with .float()')
+    problem = spec.problem(x.shape, x.shape)
+    if not problem and (spec.link, spec.conv) != ('identity', spec.pool) or spec.link_pool == 'none':
+        problem = f'spec: found {spec}, expected a pool whose window is that of the convolution'
+    if problem:
+        raise ValueError(problem)
 
 
 def _lay_out(
@@ -244,34 +313,35 @@ class Chain:
 
     Args:
         path: Where it stands, for errors.
-        layers: What runs, one after another; each one's link reads what the layer itself reads.
+        layers: What runs, each on the value that its `source` says; each one's link reads what the layer itself reads.
         direct: Go past torch's dispatcher, for which a hundred arguments are wrapped in the time of a small layer. Not
             if `watched()`.
     """
 
     def __init__(self, path: str, layers: List[Layer], direct: bool) -> None:
         self.path, self.layers, self.direct = path, layers, direct
+        self.takes_other = any(layer.added == 1 for layer in layers)
         self.tensors = [t for layer in layers for t in layer.tensors()]
         self.ints = [i for layer in layers for i in layer.ints]
+        self.wires = [v for layer in layers for v in (layer.source, layer.added)]
         self.constants = [layer.constants for layer in layers]
-        self.ready: Dict[Any, Tuple[Any, ...]] = {}
+        self.ready: Dict[Any, Tuple[Any, _Steps]] = {}
 
-    def __call__(self, x: torch.Tensor, added: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: Optional[torch.Tensor] = None) -> torch.Tensor:
         if not self.direct or type(x) is not torch.Tensor or x.device.type != 'cpu' or native.library() is None:
-            return self._through_torch(x, added)
+            return self._through_torch(x, other)
         lib, state, found = native.library(), self._state(), self.ready.get((x.shape, x.dtype))
         if found is None or found[0] != state:
             check_input(self.path, x)
-            plans = _chain_plans(lib, x, Layer.all_of(self.tensors, self.ints, self._constants()))
-            found = _remember(self.ready, (x.shape, x.dtype), (state, *plans))
-        _, addresses, shape, _ = found
-        return _run_chain(lib, addresses, shape, x, added)
+            steps = _Steps(lib, x, Layer.all_of(self.tensors, self.ints, self._constants(), self.wires))
+            found = _remember(self.ready, (x.shape, x.dtype), (state, steps))
+        return found[1].run(lib, x, other)
 
-    def _through_torch(self, x: torch.Tensor, added: Optional[torch.Tensor]) -> torch.Tensor:
+    def _through_torch(self, x: torch.Tensor, other: Optional[torch.Tensor]) -> torch.Tensor:
         check_input(self.path, x)
-        if len(self.layers) > 1 or added is not None:
-            return chain(x, self.tensors, self.ints, self._constants(), added)
-        weight, table, threshold, flip, ints, constants = layer = self.layers[0]
+        weight, table, threshold, flip, ints, constants, _, added = layer = self.layers[0]
+        if len(self.layers) > 1 or added >= 0 or layer.is_pool:
+            return chain(x, self.tensors, self.ints, self._constants(), self.wires, other)
         link = x if ConvSpec.of(ints).link != 'none' else None
         if layer.real:
             return real_conv2d(x, weight, table, link, ints, constants)
@@ -306,34 +376,44 @@ def watched() -> bool:
         return True
 
 
-def _chain_plans(
-        lib: ctypes.CDLL, x: torch.Tensor, layers: List[Layer],
-) -> Tuple[Any, List[int], List[native.Plan]]:
-    """An array of the addresses of the plans of a chain, the shape of its output, and the plans."""
-    plans, value = [], x
-    for layer in layers:
-        weight, table, threshold, flip, ints, constants = layer
-        has_link = ConvSpec.of(ints).link != 'none'
-        _, shape, plan = _plan(
-            lib, value, weight, table, threshold, flip, value if has_link else None, ints, constants, layer.real)
-        plans.append(plan)
-        value = torch.empty(shape, device='meta', dtype=torch.float32)
-    addresses = (ctypes.c_void_p * len(plans))(*map(ctypes.addressof, plans))
-    return addresses, shape, plans
+class _Steps:
+    """A chain for one shape of x, as the native library takes it."""
 
+    def __init__(self, lib: ctypes.CDLL, x: torch.Tensor, layers: List[Layer]) -> None:
+        values: List[Optional[torch.Tensor]] = [x, None]
+        self.array = (native.Step * len(layers))()
+        self.keeps = []
+        self.other_shape: Optional[List[int]] = None
+        for step, layer in zip(self.array, layers):
+            source = values[layer.source]
+            spec = layer.spec(source.shape[1])
+            if layer.is_pool:
+                step.plan, shape, plan = _pool_plan(source, spec)
+            else:
+                step.plan, shape, plan = _plan(
+                    lib, source, *layer[:4], source if spec.link != 'none' else None, layer.ints, layer.constants,
+                    layer.real)
+            step.source, step.added = layer.source, layer.added
+            self.keeps.append(plan)
+            if layer.added == 1:
+                self.other_shape = shape
+            elif layer.added >= 0:
+                _check_added(values[layer.added], shape)
+            values.append(torch.empty(shape, device='meta', dtype=torch.float32))
+        self.shape = shape
 
-def _run_chain(
-        lib: ctypes.CDLL, addresses: Any, shape: List[int], x: torch.Tensor, added: Optional[torch.Tensor],
-) -> torch.Tensor:
-    if added is not None:
-        _check_added(added, shape)
-        added = _nhwc(lib, added)
-    x = _nhwc(lib, x)
-    y = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
-    if y.numel():
-        _raise_if(lib.el_chain(
-            addresses, len(addresses), x.data_ptr(), _pointer(added), y.data_ptr(), torch.get_num_threads()), shape, x)
-    return y
+    def run(self, lib: ctypes.CDLL, x: torch.Tensor, other: Optional[torch.Tensor]) -> torch.Tensor:
+        """The chain's output."""
+        if self.other_shape is not None:
+            _check_added(other, self.other_shape)
+            other = _nhwc(lib, other)
+        x = _nhwc(lib, x)
+        y = torch.empty(self.shape, dtype=torch.float32, memory_format=torch.channels_last)
+        if y.numel():
+            _raise_if(lib.el_chain(
+                self.array, len(self.array), x.data_ptr(), _pointer(other), y.data_ptr(), torch.get_num_threads()),
+                self.shape, x)
+        return y
 
 
 def _chain(
@@ -341,86 +421,33 @@ def _chain(
         tensors: List[torch.Tensor],
         specs: List[int],
         constants: List[float],
-        added: Optional[torch.Tensor],
+        wires: List[int],
+        other: Optional[torch.Tensor],
 ) -> torch.Tensor:
-    lib, layers = native.library(), Layer.all_of(tensors, specs, constants)
+    lib, layers = native.library(), Layer.all_of(tensors, specs, constants, wires)
     if lib is not None:
-        addresses, shape, _plans = _chain_plans(lib, x, layers)
-        return _run_chain(lib, addresses, shape, x, added)
-    y = x
+        return _Steps(lib, x, layers).run(lib, x, other)
+    values = [x, other]
     for layer in layers:
-        weight, table, threshold, flip, ints, numbers = layer
-        link = y if ConvSpec.of(ints).link != 'none' else None
-        y = _run(y, weight, table, threshold, flip, link, ints, numbers, layer.real)
-    if added is not None:
-        _check_added(added, list(y.shape))
-        y = y + added
+        source = values[layer.source]
+        spec = layer.spec(source.shape[1])
+        if layer.is_pool:
+            _check_pool(source, spec)
+            y = reference.pool2d(source, spec.pool, spec.link_pool, spec.output_size(*source.shape[2:]))
+        else:
+            link = source if spec.link != 'none' else None
+            y = _run(source, *layer[:4], link, layer.ints, layer.constants, layer.real)
+        if layer.added >= 0:
+            _check_added(values[layer.added], list(y.shape))
+            y = y + values[layer.added]
+        values.append(y)
     return y
 
 
-class Pool:
-    """`pool2d` with what is found out once for each shape of image; past torch's dispatcher as a `Chain`.
-
-    Args:
-        window, mode, ceil_mode: As for `pool2d`.
-    """
-
-    def __init__(self, window: List[int], mode: str, ceil_mode: bool) -> None:
-        self.window, self.mode, self.ceil_mode = window, mode, ceil_mode
-        self.ready: Dict[Any, Tuple[Any, List[int]]] = {}
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        lib = native.library()
-        if watched() or lib is None or type(x) is not torch.Tensor:
-            return pool2d(x, self.window, self.mode, self.ceil_mode)
-        found = self.ready.get(x.shape)
-        if found is None:
-            size, _ = _pooled(x, self.window, self.mode, self.ceil_mode)
-            found = _remember(self.ready, x.shape, (native.Window(*self.window), [*x.shape[:2], *size]))
-        return _run_pool(lib, x, *found, self.mode)
-
-    def __reduce__(self):
-        return Pool, (self.window, self.mode, self.ceil_mode)
-
-
-def _run_pool(lib: ctypes.CDLL, x: torch.Tensor, window: native.Window, shape: List[int], mode: str) -> torch.Tensor:
-    x = _nhwc(lib, x)
-    n, c, h, w = x.shape
-    y = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
-    _raise_if(lib.el_pool(
-        x.data_ptr(), n, h, w, c, window, POOLS.index(mode), *shape[2:], y.data_ptr(),
-        torch.get_num_threads()) if n else 0, shape, x)
-    return y
-
-
-def _pool2d(x: torch.Tensor, window: List[int], mode: str, ceil_mode: bool) -> torch.Tensor:
-    if x.dtype != torch.float32:
-        raise TypeError(f'x: found dtype {x.dtype}, expected torch.float32; convert it with .float()')
-    size, parsed = _pooled(x, window, mode, ceil_mode)
-    lib = native.library()
-    if lib is None:
-        return reference.pool2d(x, parsed, mode, size)
-    return _run_pool(lib, x, native.Window(*window), [*x.shape[:2], *size], mode)
-
-
-def _pooled(x: torch.Tensor, window: List[int], mode: str, ceil_mode: bool) -> Tuple[List[int], Window]:
-    """Size of the output and the window, checked."""
-    if x.dim() != 4 or min(x.shape[1:]) < 1:
-        raise ValueError(f'x: found shape {tuple(x.shape)}, expected (N, C, H, W) with at least one pixel')
-    if mode not in POOLS[1:]:
-        raise ValueError(f'mode: found {mode!r}, expected one of {POOLS[1:]}')
-    if len(window) != 8 or min(*window[:4], *window[6:]) < 1 or min(window[4:6]) < 0 or window[0] * window[1] > 64:
-        raise ValueError(f'window: found {window}, expected Window.ints() with at most 64 pixels')
-    parsed = Window.of(window)
-    size = pooled_size(parsed, *x.shape[2:], ceil_mode)
-    if min(size) < 1 or has_empty_window(parsed, x.shape[2:], size):
-        raise ValueError(f'window: found {parsed}, which has no pixel of {tuple(x.shape)} in some place')
-    return size, parsed
-
-
-def _check_added(added: torch.Tensor, shape: List[int]) -> None:
-    if list(added.shape) != shape or added.dtype != torch.float32:
-        raise ValueError(f'added: found {added.dtype} {tuple(added.shape)}, expected torch.float32 {tuple(shape)}')
+def _check_added(added: Optional[torch.Tensor], shape: List[int]) -> None:
+    if added is None or list(added.shape) != shape or added.dtype != torch.float32:
+        found = None if added is None else f'{added.dtype} {tuple(added.shape)}'
+        raise ValueError(f'added: found {found}, expected torch.float32 {tuple(shape)}')
 
 
 def _binary(x, weight, table, threshold, flip, link, spec, constants):
@@ -431,36 +458,29 @@ def _real(x, weight, table, link, spec, constants):
     return _run(x, weight, table, None, None, link, spec, constants, True)
 
 
-def _fake(x: torch.Tensor, spec: List[int]) -> torch.Tensor:
-    parsed = ConvSpec.of(spec)
+def _fake(x: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
     torch._check(x.dim() == 4, lambda: f'x: found {x.dim()} axes, expected (N, C, H, W)')
-    size = [x.shape[0], parsed.c_out, *parsed.output_size(*x.shape[2:])]
+    size = [x.shape[0], spec.c_out, *spec.output_size(*x.shape[2:])]
     return x.new_empty(size).to(memory_format=torch.channels_last)
 
 
-def _fake_pool(x, window, mode, ceil_mode):
-    size, _ = _pooled(x, window, mode, ceil_mode)
-    return x.new_empty([*x.shape[:2], *size]).to(memory_format=torch.channels_last)
-
-
-def _fake_chain(x, tensors, specs, constants, added):
-    for i in range(0, len(specs), ConvSpec.SIZE):
-        x = _fake(x, specs[i:i + ConvSpec.SIZE])
-    return x
+def _fake_chain(x, tensors, specs, constants, wires, other):
+    values = [x, other]
+    for layer in Layer.all_of(tensors, specs, constants, wires):
+        source = values[layer.source]
+        values.append(_fake(source, layer.spec(source.shape[1])))
+    return values[-1]
 
 
 _library.impl('chain', _chain, 'CPU')
 torch.library.register_fake('timm_el::chain', _fake_chain)
-_library.impl('pool2d', _pool2d, 'CPU')
-torch.library.register_fake('timm_el::pool2d', _fake_pool)
 _library.impl('binary_conv2d', _binary, 'CPU')
 _library.impl('real_conv2d', _real, 'CPU')
 torch.library.register_fake(
-    'timm_el::binary_conv2d', lambda x, weight, table, threshold, flip, link, spec, constants: _fake(x, spec))
+    'timm_el::binary_conv2d', lambda x, weight, table, threshold, flip, link, spec, constants: _fake(x, ConvSpec.of(spec)))
 torch.library.register_fake(
-    'timm_el::real_conv2d', lambda x, weight, table, link, spec, constants: _fake(x, spec))
+    'timm_el::real_conv2d', lambda x, weight, table, link, spec, constants: _fake(x, ConvSpec.of(spec)))
 
 binary_conv2d = torch.ops.timm_el.binary_conv2d.default
 real_conv2d = torch.ops.timm_el.real_conv2d.default
 chain = torch.ops.timm_el.chain.default
-pool2d = torch.ops.timm_el.pool2d.default

@@ -29,8 +29,8 @@ static void conv_piece(void *context, int item) {
     const int c0 = (int)((int64_t)blocks * split / j->splits) * EL_REAL_BLOCK;
     int c1 = (int)((int64_t)blocks * (split + 1) / j->splits) * EL_REAL_BLOCK;
     if (c1 > p->c_out) c1 = p->c_out;
-    stage s = {0};
-    if (j->next && item == 0) {
+    stage s = {.x_ring = p->h, .link_ring = p->link ? p->link_h : 1, .added_ring = p->oh, .y_ring = p->oh};
+    if (j->next && j->next->weight && item == 0) {
         s.ahead = j->next->weight;
         s.ahead_bytes = el_weight_size(j->next);
     }
@@ -69,35 +69,6 @@ int el_run_conv(const el_plan *p, const el_plan *next, const float *x, const flo
 
 int el_conv(const el_plan *p, const float *x, const float *link, const float *added, float *y, int threads) {
     return el_run_conv(p, NULL, x, link, added, y, threads);
-}
-
-/* ------------------------------------------------------------------------------------------------------------------ */
-
-typedef struct {
-    const float *x;
-    float *y;
-    const el_window *window;
-    int n, h, w, c, mode, oh, ow, items;
-} pool_job;
-
-static void pool_piece(void *context, int item) {
-    const pool_job *j = context;
-    const int64_t rows = (int64_t)j->n * j->oh, to = rows * (item + 1) / j->items;
-    for (int64_t row = rows * item / j->items; row < to; row++)
-        for (int ox = 0; ox < j->ow; ox++)
-            el_pool_window(j->x + (size_t)(row / j->oh) * image_size(j->h, j->w, j->c), 0, j->h, j->w, j->c, j->window, j->mode,
-                        (int)(row % j->oh), ox, j->y + ((size_t)row * (size_t)j->ow + (size_t)ox) * (size_t)j->c);
-}
-
-int el_pool(const float *x, int n, int h, int w, int c, const el_window *window, int mode, int oh, int ow, float *y,
-            int threads) {
-    if (!x || !y || n < 0 || h < 1 || w < 1 || c < 1 || oh < 1 || ow < 1 || el_bad_window(window)) return EL_BAD_PLAN;
-    if (mode != EL_POOL_MAX && mode != EL_POOL_AVG) return EL_BAD_PLAN;
-    if ((int64_t)window->kh * window->kw > EL_MAX_POOL || el_has_empty_window(window, h, w, oh, ow)) return EL_BAD_PLAN;
-    const int64_t rows = (int64_t)n * oh;
-    pool_job j = {x, y, window, n, h, w, c, mode, oh, ow, (int)(rows < threads ? rows : threads)};
-    if (rows) el_parallel(pool_piece, &j, j.items, threads);
-    return EL_OK;
 }
 
 void el_nhwc(const float *nchw, int n, int c, int64_t pixels, float *nhwc) {

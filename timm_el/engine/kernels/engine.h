@@ -19,8 +19,9 @@
 
 #define EL_MAX_TAPS 1024 /* kernel height times width */
 #define EL_MAX_POOL 64   /* the same of a link's pool */
-#define EL_MAX_CHAIN 8    /* layers that run as one */
-#define EL_ABI 1         /* changes with el_plan */
+#define EL_MAX_VALUES 6   /* that a chain holds at once */
+#define EL_MAX_RUN 32    /* steps of which a few rows at a time are made */
+#define EL_ABI 2         /* changes with el_plan */
 
 enum { EL_OK = 0, EL_BAD_PLAN = 1, EL_NO_MEMORY = 2 };
 enum { EL_ACT_NONE, EL_ACT_CLIP, EL_ACT_PRELU };
@@ -54,6 +55,7 @@ typedef struct {
     int32_t n, h, w, c_in, oh, ow, c_out;
     el_window conv;
     int32_t groups, pad_value, real;
+    int32_t is_pool; /* v = link, pooled: there is no convolution, and the link is x */
     int32_t has_k, act, has_affine, has_post;
     int32_t link, link_pool, link_h, link_w, link_c;
     el_window pool;
@@ -120,7 +122,7 @@ extern const el_body el_body_portable, el_body_avx2, el_body_avx512, el_body_neo
 /* threads.c: run(context, i) for i in 0 .. n-1, on up to `threads` threads, the caller's among them. */
 void el_parallel(void (*run)(void *context, int i), void *context, int n, int threads);
 /* A block of memory that belongs to the calling thread, until it asks for the slot again; NULL if there is none. */
-enum { EL_SLOT_BAND, EL_SLOT_EVEN, EL_SLOT_ODD, EL_SLOTS };
+enum { EL_SLOT_BAND, EL_SLOT_RUN, EL_SLOT_VALUES, EL_SLOTS = EL_SLOT_VALUES + EL_MAX_VALUES };
 void *el_scratch(int slot, size_t bytes);
 
 #define EL_HUGE_PAGE ((size_t)2 << 20)
@@ -129,7 +131,7 @@ EL_API int el_abi(void);
 EL_API const char *el_bodies(void);           /* names of the bodies that this processor runs, best first */
 EL_API int el_use(const char *name);          /* EL_BAD_PLAN if the processor does not run it */
 EL_API const char *el_active(void);
-EL_API void el_large_image(size_t bytes);     /* from which size on a chain makes a few rows at a time; for tests */
+EL_API void el_large_image(size_t bytes);     /* from which size on a few rows at a time are made; for tests */
 EL_API double el_chip_rate(void);
 EL_API int el_own_layout(void);               /* the active body lays binary weights out anew */
 EL_API size_t el_weight_size(const el_plan *plan);
@@ -138,12 +140,14 @@ EL_API void el_tap_sums(const el_plan *plan, const void *stored, int32_t *sums);
 EL_API void el_advise(const void *memory, size_t bytes); /* large pages, please */
 /* x, link and added (or NULL), NHWC, to y. */
 EL_API int el_conv(const el_plan *plan, const float *x, const float *link, const float *added, float *y, int threads);
-/* n convolutions, each one's output the next one's input and link; `added` is added to the last. What lies between stays
- * in memory of the thread's own, which is still in cache. */
-EL_API int el_chain(const el_plan *const *plans, int n, const float *x, const float *added, float *y, int threads);
-/* Largest value, or mean of the values inside the image, of each window; NHWC. */
-EL_API int el_pool(const float *x, int n, int h, int w, int c, const el_window *window, int mode, int oh, int ow, float *y,
-                   int threads);
+/* n steps, the last of which gives y. Values are counted: 0 is x, 1 is `other` (or NULL), 2 + i is what step i gives. What
+ * lies between stays in memory of the thread's own, and as much of it as can be in cache. */
+typedef struct {
+    const el_plan *plan;
+    int32_t source; /* the value that it reads, and links */
+    int32_t added;  /* the value that is added, or -1 */
+} el_step;
+EL_API int el_chain(const el_step *steps, int n, const float *x, const float *other, float *y, int threads);
 /* NCHW to NHWC. */
 EL_API void el_nhwc(const float *nchw, int n, int c, int64_t pixels, float *nhwc);
 /* The counting alone, for a benchmark: repeats over `pixels` pixels of random words. Seconds for one pass. */

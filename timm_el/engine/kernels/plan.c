@@ -25,9 +25,14 @@ int el_has_empty_window(const el_window *k, int h, int w, int oh, int ow) {
 int el_is_bad(const el_plan *p) {
     if (p->n < 0 || p->h < 1 || p->w < 1 || p->c_in < 1 || p->oh < 0 || p->ow < 0 || p->c_out < 1) return 1;
     if (el_bad_window(&p->conv) || (int64_t)p->conv.kh * p->conv.kw > EL_MAX_TAPS) return 1;
+    if (p->is_pool) {
+        if (p->link != EL_LINK_IDENTITY || !p->link_pool || p->link_c != p->c_in || p->c_out != p->c_in) return 1;
+        if (p->link_h != p->h || p->link_w != p->w) return 1;
+    } else if (!p->table || !p->weight || p->table_stride % 16 || p->table_stride < p->c_out + 15) {
+        return 1;
+    }
     if (p->groups < 1 || p->c_in % p->groups || p->c_out % p->groups) return 1;
-    if (p->pad_value < -1 || p->pad_value > 1 || !p->table || !p->weight) return 1;
-    if (p->table_stride % 16 || p->table_stride < p->c_out + 15) return 1;
+    if (p->pad_value < -1 || p->pad_value > 1) return 1;
     if (p->has_k && (p->groups != 1 || p->real)) return 1;
     if (p->real && p->groups > 1 && !is_depthwise(p)) return 1;
     if (p->act < 0 || p->act > EL_ACT_PRELU || p->link < 0 || p->link > EL_LINK_EXPAND) return 1;

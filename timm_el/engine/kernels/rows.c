@@ -22,7 +22,7 @@ static void take_rows(const stage *s, int y0, int from, int to) {
             memset(row, 0, (size_t)l->width * pixel);
             continue;
         }
-        const float *x = s->x + (size_t)(y - s->x_row0) * (size_t)p->w * (size_t)p->c_in;
+        const float *x = s->x + image_size(y % s->x_ring, p->w, p->c_in);
         const int right = l->width - l->left - p->w;
         memset(row, 0, (size_t)l->left * pixel);
         row += (size_t)l->left * pixel;
@@ -71,19 +71,22 @@ static void correct(const el_plan *p, int oy, int ox, int c0, int c1, int32_t *o
         }
 }
 
-void el_pool_window(const float *x, int row0, int h, int w, int c, const el_window *k, int mode, int oy, int ox,
-                        float *out) {
+/* One window of the link's pool, channels c0 .. c1, to `out`. */
+static void pool_window(const stage *s, int oy, int ox, int c0, int c1, float *out) {
+    const el_plan *p = s->l->p;
+    const el_window *k = &p->pool;
     const float *window[EL_MAX_POOL];
     int n = 0;
     for (int ky = 0; ky < k->kh; ky++) {
         const int iy = oy * k->sh - k->ph + ky * k->dh;
-        if (iy < 0 || iy >= h) continue;
+        if (iy < 0 || iy >= p->link_h) continue;
+        const float *row = s->link + image_size(iy % s->link_ring, p->link_w, p->link_c) + c0;
         for (int kx = 0; kx < k->kw; kx++) {
             const int ix = ox * k->sw - k->pw + kx * k->dw;
-            if (ix >= 0 && ix < w) window[n++] = x + ((size_t)(iy - row0) * (size_t)w + (size_t)ix) * (size_t)c;
+            if (ix >= 0 && ix < p->link_w) window[n++] = row + (size_t)ix * (size_t)p->link_c;
         }
     }
-    el_body_active->pool(window, n, mode, c, out);
+    el_body_active->pool(window, n, p->link_pool, c1 - c0, out);
 }
 
 /* For each output pixel of a band: where its inputs start, what its link adds, its K, whether padding touches it. */
@@ -99,7 +102,7 @@ static void locate(const stage *s, int oy0, int oy1, int y0) {
         const char **base = AT(const char *, base_at) + first;
         /* A copied band starts at input row y0, and its rows where padding starts; else there is no padding. */
         const char *start = l->copied ? AT(const char, rows_at) + (size_t)(y - y0) * (size_t)l->width * pixel
-                                      : (const char *)s->x + (size_t)(y < 0 ? 0 : y - s->x_row0) * (size_t)p->w * pixel;
+                                      : (const char *)(s->x + (y < 0 ? 0 : image_size(y % s->x_ring, p->w, p->c_in)));
         for (int ox = 0; ox < ow; ox++) base[ox] = start + (size_t)ox * step;
 
         uint8_t *border = AT(uint8_t, border_at) + first;
@@ -116,11 +119,11 @@ static void locate(const stage *s, int oy0, int oy1, int y0) {
         const float **links = AT(const float *, links_at) + first;
         for (int ox = 0; p->link_pool && ox < ow; ox++) {
             float *pooled = AT(float, pooled_at) + (size_t)(first + ox) * (size_t)p->link_c;
-            el_pool_window(s->link, s->link_row0, p->link_h, p->link_w, p->link_c, &p->pool, p->link_pool, oy, ox, pooled);
+            pool_window(s, oy, ox, 0, p->link_c, pooled);
             links[ox] = pooled;
         }
         if (!p->link || p->link_pool) continue;
-        const float *link = s->link + (size_t)(oy - s->link_row0) * (size_t)p->link_w * (size_t)p->link_c;
+        const float *link = s->link + image_size(oy % s->link_ring, p->link_w, p->link_c);
         for (int ox = 0; ox < ow; ox++) links[ox] = link + (size_t)ox * (size_t)p->link_c;
     }
 }
@@ -141,7 +144,7 @@ static void accumulate(const stage *s, int first, int tile, int group, int c, in
                     const int y = oy * w->sh - w->ph + ky * w->dh, x = ox * w->sw - w->pw + kx * w->dw;
                     taps[t] = y < 0 || y >= p->h || x < 0 || x >= p->w
                                   ? AT(float, zeros_at)
-                                  : s->x + ((size_t)(y - s->x_row0) * (size_t)p->w + (size_t)x) * (size_t)p->c_in;
+                                  : s->x + image_size(y % s->x_ring, p->w, p->c_in) + (size_t)x * (size_t)p->c_in;
                 }
             el_body_active->dot_depthwise(taps, t, p->weight, round_up(p->c_out, 16), p->c_out,
                                 AT(float, acc_at) + (size_t)q * (size_t)stride);
@@ -175,7 +178,8 @@ static void fetch_ahead(const char *next, size_t bytes, int64_t i, int64_t tile,
 static void band(const stage *s, int oy0, int oy1, int y0, int c0, int c1) {
     const layer *l = s->l;
     const el_plan *p = l->p;
-    const size_t place = (size_t)(oy0 - s->y_row0) * (size_t)p->ow * (size_t)p->c_out;
+    float *const y = s->y + image_size(oy0 % s->y_ring, p->ow, p->c_out);
+    const float *const added = s->added ? s->added + image_size(oy0 % s->added_ring, p->ow, p->c_out) : NULL;
     const int pixels = (oy1 - oy0) * p->ow, groups = l->depthwise ? 1 : p->groups, og = p->c_out / groups;
     const int base = l->taps * (p->c_in / p->groups), most = p->real ? el_body_active->real_tile_pixels : el_body_active->tile_pixels;
     locate(s, oy0, oy1, y0);
@@ -208,10 +212,20 @@ static void band(const stage *s, int oy0, int oy1, int y0, int c0, int c1) {
                 fetch_ahead(s->ahead, s->ahead_bytes, (int64_t)oy0 * p->ow + i, tile, (int64_t)p->oh * p->ow);
             el_body_active->finish(p, AT(char, acc_at), stride, tile, corrections, base, AT(float, scale_at) + i,
                          AT(const float *const, links_at) + i, c, c + n,
-                         s->added ? s->added + place + (size_t)i * (size_t)p->c_out : NULL,
-                         s->y + place + (size_t)i * (size_t)p->c_out);
+                         added ? added + (size_t)i * (size_t)p->c_out : NULL, y + (size_t)i * (size_t)p->c_out);
         }
         c += n;
+    }
+}
+
+/* The row before which a band that starts at `from` must end, so that its rows follow one another in memory. */
+static int end_of_ring(int from, int ring) { return from - from % ring + ring; }
+
+static void pool_rows(const stage *s, int from, int to, int c0, int c1) {
+    const el_plan *p = s->l->p;
+    for (int oy = from; oy < to; oy++) {
+        float *y = s->y + image_size(oy % s->y_ring, p->ow, p->c_out) + c0;
+        for (int ox = 0; ox < p->ow; ox++, y += p->c_out) pool_window(s, oy, ox, c0, c1, y);
     }
 }
 
@@ -221,8 +235,14 @@ void el_run_rows(stage *s, int from, int to, int c0, int c1) {
     const el_plan *p = l->p;
     const el_window *w = &p->conv;
     const size_t row_bytes = (size_t)l->width * (size_t)l->pixel * (p->real ? sizeof(float) : sizeof(uint64_t));
-    for (int oy0 = from; oy0 < to; oy0 += l->band_rows) {
-        const int oy1 = oy0 + l->band_rows < to ? oy0 + l->band_rows : to;
+    if (p->is_pool) {
+        pool_rows(s, from, to, c0, c1);
+        return;
+    }
+    for (int oy0 = from, oy1; oy0 < to; oy0 = oy1) {
+        oy1 = oy0 + l->band_rows < to ? oy0 + l->band_rows : to;
+        if (oy1 > end_of_ring(oy0, s->y_ring)) oy1 = end_of_ring(oy0, s->y_ring);
+        if (s->added && oy1 > end_of_ring(oy0, s->added_ring)) oy1 = end_of_ring(oy0, s->added_ring);
         const int y0 = oy0 * w->sh - w->ph, y1 = (oy1 - 1) * w->sh - w->ph + (w->kh - 1) * w->dh + 1;
         if (l->copied) {
             int start = y0;
@@ -252,7 +272,7 @@ void el_set_up(layer *l, const el_plan *p) {
     const int last = (p->ow - 1) * p->conv.sw - p->conv.pw + (p->conv.kw - 1) * p->conv.dw; /* column of the last tap */
     const int last_row = (p->oh - 1) * p->conv.sh - p->conv.ph + (p->conv.kh - 1) * p->conv.dh;
     const int padded = p->conv.ph || p->conv.pw || last >= p->w || last_row >= p->h;
-    l->copied = !p->real || (padded && !l->depthwise);
+    l->copied = !p->real || (!p->is_pool && !l->depthwise && (padded || p->conv.kh > 1));
     l->left = l->copied ? p->conv.pw : 0;
     l->width = l->left + (l->copied && last >= p->w ? last + 1 : p->w);
     const int whole_rows = p->conv.dw == 1 && l->pixel == l->tap && !l->depthwise; /* a kernel's row is one run */

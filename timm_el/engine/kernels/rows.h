@@ -41,13 +41,14 @@ typedef struct {
     size_t offsets[EL_MAX_TAPS];
 } layer;
 
-/* One layer in one thread, in one image: where its rows are. x is input row x_row0, and so on. */
+/* One layer in one thread, in one image: where its rows are. Row r of x is at r % x_ring, and so on: all rows of an
+ * image, or the last few. */
 typedef struct {
     const layer *l;
     char *scratch;
     const float *x, *link, *added;
     float *y;
-    int x_row0, link_row0, y_row0;
+    int x_ring, link_ring, added_ring, y_ring;
     int taken_from, taken_to; /* input rows that are in the scratch */
     const char *ahead;        /* weights of the layer that comes next, to be fetched while this one runs */
     size_t ahead_bytes;
@@ -58,11 +59,8 @@ void el_set_up(layer *l, const el_plan *p);
 void el_prepare(stage *s, const layer *l, char *scratch);
 /* Output rows from .. to of channels c0 .. c1. */
 void el_run_rows(stage *s, int from, int to, int c0, int c1);
-/* One window of a pool, to `out`; x is row `row0` of an image of h x w pixels of c channels. */
-void el_pool_window(const float *x, int row0, int h, int w, int c, const el_window *k, int mode, int oy, int ox,
-                    float *out);
 
-/* conv.c: a convolution on all threads; `next` is what runs after it, or NULL. */
+/* conv.c: a convolution or a pool on all threads; `next` is what runs after it, or NULL. */
 int el_run_conv(const el_plan *p, const el_plan *next, const float *x, const float *link, const float *added, float *y,
                 int threads);
 
