@@ -28,20 +28,37 @@ typedef int32_t vi_loose __attribute__((vector_size(4 * LANES), aligned(4), may_
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
-static void abs_mean(const float *x, int n, int c, float *means) {
+typedef float half8 __attribute__((vector_size(32)));
+typedef float half4 __attribute__((vector_size(16)));
+
+/* `pixels` of them side by side: each one's sums wait for one another, those of several do not. */
+INLINE void abs_means(const float *x, const int pixels, int c, float *means) {
     const vi magnitude = (vi){0} + 0x7fffffff;
-    for (int p = 0; p < n; p++, x += c) {
+    vf sums[4][16 / LANES] = {{{0}}};
+    int i = 0;
+    for (; i + 16 <= c; i += 16)
+        for (int p = 0; p < pixels; p++)
+            for (int j = 0; j < 16 / LANES; j++)
+                sums[p][j] = sums[p][j] + (vf)((vi)LOADF(x + (size_t)p * (size_t)c + i + LANES * j) & magnitude);
+    for (int p = 0; p < pixels; p++, x += c) {
         float lanes[16];
-        vf sums[16 / LANES] = {{0}};
-        int i = 0;
-        for (; i + 16 <= c; i += 16)
-            for (int j = 0; j < 16 / LANES; j++) sums[j] = sums[j] + (vf)((vi)LOADF(x + i + LANES * j) & magnitude);
-        for (int j = 0; j < 16 / LANES; j++) STOREF(lanes + LANES * j, sums[j]);
+        for (int j = 0; j < 16 / LANES; j++) STOREF(lanes + LANES * j, sums[p][j]);
         for (int j = 0; i + j < c; j++) lanes[j] = lanes[j] + (x[i + j] < 0.f ? -x[i + j] : x[i + j]);
-        for (int half = 8; half > 1; half /= 2)
-            for (int j = 0; j < half; j++) lanes[j] = lanes[j] + lanes[j + half];
-        means[p] = (lanes[0] + lanes[1]) / (float)c;
+        half8 eight[2];
+        half4 four[2];
+        memcpy(eight, lanes, sizeof eight);
+        eight[0] = eight[0] + eight[1];
+        memcpy(four, eight, sizeof four);
+        four[0] = four[0] + four[1];
+        means[p] = ((four[0][0] + four[0][2]) + (four[0][1] + four[0][3])) / (float)c;
     }
+}
+
+static void abs_mean(const float *x, int n, int c, float *means) {
+    for (; n >= 4; n -= 4, x += 4 * (size_t)c, means += 4) abs_means(x, 4, c, means);
+    if (n == 3) abs_means(x, 3, c, means);
+    else if (n == 2) abs_means(x, 2, c, means);
+    else if (n == 1) abs_means(x, 1, c, means);
 }
 
 static void pool(const float *const *pixels, int n, int mode, int c, float *out) {
@@ -88,10 +105,10 @@ static void link_slowly(const float *x, int squeeze, int c, int ci, int co, floa
 }
 
 /* The epilogue with everything that is constant compiled away. What the stores could alias is copied first. */
-INLINE void finish_as(const el_plan *p, const void *acc, int stride, int tile, const int32_t *const *corrections,
-                      int base, const float *k, const float *const *links, int c0, int c1, const float *added,
-                      float *y, const int real, const int has_k, const int act, const int has_affine,
-                      const int how, const int has_post) {
+INLINE void finish_as(const el_plan *p, const void *acc, int stride, int tile, const int32_t *corrections, int base,
+                      const float *k, const float *link, int c0, int c1, const float *added, float *y, const int real,
+                      const int has_k, const int act, const int has_affine, const int how, const int has_post,
+                      const int bordered) {
     const float *const table = p->table;
     const size_t row = (size_t)p->table_stride, c_out = (size_t)p->c_out;
     const int ci = p->link_c, co = p->c_out, squeeze = p->link == EL_LINK_SQUEEZE;
@@ -109,7 +126,7 @@ INLINE void finish_as(const el_plan *p, const void *acc, int stride, int tile, c
             } else {
                 vu n = (vu)LOADI((const int32_t *)acc + q * stride + (c - c0));
                 vu dot = (uint32_t)base - (n + n);
-                if (corrections[q]) dot = dot + (vu)LOADI(corrections[q] + (c - c0));
+                if (bordered) dot = dot + (vu)LOADI(corrections + q * stride + (c - c0));
                 v = __builtin_convertvector((vi)dot, vf) * scale;
             }
             if (has_k) v = v * SPREAD(k[q]);
@@ -127,13 +144,13 @@ INLINE void finish_as(const el_plan *p, const void *acc, int stride, int tile, c
             if (how) {
                 vf l;
                 if (how == LINK_AS_IT_IS) {
-                    l = LOADF(links[q] + start);
+                    l = LOADF(link + q * ci + start);
                 } else if (how == LINK_SUM) {
-                    l = LOADF(links[q] + c);
-                    for (int j = co + c; j < ci; j += co) l = l + LOADF(links[q] + j);
+                    l = LOADF(link + q * ci + c);
+                    for (int j = co + c; j < ci; j += co) l = l + LOADF(link + q * ci + j);
                 } else {
                     float lanes[LANES];
-                    link_slowly(links[q], squeeze, c, ci, co, lanes);
+                    link_slowly(link + q * ci, squeeze, c, ci, co, lanes);
                     l = LOADF(lanes);
                 }
                 l = l * inverse_gamma;
@@ -164,28 +181,32 @@ INLINE void finish_as(const el_plan *p, const void *acc, int stride, int tile, c
 #undef ROW
 }
 
-static void finish(const el_plan *p, const void *acc, int stride, int tile, const int32_t *const *corrections,
-                   int base, const float *k, const float *const *links, int c0, int c1, const float *added,
-                   float *y) {
-#define AS(...) finish_as(p, acc, stride, tile, corrections, base, k, links, c0, c1, added, y, __VA_ARGS__)
+static void finish(const el_plan *p, const void *acc, int stride, int tile, const int32_t *corrections, int base,
+                   const float *k, const float *link, int c0, int c1, const float *added, float *y) {
+#define AS(...) finish_as(p, acc, stride, tile, corrections, base, k, link, c0, c1, added, y, __VA_ARGS__)
     /* The commonest ones with everything that does not apply compiled away. */
-    const int how = link_kind(p, c0), tail = p->act << 2 | p->has_affine << 1 | p->has_post;
+    const int how = link_kind(p, c0), bordered = corrections != NULL;
     enum { PLAIN = 0, CLIP_AFFINE = EL_ACT_CLIP << 2 | 2, POST = 1 };
-    const int kind = p->real << 12 | p->has_k << 8 | how << 4 | tail;
-    switch (kind) {
-#define CASE(real, has_k, how, tail) \
-    case (real) << 12 | (has_k) << 8 | (how) << 4 | (tail): AS(real, has_k, (tail) >> 2, (tail) >> 1 & 1, how, (tail) & 1); break;
-        CASE(0, 0, LINK_AS_IT_IS, PLAIN)
-        CASE(0, 0, LINK_SUM, PLAIN)
-        CASE(0, 1, LINK_AS_IT_IS, PLAIN)
-        CASE(0, 1, LINK_SUM, PLAIN)
-        CASE(0, 0, LINK_OFF, PLAIN)
-        CASE(1, 0, LINK_OFF, PLAIN)
-        CASE(0, 0, LINK_AS_IT_IS, CLIP_AFFINE)
-        CASE(1, 0, LINK_AS_IT_IS, CLIP_AFFINE)
-        CASE(1, 0, LINK_OFF, CLIP_AFFINE)
-        CASE(0, 0, LINK_AS_IT_IS, POST)
-        default: AS(p->real, p->has_k, p->act, p->has_affine, how, p->has_post);
+    switch (bordered << 16 | p->real << 12 | p->has_k << 8 | how << 4 | p->act << 2 | p->has_affine << 1 | p->has_post) {
+#define CASE(bordered, real, has_k, how, tail)                                                     \
+    case (bordered) << 16 | (real) << 12 | (has_k) << 8 | (how) << 4 | (tail):                     \
+        AS(real, has_k, (tail) >> 2, (tail) >> 1 & 1, how, (tail) & 1, bordered);                  \
+        break;
+        CASE(0, 0, 0, LINK_AS_IT_IS, PLAIN)
+        CASE(1, 0, 0, LINK_AS_IT_IS, PLAIN)
+        CASE(0, 0, 0, LINK_SUM, PLAIN)
+        CASE(0, 0, 1, LINK_AS_IT_IS, PLAIN)
+        CASE(0, 0, 1, LINK_SUM, PLAIN)
+        CASE(0, 0, 0, LINK_OFF, PLAIN)
+        CASE(1, 0, 0, LINK_OFF, PLAIN)
+        CASE(0, 1, 0, LINK_OFF, PLAIN)
+        CASE(0, 0, 0, LINK_AS_IT_IS, CLIP_AFFINE)
+        CASE(1, 0, 0, LINK_AS_IT_IS, CLIP_AFFINE)
+        CASE(0, 1, 0, LINK_AS_IT_IS, CLIP_AFFINE)
+        CASE(0, 1, 0, LINK_OFF, CLIP_AFFINE)
+        CASE(0, 0, 0, LINK_AS_IT_IS, POST)
+        CASE(1, 0, 0, LINK_AS_IT_IS, POST)
+        default: AS(p->real, p->has_k, p->act, p->has_affine, how, p->has_post, bordered);
 #undef CASE
     }
 #undef AS

@@ -101,10 +101,10 @@ typedef struct {
                           float *out);
     /* out[c] = largest, or mean, of n pixels. */
     void (*pool)(const float *const *pixels, int n, int mode, int c, float *out);
-    /* The epilogue of a tile, for channels c0 .. c1. Accumulators and corrections (NULL for none) start at c0. */
-    void (*finish)(const el_plan *plan, const void *acc, int stride, int tile, const int32_t *const *corrections,
-                   int base, const float *k, const float *const *links, int c0, int c1, const float *added,
-                   float *y);
+    /* The epilogue of a tile, for channels c0 .. c1. Rows of accumulators and corrections (NULL for none) are `stride`
+     * long and start at c0; those of link, added and y are whole pixels. */
+    void (*finish)(const el_plan *plan, const void *acc, int stride, int tile, const int32_t *corrections, int base,
+                   const float *k, const float *link, int c0, int c1, const float *added, float *y);
     double (*chip_rate)(void); /* binary MAC/s of xor, popcount and add on registers */
 } el_body;
 

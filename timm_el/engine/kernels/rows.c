@@ -43,6 +43,20 @@ static void take_rows(const stage *s, int y0, int from, int to) {
     }
 }
 
+/* The same of `tile` pixels from (oy, ox) on, the i-th of the band, just before they are counted: their link, which reads
+ * them once more, then finds them in the first cache. */
+static void take_tile(const stage *s, int oy, int ox, int i, int tile) {
+    const layer *l = s->l;
+    const el_plan *p = l->p;
+    for (int n; tile > 0; tile -= n, i += n, oy++, ox = 0) {
+        n = p->w - ox < tile ? p->w - ox : tile;
+        const float *x = s->x + image_size(oy % s->x_ring, p->w, p->c_in) + (size_t)ox * (size_t)p->c_in;
+        if (p->has_k) el_body_active->abs_mean(x, n, p->c_in, AT(float, scale_at) + i);
+        el_body_active->pack(x, n, (size_t)p->c_in, p->threshold, p->flip, p->c_in,
+                             AT(uint64_t, rows_at) + (size_t)i * (size_t)l->pixel, (size_t)l->pixel);
+    }
+}
+
 /* Mean of the means of abs(x) over the taps; taps outside the image are zeros. */
 static float scale_of_input(const layer *l, const float *k, int y0, int oy, int ox) {
     const el_window *w = &l->p->conv;
@@ -110,21 +124,14 @@ static void locate(const stage *s, int oy0, int oy1, int y0) {
         for (int ox = 0; border_matters && ox < ow && ox * w->sw < w->pw; ox++) border[ox] = 1;
         for (int ox = ow - 1; border_matters && ox >= 0 && ox * w->sw - w->pw + reach >= p->w; ox--) border[ox] = 1;
 
-        for (int ox = 0; p->has_k && ox < ow; ox++)
+        for (int ox = 0; p->has_k && !l->by_tile && ox < ow; ox++)
             AT(float, scale_at)[first + ox] =
                 plain_k && y < p->h && ox * w->sw < p->w
                     ? AT(float, k_at)[(size_t)(y - y0) * (size_t)p->w + (size_t)(ox * w->sw)]
                     : scale_of_input(l, AT(float, k_at), y0, oy, ox);
 
-        const float **links = AT(const float *, links_at) + first;
-        for (int ox = 0; p->link_pool && ox < ow; ox++) {
-            float *pooled = AT(float, pooled_at) + (size_t)(first + ox) * (size_t)p->link_c;
-            pool_window(s, oy, ox, 0, p->link_c, pooled);
-            links[ox] = pooled;
-        }
-        if (!p->link || p->link_pool) continue;
-        const float *link = s->link + image_size(oy % s->link_ring, p->link_w, p->link_c);
-        for (int ox = 0; ox < ow; ox++) links[ox] = link + (size_t)ox * (size_t)p->link_c;
+        for (int ox = 0; p->link_pool && ox < ow; ox++)
+            pool_window(s, oy, ox, 0, p->link_c, AT(float, pooled_at) + (size_t)(first + ox) * (size_t)p->link_c);
     }
 }
 
@@ -179,6 +186,9 @@ static void band(const stage *s, int oy0, int oy1, int y0, int c0, int c1) {
     const layer *l = s->l;
     const el_plan *p = l->p;
     float *const y = s->y + image_size(oy0 % s->y_ring, p->ow, p->c_out);
+    const float *const link = p->link_pool ? AT(float, pooled_at)
+                              : p->link    ? s->link + image_size(oy0 % s->link_ring, p->link_w, p->link_c)
+                                           : NULL;
     const float *const added = s->added ? s->added + image_size(oy0 % s->added_ring, p->ow, p->c_out) : NULL;
     const int pixels = (oy1 - oy0) * p->ow, groups = l->depthwise ? 1 : p->groups, og = p->c_out / groups;
     const int base = l->taps * (p->c_in / p->groups), most = p->real ? el_body_active->real_tile_pixels : el_body_active->tile_pixels;
@@ -189,7 +199,7 @@ static void band(const stage *s, int oy0, int oy1, int y0, int c0, int c1) {
         int oy = oy0, ox = 0;
         for (int i = 0; i < pixels; i += most) {
             const int tile = pixels - i < most ? pixels - i : most;
-            const int32_t *corrections[MOST_TILE] = {NULL};
+            int32_t *corrections = NULL;
             const char *ahead = p->weight;
             size_t ahead_bytes = 0;
             if (p->real && !l->depthwise && c + n < c1) { /* the next weights, while these are in use */
@@ -199,19 +209,19 @@ static void band(const stage *s, int oy0, int oy1, int y0, int c0, int c1) {
                 ahead += (size_t)(c + n) * row + from;
                 ahead_bytes = bytes * (size_t)(i + tile) / (size_t)pixels - from;
             }
+            if (l->by_tile && c == c0) take_tile(s, oy, ox, i, tile);
             accumulate(s, i, tile, group, c, n, stride, oy, ox, ahead, ahead_bytes);
+            if (p->tap_sums && memchr(AT(uint8_t, border_at) + i, 1, (size_t)tile)) corrections = AT(int32_t, correction_at);
             for (int q = 0; q < tile; q++) {
-                if (AT(uint8_t, border_at)[i + q]) {
-                    int32_t *correction = AT(int32_t, correction_at) + (size_t)q * (size_t)stride;
-                    correct(p, oy, ox, c, c + n, correction);
-                    corrections[q] = correction;
-                }
+                int32_t *row = corrections ? corrections + (size_t)q * (size_t)stride : NULL;
+                if (row && AT(uint8_t, border_at)[i + q]) correct(p, oy, ox, c, c + n, row);
+                else if (row) memset(row, 0, (size_t)n * sizeof *row);
                 if (++ox == p->ow) ox = 0, oy++;
             }
             if (s->ahead && c == c0)
                 fetch_ahead(s->ahead, s->ahead_bytes, (int64_t)oy0 * p->ow + i, tile, (int64_t)p->oh * p->ow);
             el_body_active->finish(p, AT(char, acc_at), stride, tile, corrections, base, AT(float, scale_at) + i,
-                         AT(const float *const, links_at) + i, c, c + n,
+                         link ? link + (size_t)i * (size_t)p->link_c : NULL, c, c + n,
                          added ? added + (size_t)i * (size_t)p->c_out : NULL, y + (size_t)i * (size_t)p->c_out);
         }
         c += n;
@@ -243,8 +253,9 @@ void el_run_rows(stage *s, int from, int to, int c0, int c1) {
         oy1 = oy0 + l->band_rows < to ? oy0 + l->band_rows : to;
         if (oy1 > end_of_ring(oy0, s->y_ring)) oy1 = end_of_ring(oy0, s->y_ring);
         if (s->added && oy1 > end_of_ring(oy0, s->added_ring)) oy1 = end_of_ring(oy0, s->added_ring);
+        if (p->link && !p->link_pool && oy1 > end_of_ring(oy0, s->link_ring)) oy1 = end_of_ring(oy0, s->link_ring);
         const int y0 = oy0 * w->sh - w->ph, y1 = (oy1 - 1) * w->sh - w->ph + (w->kh - 1) * w->dh + 1;
-        if (l->copied) {
+        if (l->copied && !l->by_tile) {
             int start = y0;
             if (s->taken_from <= y0 && y0 < s->taken_to) { /* the rows that two bands share move to the front */
                 const size_t kept = (size_t)(s->taken_to - y0), gone = (size_t)(y0 - s->taken_from);
@@ -273,6 +284,8 @@ void el_set_up(layer *l, const el_plan *p) {
     const int last_row = (p->oh - 1) * p->conv.sh - p->conv.ph + (p->conv.kh - 1) * p->conv.dh;
     const int padded = p->conv.ph || p->conv.pw || last >= p->w || last_row >= p->h;
     l->copied = !p->real || (!p->is_pool && !l->depthwise && (padded || p->conv.kh > 1));
+    l->by_tile = !p->real && l->taps == 1 && p->groups == 1 && p->conv.sh == 1 && p->conv.sw == 1 && p->oh == p->h &&
+                 p->ow == p->w && !p->conv.ph && !p->conv.pw;
     l->left = l->copied ? p->conv.pw : 0;
     l->width = l->left + (l->copied && last >= p->w ? last + 1 : p->w);
     const int whole_rows = p->conv.dw == 1 && l->pixel == l->tap && !l->depthwise; /* a kernel's row is one run */
@@ -298,7 +311,6 @@ void el_set_up(layer *l, const el_plan *p) {
     l->rows_at = at, at += l->copied ? aligned((size_t)l->in_rows * (size_t)l->width * (size_t)l->pixel * unit) : 0;
     l->k_at = at, at += p->has_k ? aligned((size_t)l->in_rows * (size_t)p->w * sizeof(float)) : 0;
     l->base_at = at, at += aligned(pixels * sizeof(void *));
-    l->links_at = at, at += aligned(pixels * sizeof(void *));
     l->scale_at = at, at += aligned(pixels * sizeof(float));
     l->border_at = at, at += aligned(pixels);
     l->pooled_at = at, at += p->link_pool ? aligned(pixels * (size_t)p->link_c * sizeof(float)) : 0;

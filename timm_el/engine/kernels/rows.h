@@ -32,12 +32,13 @@ int el_has_empty_window(const el_window *k, int h, int w, int oh, int ow); /* ev
 typedef struct {
     const el_plan *p;
     int depthwise, copied;    /* copied: the band's input is in the scratch, padded; else it is read where it is */
+    int by_tile;              /* copied, but a tile at a time: an output pixel's input is one pixel */
     int taps, tap, pixel;     /* words of a tap of a group, and of an input pixel; floats where real */
     int segments, length;     /* the runs of an output pixel's inputs */
     int left, width;          /* columns of zeros before a row, and columns of a row with its padding */
     int band_rows, in_rows;   /* output and input rows of a band */
     int chunk;                /* output channels at a time */
-    size_t rows_at, k_at, base_at, links_at, scale_at, border_at, pooled_at, zeros_at, acc_at, correction_at, bytes;
+    size_t rows_at, k_at, base_at, scale_at, border_at, pooled_at, zeros_at, acc_at, correction_at, bytes;
     size_t offsets[EL_MAX_TAPS];
 } layer;
 
