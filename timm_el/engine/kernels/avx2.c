@@ -127,15 +127,19 @@ static void count(const uint64_t *const *base, int tile, const size_t *offsets, 
     }
 }
 
+#define WEIGHTS_AHEAD 8 /* rows to fetch in advance: the processor does not see that every fourth line is read */
+
 /* P pixels by 16 channels: 12 chains of fma in registers. */
 INLINE void dot_tile(const float *const *base, const size_t *offsets, int segments, int length, const float *weight,
-                     float *out, int stride, const int P) {
+                     float *out, int stride, const char *ahead, size_t step, const int P) {
     __m256 sum[REAL_TILE][2];
     for (int p = 0; p < P; p++) sum[p][0] = sum[p][1] = _mm256_setzero_ps();
     for (int s = 0; s < segments; s++) {
         const float *run[REAL_TILE];
         for (int p = 0; p < P; p++) run[p] = base[p] + offsets[s];
-        for (int k = 0; k < length; k++, weight += EL_REAL_BLOCK) {
+        for (int k = 0; k < length; k++, weight += EL_REAL_BLOCK, ahead += step) {
+            _mm_prefetch(ahead, _MM_HINT_T1);
+            _mm_prefetch((const char *)(weight + WEIGHTS_AHEAD * EL_REAL_BLOCK), _MM_HINT_T0);
             __m256 w0 = _mm256_loadu_ps(weight), w1 = _mm256_loadu_ps(weight + 8);
             for (int p = 0; p < P; p++) {
                 __m256 a = _mm256_broadcast_ss(run[p] + k);
@@ -152,17 +156,18 @@ INLINE void dot_tile(const float *const *base, const size_t *offsets, int segmen
 
 static void dot(const float *const *base, int tile, const size_t *offsets, int segments, int length,
                 const float *weight, int channels, float *out, int stride, const char *ahead, size_t ahead_bytes) {
-    (void)ahead, (void)ahead_bytes;
-    for (int c = 0; c < channels; c += 16) {
-        const float *w = weight + (size_t)(c / EL_REAL_BLOCK) * EL_REAL_BLOCK * (size_t)segments * (size_t)length +
-                         c % EL_REAL_BLOCK;
+    const size_t block = (size_t)segments * (size_t)length, passes = (size_t)(channels + 15) / 16;
+    const size_t step = ahead_bytes / (block * passes);
+    for (int c = 0; c < channels; c += 16, ahead += block * step) {
+        const float *w = weight + (size_t)(c / EL_REAL_BLOCK) * EL_REAL_BLOCK * block + c % EL_REAL_BLOCK;
+        float *to = out + c;
         switch (tile) {
-            case 1: dot_tile(base, offsets, segments, length, w, out + c, stride, 1); break;
-            case 2: dot_tile(base, offsets, segments, length, w, out + c, stride, 2); break;
-            case 3: dot_tile(base, offsets, segments, length, w, out + c, stride, 3); break;
-            case 4: dot_tile(base, offsets, segments, length, w, out + c, stride, 4); break;
-            case 5: dot_tile(base, offsets, segments, length, w, out + c, stride, 5); break;
-            default: dot_tile(base, offsets, segments, length, w, out + c, stride, 6); break;
+            case 1: dot_tile(base, offsets, segments, length, w, to, stride, ahead, step, 1); break;
+            case 2: dot_tile(base, offsets, segments, length, w, to, stride, ahead, step, 2); break;
+            case 3: dot_tile(base, offsets, segments, length, w, to, stride, ahead, step, 3); break;
+            case 4: dot_tile(base, offsets, segments, length, w, to, stride, ahead, step, 4); break;
+            case 5: dot_tile(base, offsets, segments, length, w, to, stride, ahead, step, 5); break;
+            default: dot_tile(base, offsets, segments, length, w, to, stride, ahead, step, 6); break;
         }
     }
 }
