@@ -1,4 +1,5 @@
 """The trainer: resumed equals uninterrupted, stages follow each other, tables resume, statistics are what they say."""
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -93,6 +94,16 @@ def test_a_run_learns_and_its_checkpoint_is_timms(folder, tmp_path):
     assert evaluate(task, val, torch.device('cpu'))['top1'] == pytest.approx(result['top1'])
 
 
+def test_a_run_under_autocast_computes_in_bfloat16_and_keeps_float32_weights(folder, tmp_path):
+    config = FitConfig.from_dict({**TINY, 'pad_crop': 4, 'epochs': 8})
+    plain = fit(dataclasses.replace(config, epochs=1), str(tmp_path / 'plain'), str(folder))
+    short = fit(dataclasses.replace(config, epochs=1, amp=True), str(tmp_path / 'short'), str(folder))
+    assert short['train_loss'] != plain['train_loss']
+    assert short['train_loss'] == pytest.approx(plain['train_loss'], rel=0.2)
+    assert all(v.dtype != torch.bfloat16 for v in weights(tmp_path / 'short').values())
+    assert fit(dataclasses.replace(config, amp=True), str(tmp_path / 'long'), str(folder))['top1'] > 80
+
+
 def test_rows_of_a_seed_start_equal_and_see_the_same_images(folder, tmp_path):
     nets = [create_network(FitConfig.from_dict({**TINY, 'recipe': recipe, 'model': 'el_resnet26', 'seed': 3}))
             for recipe in ('baseline', 'el_3', 'el_4', 'el_6', 'first_el_minus')]
@@ -131,6 +142,7 @@ def test_a_run_with_other_arguments_is_not_resumed(folder, tmp_path, changes, me
     (dict(epochs=0), 'epochs: found 0, expected a positive integer'),
     (dict(epochs=True), 'epochs: found True'),
     (dict(input_size=[3, 'x', 3]), 'input_size'),
+    (dict(amp=True, amp_dtype='float16'), "amp_dtype: found 'float16', expected 'bfloat16'"),
     (dict(sched='plateau'), "sched: found 'plateau'.*'constant'"),
     (dict(stages=[dict(name='a'), dict(name='a')]), "stages: found the name 'a'"),
     (dict(stages=[dict(name='a', initial_stage='b')]), "initial_stage: found 'b', expected an earlier stage"),

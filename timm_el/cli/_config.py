@@ -41,6 +41,7 @@ class FitConfig:
             which its pretrained weights are used.
         kd_loss_type, attention_loss_weight, match_layers, attention_norm: As for `training.DistillationTask`.
         distill_loss_weight: Weight of the logit term; used if there is a teacher.
+        amp, amp_dtype: Train under autocast, in bfloat16, which wants no scaling of gradients. Validation is in float32.
         clip_latent: Clip latent weights to +- this after each step, None not to.
         telemetry_interval: Steps between two records of `training.Telemetry`, beside that at the end of each epoch.
 
@@ -81,6 +82,8 @@ class FitConfig:
     decay_milestones: Sequence[int] = (90, 180, 270)
     decay_rate: float = 0.1
     smoothing: float = 0.0
+    amp: bool = False
+    amp_dtype: str = 'bfloat16'
     clip_latent: Optional[float] = None
     model_ema: bool = False
     model_ema_decay: float = 0.9998
@@ -115,6 +118,8 @@ class FitConfig:
                 raise ValueError(
                     f'{name}: found {getattr(self, name)!r}, expected teacher and teacher_checkpoint beside it; the '
                     f'name of a pretrained model in teacher stands alone')
+        if self.amp_dtype != 'bfloat16':
+            raise ValueError(f"amp_dtype: found {self.amp_dtype!r}, expected 'bfloat16'; train.py has float16")
         if self.sched in ('plateau', 'none'):  # it depends on what was measured; there is none
             raise ValueError(f"sched: found {self.sched!r}, expected another of timm's schedulers, such as 'constant'")
 

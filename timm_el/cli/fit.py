@@ -160,7 +160,8 @@ def fit(
         task.train()
         for x, y in train.epoch(epoch):
             x, y = x.to(device, memory_format=torch.channels_last), y.to(device)
-            loss = task(x, y)['loss']
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
+                loss = task(x, y)['loss']
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -35,15 +35,21 @@ class DeployedBlock(Chained):
     @property
     def path(self) -> str:
         """Where it starts, for errors."""
-        return self.get_submodule(self.row[0]).path
+        return self._first().path
 
     @property
     def in_channels(self) -> int:
         """Channels of x."""
-        return self.get_submodule(self.row[0]).in_channels
+        return self._first().in_channels
+
+    def _first(self) -> Chained:
+        return next(m for m in self.get_submodule(self.row[0]).modules() if isinstance(m, Chained))
 
     def layers(self) -> List[ops.Layer]:
-        row = ops.in_row(*(self.get_submodule(name).layers() for name in self.row))
+        rows = [layers_of(self.get_submodule(name)) for name in self.row]
+        if any(row is None for row in rows):
+            return []
+        row = ops.in_row(*rows)
         if self.row_shortcut is None:
             return row
         shortcut = layers_of(self.get_submodule(self.row_shortcut)) if self.row_shortcut else []
@@ -134,7 +140,7 @@ def _by_trial(block: nn.Module) -> Optional[DeployedBlock]:
     """Found out by watching two batches of images pass."""
     parts = {m: name for name, m in _outermost(block)}
     units = {m: name for m, name in parts.items() if any(isinstance(n, DeployedUnit) for n in m.modules())}
-    if not units or len(parts) < 2 or any(not m.layers() for m in units):
+    if not units or len(parts) < 2 or any(not layers_of(m) for m in units):
         return None
     if len(inspect.signature(block.forward).parameters) != 1:  # the host may pass it more than x
         return None
