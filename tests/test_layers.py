@@ -262,15 +262,23 @@ def test_link_pools_to_the_size_of_the_convolution(size, stride):
 def test_link_for_a_convolution_has_its_output_size(kernel, stride, padding, size):
     conv = nn.Conv2d(6, 6, kernel, stride, padding)
     x = torch.randn(1, 6, size, size)
-    link = ElasticLink.for_conv(conv)
+    link, mean = ElasticLink.for_conv(conv), ElasticLink.for_conv(conv, pool='avg')
     assert link.gamma is None  # spatial identity
-    assert link(x).shape == conv(x).shape
+    assert link(x).shape == conv(x).shape == mean(x).shape
+    if link.pool is None:
+        assert torch.equal(mean(x), x) and torch.equal(link(x), x)
+    else:
+        window = (link.pool.kernel_size, link.pool.stride, link.pool.padding, link.pool.ceil_mode)
+        assert torch.equal(link(x), F.max_pool2d(x, *window[:3], ceil_mode=window[3]))
+        assert torch.equal(mean(x), F.avg_pool2d(x, *window, count_include_pad=False))
 
 
 def test_link_for_a_convolution_knows_when_it_has_a_gamma():
     assert ElasticLink.for_conv(nn.Conv2d(6, 6, 1)).gamma is not None
     assert ElasticLink.for_conv(nn.Conv2d(6, 3, 3, padding=1)).gamma is not None
     assert ElasticLink.for_conv(nn.Conv2d(6, 6, 1, padding=1)) is None  # no pooling grows its input
+    assert ElasticLink.for_conv(nn.Conv2d(6, 6, 3, dilation=2)).pool.dilation == (2, 2)
+    assert ElasticLink.for_conv(nn.Conv2d(6, 6, 3, dilation=2), pool='avg') is None
 
 
 def test_gamma_modes_and_gradient():

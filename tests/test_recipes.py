@@ -39,7 +39,7 @@ def test_fingerprints_and_json_of_older_recipes_are_what_they_were():
         'host': 32759, 's_resnet': 7861, 'baseline': 35542, 'el_3': 36575, 'el': 32118,
         'first_float': 44126, 'first_el_minus': 49544, 'bireal': 40603, 'el_mobilenet': 38400}
     assert {name: RECIPES[name].code for name in codes} == codes
-    assert {'pre', 'bases', 'scale_output', 'scale_weight_grad'}.isdisjoint(RECIPES['el'].to_dict())
+    assert {'pre', 'bases', 'scale_output', 'scale_weight_grad', 'link_pool'}.isdisjoint(RECIPES['el'].to_dict())
     assert RECIPES['abc'].to_dict()['bases'] == [1, 1]
 
 
@@ -113,6 +113,7 @@ def test_role_of_a_shape(shape, role):
     (dict(input_quantizer=['ste']), r"input_quantizer: found \['ste'\]"),
     (dict(pre='batch'), r"pre: found 'batch', expected one of \(None, 'norm', 'shift'\)"),
     (dict(scale_output='K'), "scale_output: found 'K', expected one of"),
+    (dict(link_pool='median'), "link_pool: found 'median', expected one of"),
     (dict(bases=(1,)), r'bases: found \(1,\), expected two positive integers'),
     (dict(bases=(0, 2)), r'bases: found \(0, 2\), expected two positive integers'),
     (dict(bases=5), r'bases: found 5, expected \(M, N\)'),

@@ -326,7 +326,8 @@ class _Plan:
             elif not recipe.elastic and len(set(_channels(host))) > 1:
                 why = 'no link: the recipe\'s links keep the channel count'
             else:
-                link = ElasticLink.for_conv(host, recipe.gamma if recipe.elastic else None, _pads_same(host))
+                link = ElasticLink.for_conv(
+                    host, recipe.gamma if recipe.elastic else None, _pads_same(host), recipe.link_pool)
                 why = '' if link is not None else 'no link: no pooling has its output size'
         if link is None:
             kind = None

@@ -22,6 +22,7 @@ ROLES = (
 )
 ACTS = ('keep', 'drop', 'branch', 'ends', 'prelu', 'rprelu')
 GAMMAS = ('learnable', 'fixed')
+LINK_POOLS = ('max', 'avg')
 PRES = (None, 'norm', 'shift')
 OUTPUT_SCALES = (None, 'channel', 'rank1', 'gate')
 TERNARY = ('twn', 'ttq')
@@ -53,10 +54,11 @@ _FIELD_TYPES = {
     'real': _ROLES, 'omit': _ROLES, 'paper_top1': ((int, float, type(None)), 'a number or None'),
     'version': ((int,), 'an integer'),
     'scale_weight_grad': _BOOL, 'scale_output': _NAME_OR_NONE, 'pre': _NAME_OR_NONE,
+    'link_pool': _NAME,
     'bases': ((tuple, list), '(M, N), bases of the weight and of the input, or ()'),
 }
 # Fields that came later. At their default they are left out of JSON and fingerprint, which stay what they were.
-_LATER = ('scale_weight_grad', 'scale_output', 'pre', 'bases')
+_LATER = ('scale_weight_grad', 'scale_output', 'pre', 'bases', 'link_pool')
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Recipe:
             'gate' (Real-to-Binary's, which depends on the input), or None.
         pre: What stands before the sign: 'norm' (a new BatchNorm; that of the host, behind the convolution, goes),
             'shift' (ReActNet's learned threshold), or None.
+        link_pool: How links of strided convolutions pool: 'max', the paper's, or 'avg'.
         bases: (M, N), how many binary bases make up a weight and an input (ABC-Net); () where each is its own sign.
 
     Raises:
@@ -113,6 +116,7 @@ class Recipe:
     scale_output: Optional[str] = None
     pre: Optional[str] = None
     bases: Tuple[int, ...] = ()
+    link_pool: str = 'max'
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -125,7 +129,7 @@ class Recipe:
         get_quantizer(self.input_quantizer, 'input_quantizer')
         get_quantizer(self.weight_quantizer, 'weight_quantizer', {**WEIGHT_QUANTIZERS, 'ttq': None})
         object.__setattr__(self, 'bases', tuple(self.bases))
-        for field, known in (('gamma', GAMMAS), ('act', ACTS), ('pre', PRES), ('scale_output', OUTPUT_SCALES)):
+        for field, known in (('gamma', GAMMAS), ('link_pool', LINK_POOLS), ('act', ACTS), ('pre', PRES), ('scale_output', OUTPUT_SCALES)):
             if getattr(self, field) not in known:
                 raise ValueError(f'{field}: found {getattr(self, field)!r}, expected one of {known}')
         missing = set(self.omit) - set(self.link)

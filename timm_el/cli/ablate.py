@@ -53,7 +53,8 @@ def plan_rows(data: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
             raise ValueError(f'rows: found the name {name!r}, expected one of its own for each row')
         recipe = changes.get('recipe', base.get('recipe'))
         if 'paper' not in base:
-            changes.setdefault('paper', RECIPES[recipe].paper_top1 if recipe in RECIPES else None)
+            known = RECIPES.get(recipe) if isinstance(recipe, str) else None
+            changes.setdefault('paper', known.paper_top1 if known else None)
         rows[name] = merge(base, changes)
     for contrast in data.get('contrasts', []):
         for name in contrast:

@@ -83,6 +83,7 @@ class ElasticLink(nn.Module):
             conv: nn.Module,
             gamma: Optional[str] = 'learnable',
             same_pad: bool = False,
+            pool: str = 'max',
     ) -> Optional['ElasticLink']:
         """The link around a given convolution or linear layer.
 
@@ -94,9 +95,10 @@ class ElasticLink(nn.Module):
             conv: `torch.nn.Conv2d` or `torch.nn.Linear`.
             gamma: As for the link itself.
             same_pad: The convolution pads for ceil(H / stride) rows, whatever its `padding` says.
+            pool: Where there is pooling, 'max', as in the paper, or 'avg', the mean of the pixels inside the image.
 
         Returns:
-            The link, or None if no pooling has the convolution's output size.
+            The link, or None if no pooling has the convolution's output size (a mean knows no dilation).
         """
         dd = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
         if isinstance(conv, nn.Linear):
@@ -107,14 +109,21 @@ class ElasticLink(nn.Module):
         padding = conv.padding
         if padding == 'valid':
             padding = (0, 0)
-        pool = None
+        window = dict(kernel_size=conv.stride, stride=conv.stride, ceil_mode=True)
         if not same_pad and padding != 'same' and any(
                 2 * p != d * (k - 1) for k, p, d in zip(conv.kernel_size, padding, conv.dilation)):
             if any(2 * p > k for k, p in zip(conv.kernel_size, padding)):
                 return None
-            pool = nn.MaxPool2d(conv.kernel_size, conv.stride, padding, conv.dilation)
-        return cls(
-            conv.in_channels, conv.out_channels, conv.stride, gamma, pool, **dd)
+            window = dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=padding, dilation=conv.dilation)
+        elif tuple(conv.stride) == (1, 1):
+            return cls(conv.in_channels, conv.out_channels, 1, gamma, **dd)
+        if pool == 'max':
+            module: nn.Module = nn.MaxPool2d(**window)
+        elif max(window.pop('dilation', (1, 1))) > 1:
+            return None
+        else:
+            module = nn.AvgPool2d(**window, count_include_pad=False)
+        return cls(conv.in_channels, conv.out_channels, conv.stride, gamma, module, **dd)
 
     __jit_unused_properties__ = ['kind']
 
