@@ -287,12 +287,14 @@ def bottleneck_example():
         spec = ConvSpec(c_in, c_out, Window((k, k), (stride, stride), (k // 2, k // 2)), (k // 2, k // 2))
         return ops.Layer(
             store(torch.randn(c_out, c_in, k, k, generator=g), spec, real),
-            torch.randn(2, table_stride(c_out), generator=g) / c_in, None, None, list(spec.ints()), [0., 0., 1.], **wires)
+            torch.randn(2, table_stride(c_out), generator=g) / c_in, None, None, list(spec.ints()), [0., 0., 1.],
+            **wires)
 
     first = [
         layer(12, 8), layer(8, 8, 3, 2, source=2), ops.pool_layer(Window((2, 2), (2, 2)), 'avg', (1, 1)),
         layer(12, 30, real=True, source=4), layer(8, 30, source=3, added=5)]
-    return torch.randn(2, 12, 19, 11, generator=g), ops.in_row(first, [layer(30, 8), layer(8, 30, 3, source=2, added=0)])
+    second = [layer(30, 8), layer(8, 30, 3, source=2, added=0)]
+    return torch.randn(2, 12, 19, 11, generator=g), ops.in_row(first, second)
 
 
 @pytest.mark.parametrize('threads', [1, 2])

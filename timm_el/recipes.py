@@ -129,7 +129,8 @@ class Recipe:
         get_quantizer(self.input_quantizer, 'input_quantizer')
         get_quantizer(self.weight_quantizer, 'weight_quantizer', {**WEIGHT_QUANTIZERS, 'ttq': None})
         object.__setattr__(self, 'bases', tuple(self.bases))
-        for field, known in (('gamma', GAMMAS), ('link_pool', LINK_POOLS), ('act', ACTS), ('pre', PRES), ('scale_output', OUTPUT_SCALES)):
+        for field, known in (('gamma', GAMMAS), ('link_pool', LINK_POOLS), ('act', ACTS), ('pre', PRES),
+                             ('scale_output', OUTPUT_SCALES)):
             if getattr(self, field) not in known:
                 raise ValueError(f'{field}: found {getattr(self, field)!r}, expected one of {known}')
         missing = set(self.omit) - set(self.link)

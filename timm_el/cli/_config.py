@@ -41,7 +41,7 @@ class FitConfig:
             which its pretrained weights are used.
         kd_loss_type, attention_loss_weight, match_layers, attention_norm: As for `training.DistillationTask`.
         distill_loss_weight: Weight of the logit term; used if there is a teacher.
-        amp, amp_dtype: Train under autocast, in bfloat16, which wants no scaling of gradients. Validation is in float32.
+        amp, amp_dtype: Train under autocast, in bfloat16, where gradients need no scaling; validation is in float32.
         clip_latent: Clip latent weights to +- this after each step, None not to.
         telemetry_interval: Steps between two records of `training.Telemetry`, beside that at the end of each epoch.
 

@@ -26,8 +26,8 @@ class Plan(ctypes.Structure):
         *[(n, ctypes.c_int32) for n in ('n', 'h', 'w', 'c_in', 'oh', 'ow', 'c_out')],
         ('conv', Window),
         *[(n, ctypes.c_int32) for n in (
-            'groups', 'pad_value', 'real', 'is_pool', 'has_k', 'act', 'has_affine', 'has_post', 'link', 'link_pool', 'link_h',
-            'link_w', 'link_c')],
+            'groups', 'pad_value', 'real', 'is_pool', 'has_k', 'act', 'has_affine', 'has_post', 'link', 'link_pool',
+            'link_h', 'link_w', 'link_c')],
         ('pool', Window),
         ('table_stride', ctypes.c_int32),
         *[(n, ctypes.c_float) for n in ('lo', 'hi', 'inverse_gamma')],

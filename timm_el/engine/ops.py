@@ -476,10 +476,8 @@ _library.impl('chain', _chain, 'CPU')
 torch.library.register_fake('timm_el::chain', _fake_chain)
 _library.impl('binary_conv2d', _binary, 'CPU')
 _library.impl('real_conv2d', _real, 'CPU')
-torch.library.register_fake(
-    'timm_el::binary_conv2d', lambda x, weight, table, threshold, flip, link, spec, constants: _fake(x, ConvSpec.of(spec)))
-torch.library.register_fake(
-    'timm_el::real_conv2d', lambda x, weight, table, link, spec, constants: _fake(x, ConvSpec.of(spec)))
+torch.library.register_fake('timm_el::binary_conv2d', lambda x, *rest: _fake(x, ConvSpec.of(rest[-2])))
+torch.library.register_fake('timm_el::real_conv2d', lambda x, *rest: _fake(x, ConvSpec.of(rest[-2])))
 
 binary_conv2d = torch.ops.timm_el.binary_conv2d.default
 real_conv2d = torch.ops.timm_el.real_conv2d.default
