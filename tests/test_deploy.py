@@ -1,6 +1,7 @@
 """deploy(): every unit gives what the latent unit gives, in every model, recipe and converted net."""
 import copy
 import io
+from collections import OrderedDict
 
 import pytest
 import timm
@@ -10,7 +11,7 @@ from conftest import EACH_MODEL, randomise, with_slow
 
 import timm_el
 from timm_el import engine
-from timm_el.engine import DeployedBlock, DeployedConv, DeployedUnit
+from timm_el.engine import DeployedBlock, DeployedConv, DeployedStage, DeployedUnit
 from timm_el.layers import BinaryConv2d, BinaryLinear, BinaryUnit, ElasticLink, RPReLU, Shift
 
 REFUSED = ['abc', 'abc_5_5', 'tbn']
@@ -278,7 +279,7 @@ def test_features_by_hooks_deploy():
 @pytest.mark.parametrize('name', ['el_resnet26', 'el_mobilenet_v1'])
 def test_hooks_put_on_what_is_inside_a_fused_stage_see_it(name):
     deployed, x = timm_el.deploy(net(name)), torch.randn(1, 3, 64, 64)
-    stages = [m for m in deployed.modules() if isinstance(m, DeployedBlock)]
+    stages = [m for m in deployed.modules() if isinstance(m, (DeployedBlock, DeployedStage))]
     seen = {}
     with torch.no_grad():
         expected = deployed(x)
@@ -296,10 +297,171 @@ def test_hooks_put_on_what_is_inside_a_fused_stage_see_it(name):
 def test_a_stage_is_one_operator_and_still_its_blocks():
     deployed, x = timm_el.deploy(net('el_resnet26')), torch.randn(2, 256, 9, 11)
     stage = deployed.layer2
-    assert isinstance(stage, DeployedBlock) and len(stage) == 2 and len(stage.layers()) == 3 + 2 + 3
+    assert isinstance(stage, DeployedStage) and len(stage) == 2 and len(stage.as_layers()) == 3 + 2 + 3
     with torch.no_grad():
         assert torch.equal(stage(x), stage[1](stage[0](x)))
     assert [type(block) for block in stage] == [DeployedBlock] * 2 and stage[-1] is deployed.get_submodule('layer2.1')
+
+
+def unit(c_in=16, c_out=16, kernel=3, stride=1):
+    return BinaryUnit(BinaryConv2d(c_in, c_out, kernel, stride=stride, padding=kernel // 2), nn.BatchNorm2d(c_out))
+
+
+class Around(nn.Module):
+    """x + what is inside."""
+
+    def __init__(self, *inside):
+        super().__init__()
+        for i, module in enumerate(inside):
+            self.add_module(f'part{i}', module)
+
+    def forward(self, x):
+        y = x
+        for child in self.children():
+            y = child(y)
+        return x + y
+
+
+class Pooled(nn.Module):
+    """A shortcut that is declared first, and begins with a pool."""
+
+    def __init__(self):
+        super().__init__()
+        self.short = nn.Sequential(nn.AvgPool2d(2), unit())
+        self.a, self.b = unit(), unit(stride=2)
+
+    def forward(self, x):
+        return self.short(x) + self.b(self.a(x))
+
+
+class Two(nn.Module):
+    """It gives two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = unit(), unit()
+
+    def forward(self, x):
+        return self.b(self.a(x)), x
+
+
+class First(nn.Module):
+    """The first of two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.two = Two()
+
+    def forward(self, x):
+        return self.two(x)[0]
+
+
+class Scaled(nn.Module):
+    """It has a parameter of its own, which is 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.g = unit(), unit(), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.b(self.a(x)) * self.g
+
+
+class Wide(nn.Module):
+    """What it does depends on the size of the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = unit(), unit()
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        return y + 1 if x.shape[3] > 15 else y
+
+
+class Sliced(nn.Module):
+    """Its forward takes a part of its body."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(unit(), unit(), unit())
+
+    def forward(self, x):
+        return self.body[:2](x) + self.body[2](x)
+
+
+def deep(n):
+    """Shortcuts around shortcuts."""
+    return Around(unit(), deep(n - 1), unit()) if n else Around(unit(), unit())
+
+
+TWICE = unit()
+POOL = nn.MaxPool2d(2)
+ODD_HOSTS = {
+    'a unit twice': nn.Sequential(TWICE, unit(), TWICE), 'a pool twice': nn.Sequential(unit(), POOL, unit(), POOL),
+    'a sum of sums': Around(Around(unit(), unit()), Around(unit(), unit())), 'deep': deep(5), 'deeper': deep(18),
+    'a shortcut first': Pooled(), 'two tensors': First(), 'its own parameter': Scaled(), 'by size': Wide(),
+    'sliced': Sliced(),
+    'names': nn.Sequential(OrderedDict(as_layers=unit(), row=unit(), path=unit())), 'pools': nn.Sequential(
+        unit(), nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2)), unit()),
+}
+
+
+@pytest.mark.parametrize('name', ODD_HOSTS)
+def test_odd_hosts_give_the_same_bits_joined_or_not(name):
+    torch.manual_seed(0)
+    host = randomise(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), copy.deepcopy(ODD_HOSTS[name]), nn.Flatten())).eval()
+    joined, apart = timm_el.deploy(host), timm_el.deploy(host, fuse_blocks=False)
+    assert sorted(joined.state_dict()) == sorted(apart.state_dict())
+    with torch.no_grad():
+        for size in ((12, 16), (20, 24)):
+            x = torch.randn(2, 3, *size)
+            assert torch.equal(joined(x), apart(x))
+        for parameter in (m for m in (joined, apart) if name == 'its own parameter'):
+            parameter[1].g.fill_(3.)
+        assert torch.equal(joined(x), apart(x))
+
+
+def test_a_stage_is_a_sequential_that_sees_its_changes():
+    deployed, apart = (timm_el.deploy(net('el_resnet26'), fuse_blocks=fuse) for fuse in (True, False))
+    x = torch.randn(1, 64, 9, 11)
+
+    def same_now():
+        with torch.no_grad():
+            return torch.equal(deployed.layer1(x), apart.layer1(x))
+
+    assert isinstance(deployed.layer1, nn.Sequential) and same_now()
+    with torch.no_grad():
+        assert torch.equal(deployed.layer1[:1](x), apart.layer1[:1](x))
+    for model in (deployed, apart):
+        model.layer1.append(nn.Hardtanh(-.1, .1))
+    assert same_now()
+    for model in (deployed, apart):
+        model.layer1[1] = nn.Identity()
+    assert same_now()
+    for model in (deployed, apart):
+        model.layer1[0].conv3 = nn.Conv2d(64, 256, 1, bias=False, device='cpu')
+        nn.init.constant_(model.layer1[0].conv3.weight, .01)
+    assert same_now()
+    deployed, apart = (timm_el.deploy(net('el_mobilenet_v1'), fuse_blocks=fuse) for fuse in (True, False))
+    for model in (deployed, apart):
+        model.prune_intermediate_layers([0, 1])
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(deployed.forward_features(image), apart.forward_features(image))
+
+
+def test_global_hooks_see_what_is_inside():
+    deployed, x = timm_el.deploy(net('el_resnet26')), torch.randn(1, 3, 64, 64)
+    seen = []
+    with torch.no_grad():
+        expected = deployed(x)
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda m, args, out: seen.append(type(m)))
+        try:
+            assert torch.equal(deployed(x), expected)
+        finally:
+            handle.remove()
+    assert seen.count(DeployedUnit) == 3 * 8
 
 
 def test_outputs_are_nhwc_throughout():

@@ -23,12 +23,14 @@ PLANTED = [0., -0., float('nan'), float('inf'), -float('inf'), 1e-42]
 
 @pytest.fixture(autouse=True)
 def _restore():
-    threads = torch.get_num_threads()
+    threads, large = torch.get_num_threads(), native.library() and native.library().el_large_image(0)
+    if large is not None:
+        native.library().el_large_image(large)
     yield
     torch.set_num_threads(threads)
     engine.use_isa(None)
-    if native.library() is not None:
-        native.library().el_large_image(250000)
+    if large is not None:
+        native.library().el_large_image(large)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -237,7 +239,7 @@ def test_pools_are_those_of_torch(kind, body):
         x.view(-1)[:1] = float('nan')
         found = deployed(x)
         torch.testing.assert_close(found, pool(x), rtol=1e-6, atol=1e-6, equal_nan=True)
-    layers = deployed.layers()
+    layers = deployed.as_layers()
     assert bool(layers) == (kind != 'odd')  # how many rows its end may miss depends on the image
     if layers:
         torch.library.opcheck(ops.chain, (torch.randn(2, 3, 7, 5), *as_lists(layers), None))
@@ -340,6 +342,51 @@ def test_wires_that_lead_nowhere_are_refused():
     lists = as_lists(layers)
     with pytest.raises(ValueError, match='wires'):
         ops.chain(x, *lists[:-1], lists[-1][:-1], None)
+
+
+def test_more_values_than_a_chain_holds_are_refused():
+    spec = ConvSpec(8, 8)
+    g = torch.Generator().manual_seed(0)
+    weight = store(torch.randn(8, 8, 1, 1, generator=g), spec, False)
+    table = torch.randn(2, table_stride(8), generator=g)
+
+    def nested(n):  # all of the first half wait for the second
+        row = [ops.Layer(weight, table, None, None, list(spec.ints()), [0., 0., 1.], max(i + 1, 2) if i else 0)
+               for i in range(2 * n)]
+        return [layer if i < n else layer._replace(added=2 * n - i + 1) for i, layer in enumerate(row)]
+
+    x = torch.randn(1, 8, 5, 5, generator=g)
+    for n, fits in ((7, True), (20, False)):
+        for body in (None, 'reference'):
+            engine.use_isa(body)
+            if fits:
+                ops.chain(x, *as_lists(nested(n)), None)
+                continue
+            with pytest.raises(ValueError, match='wait at layer'):
+                ops.chain(x, *as_lists(nested(n)), None)
+
+
+def test_sizes_beyond_any_image_are_refused():
+    far = 1 << 30
+    for window in (Window((2, 2), (1, 1), (far, far), (far, far)), Window((1, 1), (2 ** 32 + 1, 1)),
+                   Window((1, 1), (1, 1), (2 ** 31, 0))):
+        spec = ConvSpec(128, 8, window)
+        weight = torch.zeros(1, 1, window.kernel[0] * window.kernel[1] * 2, 8, 8, dtype=torch.uint8)
+        table = torch.zeros(2, table_stride(8))
+        for body in (None, 'reference'):
+            engine.use_isa(body)
+            with pytest.raises(ValueError, match='at most 32768'):
+                ops.binary_conv2d(
+                    torch.randn(1, 128, 1, 1), weight, table, None, None, None, list(spec.ints()), [0., 0., 1.])
+
+
+def test_a_table_of_another_shape_is_refused_after_a_good_call_too():
+    _, arguments = example()
+    x, weight, table, *rest = arguments
+    ops.binary_conv2d(*arguments)
+    for wrong in (table[:1], table.view(torch.int32)):
+        with pytest.raises((ValueError, TypeError), match='table'):
+            ops.binary_conv2d(x, weight, wrong, *rest)
 
 
 def test_the_operators_compile_and_export():

@@ -1,10 +1,10 @@
 """The engine: deployed networks, their operators and kernels."""
-from .blocks import DeployedBlock
+from .blocks import DeployedBlock, DeployedStage
 from .deploy import deploy
 from .modules import DeployedConv, DeployedLinear, DeployedPool, DeployedUnit
 from .native import chip_rate, count_rate, info, use_isa
 
 __all__ = [
-    'deploy', 'DeployedBlock', 'DeployedConv', 'DeployedLinear', 'DeployedPool', 'DeployedUnit', 'info', 'use_isa',
-    'chip_rate', 'count_rate',
+    'deploy', 'DeployedBlock', 'DeployedConv', 'DeployedLinear', 'DeployedPool', 'DeployedStage', 'DeployedUnit',
+    'info', 'use_isa', 'chip_rate', 'count_rate',
 ]

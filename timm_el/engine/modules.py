@@ -30,25 +30,29 @@ class Chained(nn.Module):
     """A module that is one operator, or may be."""
     joins = True  # it reads and gives images, so that its layers may stand in a row with others'
     _chain: Optional[ops.Chain] = None
-    _made: Optional[Tuple[int, List[Tuple[Dict[str, Any], str, Any]]]] = None  # for which body, of which tensors
+    # For which body, of which tensors and modules, and how many of these.
+    _made: Optional[Tuple[int, List[Tuple[Dict[str, Any], str, Any]], List[Tuple[Dict[str, Any], int]]]] = None
 
-    def layers(self) -> List[ops.Layer]:
+    def as_layers(self) -> List[ops.Layer]:
         """What runs here, nothing if that is more than one operator."""
         raise NotImplementedError
 
-    def chain(self) -> Optional[ops.Chain]:
+    def as_chain(self) -> Optional[ops.Chain]:
         """The operator, None if there is more than one."""
         if ops.watched():  # its tensors may be those of a trace
             return self._new_chain(direct=False)
         if self._made is None or self._made[0] != native.generation() or any(
-                buffers[name] is not tensor for buffers, name, tensor in self._made[1]):
+                held.get(name) is not value for held, name, value in self._made[1]) or any(
+                len(held) != n for held, n in self._made[2]):
             self._chain = self._new_chain(direct=True)
+            inside = list(self.modules())
             self._made = native.generation(), [
-                (m._buffers, name, tensor) for m in self.modules() for name, tensor in m._buffers.items()]
+                (held, name, value) for m in inside for held in (m._buffers, m._modules)
+                for name, value in held.items()], [(m._modules, len(m._modules)) for m in inside]
         return self._chain
 
     def _new_chain(self, direct: bool) -> Optional[ops.Chain]:
-        layers = self.layers()
+        layers = self.as_layers()
         return ops.Chain(self.path, layers, direct) if layers else None
 
     def __getstate__(self) -> Dict[str, Any]:
@@ -111,12 +115,12 @@ class DeployedConv(Engine):
         self.register_buffer('weight', store(weight.float(), spec_of(conv), True))
         self._set_up(conv, spec_of(conv), fusion)
 
-    def layers(self) -> List[ops.Layer]:
+    def as_layers(self) -> List[ops.Layer]:
         return [ops.Layer(self.weight, self.table, None, None, self.ints, self.constants)]
 
     def forward(self, x: torch.Tensor, link: Optional[torch.Tensor] = None) -> torch.Tensor:
         if link is None or link is x:
-            return self.chain()(x)
+            return self.as_chain()(x)
         ops.check_input(self.path, x)
         return ops.real_conv2d(x, self.weight, self.table, link, self.ints, self.constants)
 
@@ -243,7 +247,7 @@ class DeployedUnit(Engine):
         return self.table if hasattr(self, 'table') else None if self.conv is None else self.conv.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        chain = self.chain()
+        chain = self.as_chain()
         if chain is not None:
             return chain(x)
         ops.check_input(self.path, x)
@@ -255,12 +259,12 @@ class DeployedUnit(Engine):
     def _is_link_alone(self) -> bool:
         return self.conv is None and not hasattr(self, 'table')
 
-    def layers(self) -> List[ops.Layer]:
+    def as_layers(self) -> List[ops.Layer]:
         modules = (self.link, self.pre, self.scale)
         if len(self.before_sum) or len(self.after_sum) or any(module is not None for module in modules):
             return []
         if isinstance(self.conv, DeployedConv):
-            return self.conv.layers()
+            return self.conv.as_layers()
         if not hasattr(self, 'table') or self.linear or self.same_pad or self.pad_mode or self.loose_k is not None:
             return []
         return [ops.Layer(self.bits, self.table, self.threshold, self.flip, self.ints, self.constants)]
@@ -397,7 +401,7 @@ class DeployedPool(Chained):
             return pool.output_size in (1, (1, 1))
         return isinstance(pool, (nn.MaxPool2d, nn.AvgPool2d)) and bool(pool_of(pool))
 
-    def layers(self) -> List[ops.Layer]:
+    def as_layers(self) -> List[ops.Layer]:
         window = self.window
         if window is None:
             return []
@@ -411,7 +415,7 @@ class DeployedPool(Chained):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != 'cpu':
             return self.pool(x)
-        chain = self.chain()
+        chain = self.as_chain()
         if self.window is None and 1 <= x.shape[2] * x.shape[3] <= 64:
             chain = self._mean_of(x.shape[2], x.shape[3])
         return self.pool(x) if chain is None else chain(x)
@@ -446,14 +450,14 @@ class DeployedLinear(Engine):
         one = torch.ones(linear.out_features, dtype=torch.float64)
         self._set_up(linear, spec, Fusion(linear.out_features, one, linear.bias))
 
-    def layers(self) -> List[ops.Layer]:
+    def as_layers(self) -> List[ops.Layer]:
         return [ops.Layer(self.weight, self.table, None, None, self.ints, self.constants)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ops.check_input(self.path, x)
         if x.numel() == 0 or x.shape[-1] != self.in_features:
             return F.linear(x, x.new_zeros(self.out_features, self.in_features))  # torch's own shape, or its error
-        y = self.chain()(_as_image(x))
+        y = self.as_chain()(_as_image(x))
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 

@@ -65,7 +65,7 @@ def _load() -> None:
             ('el_bodies', ctypes.c_char_p, ()), ('el_active', ctypes.c_char_p, ()),
             ('el_use', ctypes.c_int, (ctypes.c_char_p,)), ('el_chip_rate', ctypes.c_double, ()),
             ('el_nhwc', None, (ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p)),
-            ('el_large_image', None, (ctypes.c_size_t,)),
+            ('el_large_image', ctypes.c_size_t, (ctypes.c_size_t,)),
             ('el_weight_size', ctypes.c_size_t, (plan,)),
             ('el_own_layout', ctypes.c_int, ()), ('el_advise', None, (ctypes.c_void_p, ctypes.c_size_t)),
             ('el_lay_out', None, (plan, *[ctypes.c_void_p] * 2)),

@@ -25,6 +25,7 @@ _library.define(
 
 MOST_PLANS = 64  # of one layer: image sizes that it remembers
 FIRST_VALUE = 2  # values of a chain: 0 is x, 1 is `other`, 2 + i is what layer i gives
+MOST_VALUES = 16  # of a chain that wait for their last reader at once
 
 
 class Layer(NamedTuple):
@@ -80,7 +81,7 @@ class Layer(NamedTuple):
             cls(*tensors[4 * i:4 * i + 2], *(t if t.numel() else None for t in tensors[4 * i + 2:4 * i + 4]),
                 specs[size * i:size * (i + 1)], constants[3 * i:3 * i + 3], *wires[2 * i:2 * i + 2])
             for i in range(n)]
-        used = {v for layer in layers for v in (layer.source, layer.added)}
+        used = {v: i for i, layer in enumerate(layers) for v in (layer.source, layer.added)}  # when each is read last
         for i, layer in enumerate(layers):
             last = i + FIRST_VALUE
             if layer.source == 1 or not 0 <= layer.source < last or not -1 <= layer.added < last or (
@@ -89,6 +90,10 @@ class Layer(NamedTuple):
                     f'chain: layer {i} reads value {layer.source} and adds value {layer.added}, expected x (0) or one '
                     f'of a layer before it (2 and on), `other` (1) to be added only, not to a pool, and every value '
                     f'to be read')
+            waiting = sum(used.get(v, i) >= i for v in range(FIRST_VALUE, last + 1))
+            if waiting > MOST_VALUES:
+                raise ValueError(
+                    f'chain: found {waiting} values that wait at layer {i}, expected at most {MOST_VALUES}')
         return layers
 
 
@@ -166,6 +171,10 @@ def _version(weight: torch.Tensor) -> Tuple[int, int]:
     return 0 if weight.is_inference() else weight._version, weight.data_ptr()
 
 
+def _facts(tensor: Optional[torch.Tensor]) -> Optional[Tuple[Any, ...]]:
+    return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.is_contiguous())
+
+
 def _prepared_for(weight: torch.Tensor) -> _Prepared:
     prepared, version = _prepared.get(weight), _version(weight)
     if prepared is None or prepared.version != version or prepared.generation != native.generation():
@@ -195,8 +204,8 @@ def _plan(
     """Address of the C plan of a call, shape of its output, and the plan: made and checked once an input shape."""
     prepared = _prepared_for(weight)
     key = (
-        x.shape, x.dtype, None if link is None else (link.shape, link.dtype), *ints, *constants, table.data_ptr(),
-        _pointer(threshold), _pointer(flip), real)
+        x.shape, x.dtype, None if link is None else (link.shape, link.dtype), *ints, *constants, real,
+        *map(_facts, (table, threshold, flip)))
     found = prepared.plans.get(key)
     if found is not None:
         return found
@@ -287,7 +296,7 @@ def _run(
     failed = 0
     if y.numel():
         failed = lib.el_conv(plan, x.data_ptr(), _pointer(link), None, y.data_ptr(), torch.get_num_threads())
-    _raise_if(failed, ints, x)
+    _raise_if(failed, f'{ints}', x)
     return y
 
 
@@ -302,10 +311,10 @@ def _nhwc(lib: ctypes.CDLL, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def _raise_if(failed: int, ints: List[int], x: torch.Tensor) -> None:
+def _raise_if(failed: int, what: str, x: torch.Tensor) -> None:
     if failed:
         raise MemoryError('no memory for the scratch of a convolution') if failed == 2 else RuntimeError(
-            f'the native library refused {ints} for {tuple(x.shape)}')
+            f'the native library refused {what} for {tuple(x.shape)}')
 
 
 class Chain:
@@ -412,7 +421,7 @@ class _Steps:
         if y.numel():
             _raise_if(lib.el_chain(
                 self.array, len(self.array), x.data_ptr(), _pointer(other), y.data_ptr(), torch.get_num_threads()),
-                self.shape, x)
+                f'a chain of {len(self.array)} layers', x)
         return y
 
 

@@ -2,7 +2,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, List, Optional, Sequence, Tuple
 
-__all__ = ['ACTS', 'LINKS', 'POOLS', 'ROWS', 'ConvSpec', 'Window', 'has_empty_window', 'pooled_size', 'table_stride']
+__all__ = ['ACTS', 'LINKS', 'POOLS', 'ROWS', 'ConvSpec', 'Window', 'has_empty_window', 'table_stride']
 
 ACTS = ('none', 'clip', 'prelu')
 LINKS = ('none', 'identity', 'squeeze', 'expand')
@@ -43,18 +43,6 @@ def has_empty_window(window: Window, size: Sequence[int], output: Sequence[int])
             if at >= size[i] or at > start + (window.kernel[i] - 1) * dilation:
                 return True
     return False
-
-
-def pooled_size(window: Window, height: int, width: int, ceil_mode: bool) -> List[int]:
-    """Rows and columns that a pool gives, as in torch: no window starts beyond the image and its padding."""
-    sizes = []
-    for i, size in enumerate((height, width)):
-        kernel, stride, padding, dilation = (field[i] for field in (
-            window.kernel, window.stride, window.padding, window.dilation))
-        room = size + 2 * padding - dilation * (kernel - 1) - 1
-        n = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
-        sizes.append(n - 1 if ceil_mode and (n - 1) * stride >= size + padding else n)
-    return sizes
 
 
 @dataclass(frozen=True)
@@ -166,6 +154,9 @@ class ConvSpec:
             return f'spec: found {self}, expected positive channels, groups, kernels, strides and dilations'
         if min(*self.conv.padding, *self.pad_end, *self.pool.padding) < 0 or self.pad_value not in (-1, 0, 1):
             return f'spec: found {self}, expected padding >= 0 and pad_value -1, 0 or 1'
+        reaches = [n for w in windows for n in (*w.stride, *w.padding, *(d * k for d, k in zip(w.dilation, w.kernel)))]
+        if max(*reaches, *self.pad_end) > 1 << 15:
+            return f'spec: found {self}, expected strides, padding and kernels times dilation of at most {1 << 15}'
         if self.c_in % self.groups or self.c_out % self.groups:
             return f'spec: found groups={self.groups}, expected a divisor of {self.c_in} and {self.c_out} channels'
         if self.has_k and self.groups != 1:

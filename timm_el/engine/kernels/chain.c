@@ -10,7 +10,11 @@
 
 static size_t large_image_bytes = 250000; /* measured: with smaller ones the rows are too few to share */
 
-void el_large_image(size_t bytes) { large_image_bytes = bytes; }
+size_t el_large_image(size_t bytes) {
+    const size_t before = large_image_bytes;
+    large_image_bytes = bytes;
+    return before;
+}
 
 /* Output rows a .. b - 1 need rows a * stride - before .. (b - 1) * stride + after of a value; stride 0: none. */
 typedef struct {

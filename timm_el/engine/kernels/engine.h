@@ -19,7 +19,8 @@
 
 #define EL_MAX_TAPS 1024 /* kernel height times width */
 #define EL_MAX_POOL 64   /* the same of a link's pool */
-#define EL_MAX_VALUES 6   /* that a chain holds at once */
+#define EL_MAX_VALUES 16  /* that a chain holds at once */
+#define EL_MAX_REACH (1 << 15) /* strides, padding, kernel times dilation */
 #define EL_MAX_RUN 32    /* steps of which a few rows at a time are made */
 #define EL_ABI 2         /* changes with el_plan */
 
@@ -28,9 +29,9 @@ enum { EL_ACT_NONE, EL_ACT_CLIP, EL_ACT_PRELU };
 enum { EL_LINK_NONE, EL_LINK_IDENTITY, EL_LINK_SQUEEZE, EL_LINK_EXPAND };
 enum { EL_POOL_NONE, EL_POOL_MAX, EL_POOL_AVG };
 
-/* Rows of the table of per-channel constants: scale and shift, then those that the plan asks for, in this order; each `table_stride` floats long: zero-filled, a multiple of 16, and
- * 15 more than there are channels, because vectors of 16 may start at any of them. */
-/*     scale, shift, slope (act is PRELU), scale2, shift2 (has_affine), post_in, post_slope, post_out (has_post) */
+/* Rows of the table of per-channel constants: scale and shift, then those that the plan asks for, in this order: slope (act
+ * is PRELU), scale2, shift2 (has_affine), post_in, post_slope, post_out (has_post). Each is `table_stride` floats long:
+ * zero-filled, a multiple of 16, and 15 more than there are channels, because vectors of 16 may start at any of them. */
 
 typedef struct {
     int32_t kh, kw, sh, sw, ph, pw, dh, dw;
@@ -131,7 +132,7 @@ EL_API int el_abi(void);
 EL_API const char *el_bodies(void);           /* names of the bodies that this processor runs, best first */
 EL_API int el_use(const char *name);          /* EL_BAD_PLAN if the processor does not run it */
 EL_API const char *el_active(void);
-EL_API void el_large_image(size_t bytes);     /* from which size on a few rows at a time are made; for tests */
+EL_API size_t el_large_image(size_t bytes);   /* from which size on a few rows at a time are made; gives that of before */
 EL_API double el_chip_rate(void);
 EL_API int el_own_layout(void);               /* the active body lays binary weights out anew */
 EL_API size_t el_weight_size(const el_plan *plan);

@@ -3,8 +3,11 @@
 
 #include <string.h>
 
-int el_bad_window(const el_window *w) {
-    return w->kh < 1 || w->kw < 1 || w->sh < 1 || w->sw < 1 || w->ph < 0 || w->pw < 0 || w->dh < 1 || w->dw < 1;
+static int is_bad_window(const el_window *w) {
+    const int64_t most = EL_MAX_REACH;
+    return w->kh < 1 || w->kw < 1 || w->sh < 1 || w->sw < 1 || w->ph < 0 || w->pw < 0 || w->dh < 1 || w->dw < 1 ||
+           w->sh > most || w->sw > most || w->ph > most || w->pw > most || (int64_t)w->kh * w->dh > most ||
+           (int64_t)w->kw * w->dw > most;
 }
 
 /* Some place of a window along one axis has no pixel of the image. */
@@ -18,13 +21,13 @@ static int is_outside(int taps, int stride, int padding, int dilation, int size,
     return 0;
 }
 
-int el_has_empty_window(const el_window *k, int h, int w, int oh, int ow) {
+static int has_empty_window(const el_window *k, int h, int w, int oh, int ow) {
     return is_outside(k->kh, k->sh, k->ph, k->dh, h, oh) || is_outside(k->kw, k->sw, k->pw, k->dw, w, ow);
 }
 
 int el_is_bad(const el_plan *p) {
     if (p->n < 0 || p->h < 1 || p->w < 1 || p->c_in < 1 || p->oh < 0 || p->ow < 0 || p->c_out < 1) return 1;
-    if (el_bad_window(&p->conv) || (int64_t)p->conv.kh * p->conv.kw > EL_MAX_TAPS) return 1;
+    if (is_bad_window(&p->conv) || (int64_t)p->conv.kh * p->conv.kw > EL_MAX_TAPS) return 1;
     if (p->is_pool) {
         if (p->link != EL_LINK_IDENTITY || !p->link_pool || p->link_c != p->c_in || p->c_out != p->c_in) return 1;
         if (p->link_h != p->h || p->link_w != p->w) return 1;
@@ -42,8 +45,8 @@ int el_is_bad(const el_plan *p) {
     if (p->link == EL_LINK_IDENTITY && p->link_c != p->c_out) return 1;
     if (p->link == EL_LINK_SQUEEZE && p->link_c < p->c_out) return 1;
     if (p->link_pool == EL_POOL_NONE) return p->link_h != p->oh || p->link_w != p->ow;
-    if (el_bad_window(&p->pool) || (int64_t)p->pool.kh * p->pool.kw > EL_MAX_POOL) return 1;
-    return el_has_empty_window(&p->pool, p->link_h, p->link_w, p->oh, p->ow);
+    if (is_bad_window(&p->pool) || (int64_t)p->pool.kh * p->pool.kw > EL_MAX_POOL) return 1;
+    return has_empty_window(&p->pool, p->link_h, p->link_w, p->oh, p->ow);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */

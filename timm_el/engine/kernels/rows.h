@@ -25,8 +25,6 @@ static inline int pixel_words(const el_plan *p) { return is_depthwise(p) ? tap_w
 
 /* plan.c: nobody runs a plan that is bad. */
 int el_is_bad(const el_plan *p);
-int el_bad_window(const el_window *w);
-int el_has_empty_window(const el_window *k, int h, int w, int oh, int ow); /* every window of a pool must have a pixel */
 
 /* One layer of the work: the same for all threads. */
 typedef struct {
