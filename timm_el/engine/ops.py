@@ -331,6 +331,7 @@ class Chain:
         self.path, self.layers, self.direct = path, layers, direct
         self.takes_other = any(layer.added == 1 for layer in layers)
         self.tensors = [t for layer in layers for t in layer.tensors()]
+        self.present = [t for t in self.tensors if t.numel()]
         self.ints = [i for layer in layers for i in layer.ints]
         self.wires = [v for layer in layers for v in (layer.source, layer.added)]
         self.constants = [layer.constants for layer in layers]
@@ -361,7 +362,7 @@ class Chain:
 
     def _state(self) -> List[Any]:
         """Changes with what the plans point to and with what they have copied."""
-        return [*map(_version, self.tensors), *self._constants()]
+        return [*map(_version, self.present), *self._constants()]
 
 
 def check_input(path: str, x: torch.Tensor) -> None:
