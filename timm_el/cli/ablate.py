@@ -157,7 +157,7 @@ def report(data: Dict[str, Any], lines: List[Dict[str, Any]]) -> str:
         out.append(
             f'| `{row}` | {mean:.2f} | {_number(sd, ".2f")} | {len(values)} | {trains} | {_number(fields["paper"])} |')
     if data.get('contrasts'):
-        out += ['', '| contrast | the paper | here | sd | t | 95 % interval | pairs | the paper\'s order |',
+        out += ['', '| contrast | the paper | here | sd | t | 95 % interval | pairs | the named order |',
                 '|---|---|---|---|---|---|---|---|']
     for better, worse in data.get('contrasts', []):
         papers = rows[better]['paper'], rows[worse]['paper']
