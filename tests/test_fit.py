@@ -104,6 +104,20 @@ def test_a_run_under_autocast_computes_in_bfloat16_and_keeps_float32_weights(fol
     assert fit(dataclasses.replace(config, amp=True), str(tmp_path / 'long'), str(folder))['top1'] > 80
 
 
+def test_a_compiled_run_is_the_same_run(folder, tmp_path):
+    config = FitConfig.from_dict({**TINY, 'pad_crop': 4, 'epochs': 2, 'model_ema': True, 'model_ema_decay': 0.5})
+    compiled = dataclasses.replace(config, torchcompile='eager')  # captures graphs, and runs them op by op
+    torch._dynamo.utils.counters.clear()
+    plain = fit(config, str(tmp_path / 'plain'), str(folder))
+    assert not torch._dynamo.utils.counters['stats']
+    fit(compiled, str(tmp_path / 'compiled'), str(folder), stop_after=1)
+    resumed = fit(compiled, str(tmp_path / 'compiled'), str(folder))
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] > 0
+    assert {**plain, 'seconds': 0} == {**resumed, 'seconds': 0}
+    for key in ('state_dict', 'state_dict_ema'):
+        assert same(weights(tmp_path / 'plain', key), weights(tmp_path / 'compiled', key))
+
+
 def test_rows_of_a_seed_start_equal_and_see_the_same_images(folder, tmp_path):
     nets = [create_network(FitConfig.from_dict({**TINY, 'recipe': recipe, 'model': 'el_resnet26', 'seed': 3}))
             for recipe in ('baseline', 'el_3', 'el_4', 'el_6', 'first_el_minus')]
@@ -143,6 +157,7 @@ def test_a_run_with_other_arguments_is_not_resumed(folder, tmp_path, changes, me
     (dict(epochs=True), 'epochs: found True'),
     (dict(input_size=[3, 'x', 3]), 'input_size'),
     (dict(amp=True, amp_dtype='float16'), "amp_dtype: found 'float16', expected 'bfloat16'"),
+    (dict(torchcompile='inductr'), "torchcompile: found 'inductr', expected a backend of torch.compile: .*inductor"),
     (dict(sched='plateau'), "sched: found 'plateau'.*'constant'"),
     (dict(stages=[dict(name='a'), dict(name='a')]), "stages: found the name 'a'"),
     (dict(stages=[dict(name='a', initial_stage='b')]), "initial_stage: found 'b', expected an earlier stage"),

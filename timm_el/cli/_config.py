@@ -6,6 +6,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+import torch
 import yaml
 
 Recipe = Union[str, Dict[str, Any]]
@@ -42,6 +43,7 @@ class FitConfig:
         kd_loss_type, attention_loss_weight, match_layers, attention_norm: As for `training.DistillationTask`.
         distill_loss_weight: Weight of the logit term; used if there is a teacher.
         amp, amp_dtype: Train under autocast, in bfloat16, where gradients need no scaling; validation is in float32.
+        torchcompile: Backend of `torch.compile` for training, as 'inductor'; validation runs the model as it is.
         clip_latent: Clip latent weights to +- this after each step, None not to.
         telemetry_interval: Steps between two records of `training.Telemetry`, beside that at the end of each epoch.
 
@@ -84,6 +86,7 @@ class FitConfig:
     smoothing: float = 0.0
     amp: bool = False
     amp_dtype: str = 'bfloat16'
+    torchcompile: Optional[str] = None
     clip_latent: Optional[float] = None
     model_ema: bool = False
     model_ema_decay: float = 0.9998
@@ -120,6 +123,10 @@ class FitConfig:
                     f'name of a pretrained model in teacher stands alone')
         if self.amp_dtype != 'bfloat16':
             raise ValueError(f"amp_dtype: found {self.amp_dtype!r}, expected 'bfloat16'; train.py has float16")
+        if self.torchcompile is not None and self.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+            raise ValueError(
+                f'torchcompile: found {self.torchcompile!r}, expected a backend of torch.compile: '
+                f'{", ".join(torch.compiler.list_backends())}')
         if self.sched in ('plateau', 'none'):  # it depends on what was measured; there is none
             raise ValueError(f"sched: found {self.sched!r}, expected another of timm's schedulers, such as 'constant'")
 

@@ -21,7 +21,7 @@ from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
-from timm.utils import CheckpointSaver, random_seed
+from timm.utils import CheckpointSaver, random_seed, unwrap_model
 
 from ..training import DistillationTask, JsonLines, Telemetry, clip_latent_weights
 from . import create
@@ -61,18 +61,23 @@ def create_task(config: FitConfig, device: torch.device) -> TrainingTask:
     model = create_network(config).to(device, memory_format=torch.channels_last)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.smoothing)
     if config.teacher is None and not config.attention_loss_weight:
-        return ClassificationTask(model, criterion, device=device, verbose=False)
-    return DistillationTask(
-        model, _create_teacher(config), attention_loss_weight=config.attention_loss_weight,
-        match_layers=config.match_layers, attention_norm=config.attention_norm, loss_type=config.kd_loss_type,
-        criterion=criterion, task_loss_weight=config.task_loss_weight, distill_loss_weight=config.distill_loss_weight,
-        temperature=config.kd_temperature, device=device, verbose=False).to(device)
+        task = ClassificationTask(model, criterion, device=device, verbose=False)
+    else:
+        task = DistillationTask(
+            model, _create_teacher(config), attention_loss_weight=config.attention_loss_weight,
+            match_layers=config.match_layers, attention_norm=config.attention_norm, loss_type=config.kd_loss_type,
+            criterion=criterion, task_loss_weight=config.task_loss_weight,
+            distill_loss_weight=config.distill_loss_weight, temperature=config.kd_temperature, device=device,
+            verbose=False).to(device)
+    if config.torchcompile is not None:
+        task.compile(backend=config.torchcompile)
+    return task
 
 
 @torch.inference_mode()
 def evaluate(task: TrainingTask, images, device: torch.device) -> Dict[str, float]:
     """Loss and top-1 in percent, of the averaged weights where there are such."""
-    model = task.get_eval_model(ema=task.has_ema()).eval()
+    model = unwrap_model(task.get_eval_model(ema=task.has_ema())).eval()
     evaluator = task.create_evaluator()
     for x, y in images.epoch(0):
         evaluator.update(model(x.to(device)), y.to(device))
@@ -125,7 +130,7 @@ def fit(
     last, device = os.path.join(output, 'last.pth.tar'), torch.device(device)
     check_resumable(config, output)
     task = create_task(config, device)
-    model = task.get_trainable_module()
+    model = unwrap_model(task.get_trainable_module())
     os.makedirs(output, exist_ok=True)
     with open(os.path.join(output, 'args.yaml'), 'w') as f:
         yaml.safe_dump(config.to_dict(), f, sort_keys=False)
