@@ -1,4 +1,5 @@
 """Shared helpers: images, randomised batch norms, and the models that this package registers."""
+import os
 from typing import Iterable, List
 
 import numpy as np
@@ -10,6 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import timm_el
+
+# The tests' nets are small, and threads that wait for work keep others from theirs: one here and in what tests start.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
 
 def with_slow(default: Iterable, slow: Iterable) -> List:
