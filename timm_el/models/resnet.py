@@ -171,7 +171,7 @@ default_cfgs = generate_default_cfgs({
     'el_resnet18.untrained': _cfg(),
     'el_resnet20.untrained': _cfg(input_size=(3, 32, 32), pool_size=(8, 8), **CIFAR10),
     'el_resnet26.cifar10': _cfg(
-        file=bundled_file('el_resnet26.cifar10'), input_size=(3, 32, 32), pool_size=(1, 1), **CIFAR10),
+        file=bundled_file('el_resnet26.cifar10'), input_size=(3, 64, 64), pool_size=(2, 2), **CIFAR10),
     'el_resnet26.untrained*': _cfg(),  # behind the one with weights, or that one would be the default
     'el_resnet34.untrained': _cfg(),
     'el_resnet50.cifar10': _cfg(
