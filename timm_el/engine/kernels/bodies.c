@@ -17,7 +17,13 @@ static const el_body *const bodies[] = {
 };
 #define N_BODIES ((int)(sizeof bodies / sizeof *bodies))
 
+#ifndef EL_HASH
+#define EL_HASH ""
+#endif
+
 int el_abi(void) { return EL_ABI; }
+
+const char *el_hash(void) { return EL_HASH; }
 
 const char *el_bodies(void) {
     static char names[64];

@@ -129,6 +129,7 @@ void *el_scratch(int slot, size_t bytes);
 #define EL_HUGE_PAGE ((size_t)2 << 20)
 
 EL_API int el_abi(void);
+EL_API const char *el_hash(void);             /* EL_HASH, which the build defines: of the sources it was given */
 EL_API const char *el_bodies(void);           /* names of the bodies that this processor runs, best first */
 EL_API int el_use(const char *name);          /* EL_BAD_PLAN if the processor does not run it */
 EL_API const char *el_active(void);
