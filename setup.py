@@ -1,55 +1,93 @@
-"""Builds the engine's kernels where there is a C compiler. Everything else about the package is in pyproject.toml.
+"""Build the engine's kernels with the package. Everything else about it is in pyproject.toml.
 
-The result is a plain shared library, loaded with ctypes: one wheel a platform serves every Python and torch. Without a
-compiler the wheel is pure Python, and the engine runs its reference.
+The result is a plain shared library, loaded with ctypes: one wheel of a platform serves every Python and torch.
+
+    TIMM_EL_NATIVE=0    build without the library
+    TIMM_EL_TARGET=...  build for another platform, with Zig (a key of TARGETS in build_tools/el_compile.py)
 """
+import os
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
-KERNELS = Path('timm_el/engine/kernels')
-SOURCES = [str(KERNELS / f'{name}.c') for name in (
-    'bodies', 'plan', 'rows', 'conv', 'chain', 'threads', 'portable', 'avx2', 'avx512', 'neon')]
-SUFFIX = {'win32': '.dll', 'darwin': '.dylib'}.get(sys.platform, '.so')
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / 'build_tools'))
+import el_compile  # noqa: E402
+
+ENGINE = Path('timm_el', 'engine')
+TARGET = os.environ.get('TIMM_EL_TARGET')
+
+
+class CleanBuild(build):
+    """Empty the build folder first: a wheel must not hold files of an earlier state of the sources."""
+
+    def run(self):
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class BuildKernels(build_ext):
-    """Compiles with the flags of kernels/flags.txt, which the test driver uses too, and goes on without a compiler."""
+    """Build the library into the package and, unless it is for another platform, beside its sources too.
+
+    `python -m timm_el` in a checkout imports the sources, so the library has to be there as well. Where nothing can be
+    built, a text file says why.
+    """
 
     def get_ext_filename(self, fullname):
-        return str(Path(*fullname.split('.'))) + SUFFIX
+        abi = el_compile.load_abi()
+        return str(ENGINE / (f'_native{el_compile.TARGETS[TARGET].suffix}' if TARGET else abi.LIBRARY))
 
     def get_export_symbols(self, ext):
         return None
 
     def build_extension(self, ext):
-        flags = [flag for line in (KERNELS / 'flags.txt').read_text().splitlines() for flag in line.split()]
-        ext.extra_compile_args = [*flags, '-fvisibility=hidden']
-        ext.extra_link_args = ['-pthread', '-lm']
+        abi, engine = el_compile.load_abi(), Path(self.build_lib) / ENGINE
+        library = Path(self.build_lib, self.get_ext_filename(ext.name))
+        reason = engine / abi.REASON
+        for path in (library, reason):
+            path.unlink(missing_ok=True)
         try:
-            super().build_extension(ext)
-        except Exception as e:  # no compiler, or one that does not know these flags
-            print(f'timm_el: the kernels were not built ({e}); the engine will run its reference')
+            compiler = el_compile.find_compiler(TARGET)
+        except el_compile.NoCompiler as e:
+            print(f'timm_el: the kernels are not built: {e}')
+            engine.mkdir(parents=True, exist_ok=True)
+            reason.write_text(f'{e}\n')
+        else:
+            print(f'timm_el: the kernels are built by {" ".join(compiler.command)}')
+            el_compile.compile_library(compiler, library, Path(self.build_temp))
+        if not TARGET:
+            self._copy_beside_sources(library, reason)
+
+    def _copy_beside_sources(self, *products):
+        for path in products:
+            beside = ROOT / ENGINE / path.name
+            if path.resolve() == beside:
+                continue
+            beside.unlink(missing_ok=True)
+            if path.exists():
+                shutil.copy2(path, beside.with_suffix('.part'))
+                os.replace(beside.with_suffix('.part'), beside)  # a process may run the old one
 
     def copy_extensions_to_source(self):
-        for ext in self.extensions:
-            built = Path(self.build_lib, self.get_ext_filename(ext.name))
-            if built.exists():
-                self.copy_file(str(built), self.get_ext_filename(ext.name))
+        pass  # done
 
 
 class PlatformWheel(bdist_wheel):
-    """py3-none-PLATFORM with the library, py3-none-any without."""
+    """Tag a wheel py3-none-PLATFORM if the library is in it, py3-none-any if not."""
 
     def get_tag(self):
-        built = any(Path(self.bdist_dir).rglob('_native' + SUFFIX))
-        return ('py3', 'none', super().get_tag()[2] if built else 'any')
+        built = any(path.suffix != '.txt' for path in Path(self.bdist_dir).rglob('_native.*'))
+        if not built:
+            return 'py3', 'none', 'any'
+        return 'py3', 'none', el_compile.TARGETS[TARGET].tag if TARGET else super().get_tag()[2]
 
 
 setup(
-    ext_modules=[Extension('timm_el.engine._native', SOURCES, depends=[str(p) for p in KERNELS.glob('*.h')])],
-    cmdclass={'build_ext': BuildKernels, 'bdist_wheel': PlatformWheel},
+    ext_modules=[Extension('timm_el.engine._native', [])],
+    cmdclass={'build': CleanBuild, 'build_ext': BuildKernels, 'bdist_wheel': PlatformWheel},
 )

@@ -2,8 +2,6 @@
 import os
 import shutil
 import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -75,27 +73,3 @@ def test_the_neon_body_is_right_under_an_emulator(tmp_path):
     program = build(tmp_path, 'aarch64-linux-gnu-gcc', '-static')
     out = run('qemu-aarch64', program, '400', '3', 'nofork')
     assert 'bodies neon portable: 0 wrong' in out
-
-
-def wheel(tmp_path: Path, **environment: str) -> zipfile.ZipFile:
-    source = tmp_path / 'source'
-    ignored = shutil.ignore_patterns('.git', 'build', '*.egg-info', '_native.*', '__pycache__')
-    shutil.copytree(ROOT, source, ignore=ignored)
-    run(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', str(tmp_path), str(source), **environment)
-    return zipfile.ZipFile(next(tmp_path.glob('*.whl')))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not CC, reason='no C compiler: the engine runs its reference')
-def test_a_wheel_of_a_platform_holds_the_library(tmp_path):
-    with wheel(tmp_path) as archive:
-        assert '-py3-none-' in archive.filename and not archive.filename.endswith('-any.whl')
-        assert any('engine/_native' in name for name in archive.namelist())
-
-
-@pytest.mark.slow
-def test_a_wheel_made_without_a_compiler_is_for_any_platform(tmp_path):
-    with wheel(tmp_path, CC=str(tmp_path / 'no-such-compiler')) as archive:
-        assert archive.filename.endswith('-py3-none-any.whl')
-        assert not any('_native' in name for name in archive.namelist())
-        assert any(name.endswith('engine/reference.py') for name in archive.namelist())

@@ -139,8 +139,12 @@ def deploy(
         TypeError: `model` is not a module.
         ValueError: It is in training mode, not on the CPU, not float32, scripted, compiled, wrapped or already
             deployed; it has no binary unit, or one whose weights are still real.
+
+    Warns:
+        SlowEngineWarning: Once in a process, if the kernels of this processor do not run and nobody asked for that.
     """
     _refuse_unfit(model, float_dtype)
+    native.warn_if_slow()
     with torch.inference_mode(False), torch.no_grad():  # buffers that count what is written to them
         return _deployed(model, float_dtype, fuse_blocks)
 

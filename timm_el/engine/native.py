@@ -1,65 +1,73 @@
 """The native library: found, loaded and asked once. Importing this cannot fail; `info()` says what came of it."""
 import ctypes
 import functools
+import importlib.metadata
 import os
-import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import torch
 
-__all__ = ['info', 'use_isa', 'library', 'chip_rate', 'count_rate', 'Plan', 'Step', 'Window']
+from . import abi
+from .abi import Plan, Step, Window
 
-ABI = 2
-NAME = {'win32': '_native.dll', 'darwin': '_native.dylib'}.get(sys.platform, '_native.so')
+__all__ = [
+    'Plan', 'SlowEngineWarning', 'Step', 'Window', 'chip_rate', 'count_rate', 'info', 'library', 'use_isa',
+    'warn_if_slow',
+]
+
 REFERENCE = 'reference'
+PORTABLE = 'portable'
 
 
-class Window(ctypes.Structure):
-    """`el_window` of engine.h."""
-    _fields_ = [(n, ctypes.c_int32) for n in ('kh', 'kw', 'sh', 'sw', 'ph', 'pw', 'dh', 'dw')]
-
-
-class Plan(ctypes.Structure):
-    """`el_plan` of engine.h."""
-    _fields_ = [
-        *[(n, ctypes.c_int32) for n in ('n', 'h', 'w', 'c_in', 'oh', 'ow', 'c_out')],
-        ('conv', Window),
-        *[(n, ctypes.c_int32) for n in (
-            'groups', 'pad_value', 'real', 'is_pool', 'has_k', 'act', 'has_affine', 'has_post', 'link', 'link_pool',
-            'link_h', 'link_w', 'link_c')],
-        ('pool', Window),
-        ('table_stride', ctypes.c_int32),
-        *[(n, ctypes.c_float) for n in ('lo', 'hi', 'inverse_gamma')],
-        *[(n, ctypes.c_void_p) for n in ('table', 'threshold', 'flip', 'weight', 'tap_sums')],
-    ]
-
-
-class Step(ctypes.Structure):
-    """`el_step` of engine.h."""
-    _fields_ = [('plan', ctypes.c_void_p), ('source', ctypes.c_int32), ('added', ctypes.c_int32)]
+class SlowEngineWarning(UserWarning):
+    """The engine runs without the kernels of this processor, and nobody asked for that."""
 
 
 _lib: Optional[ctypes.CDLL] = None
 _reason = ''
+_asked = False  # the body, or the reference, was chosen by name
+_warned = False
 _generation = 0  # changes with the body: weights laid out for another one are no longer valid
 
 
-def _load() -> None:
-    global _lib, _reason
-    path = Path(__file__).with_name(NAME)
-    if not path.exists():
-        _reason = f'{NAME} is not there: no C compiler was found when timm_el was installed'
-        return
+def _places() -> Iterator[Path]:
+    """Yield the files that may be the library: beside this file, then in each installed timm-el.
+
+    A checkout that was never installed itself finds the library of the timm-el that was.
+    """
+    yield Path(__file__).with_name(abi.LIBRARY)
+    for distribution in importlib.metadata.distributions(name='timm-el'):
+        yield Path(str(distribution.locate_file(f'timm_el/engine/{abi.LIBRARY}')))
+
+
+def _why_missing() -> str:
+    """Return why there is no library, as the build wrote it down."""
+    try:
+        return Path(__file__).with_name(abi.REASON).read_text().strip()
+    except OSError:
+        return (f'{abi.LIBRARY} is not there: this is a source folder that was not installed; '
+                f'run `pip install -e .` in it')
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Open a library and declare its functions.
+
+    Raises:
+        OSError: It does not load, or is built from other sources than those beside this file.
+    """
     try:
         lib = ctypes.CDLL(str(path))
-        found = lib.el_abi()
+        lib.el_hash.restype = ctypes.c_char_p
+        found = lib.el_hash().decode()
     except (OSError, AttributeError) as e:
-        _reason = f'{NAME} does not load ({e}); install timm_el again'
-        return
-    if found != ABI:
-        _reason = f'{NAME} is of another version ({found}, expected {ABI}); install timm_el again'
-        return
+        raise OSError(f'{path} does not load ({e}); install timm_el again') from None
+    expected = abi.source_hash()
+    if found != expected:
+        raise OSError(
+            f'{path} was built from other sources ({found[:8]}, expected {expected[:8]}); install timm_el again')
     plan = ctypes.POINTER(Plan)
     for name, result, arguments in (
             ('el_bodies', ctypes.c_char_p, ()), ('el_active', ctypes.c_char_p, ()),
@@ -75,10 +83,33 @@ def _load() -> None:
             ('el_count_time', ctypes.c_double, (ctypes.c_int,) * 4)):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
-    _lib = lib
-    wanted = os.environ.get('TIMM_EL_ISA', '')
+    return lib
+
+
+def _find() -> None:
+    """Set `_lib` to the first library that can be used, else `_reason` to why there is none."""
+    global _lib, _reason
+    refused = []
+    for path in _places():
+        if not path.exists():
+            continue
+        try:
+            _lib = _open(path)
+            return
+        except OSError as e:
+            refused.append(str(e))
+    _reason = refused[0] if refused else _why_missing()
+
+
+def _load() -> None:
+    """Find the library and choose the body that TIMM_EL_ISA names."""
+    global _lib, _reason
+    wanted = os.environ.get('TIMM_EL_ISA') or None
+    _find()
+    if _lib is None and wanted != REFERENCE:
+        return
     try:
-        use_isa(wanted or None)
+        use_isa(wanted)
     except ValueError as e:
         _lib, _reason = None, f'TIMM_EL_ISA: {e}'
 
@@ -95,36 +126,45 @@ def use_isa(name: Optional[str] = None) -> None:
     another thread runs a deployed model.
 
     Raises:
-        ValueError: The processor does not run it, or it is unknown.
+        ValueError: The processor does not run it, or it is unknown, or there is no library.
     """
-    global _lib, _reason, _generation
+    global _lib, _reason, _generation, _asked
     if name == REFERENCE:
-        _lib, _reason = None, f'{REFERENCE} was asked for'
+        _lib, _reason, _asked = None, f'{REFERENCE} was asked for', True
         _generation += 1
         return
     if _lib is None:
-        _load_again(name)
-        return
+        _find()
+        if _lib is None:
+            if name is not None:
+                raise ValueError(f'found {name!r}, but {_reason}')
+            _asked = False
+            return
     known = _bodies()
     if name is not None and name not in known:
         raise ValueError(f'found {name!r}, expected one of {", ".join((*known, REFERENCE))} on this processor')
     _lib.el_use((name or known[0]).encode())
     _generation += 1
-    _reason = 'asked for' if name else 'the best one that this processor runs'
+    _reason, _asked = 'asked for' if name else 'the best one that this processor runs', name is not None
 
 
-def _load_again(name: Optional[str]) -> None:
-    before = os.environ.pop('TIMM_EL_ISA', None)
-    try:
-        _load()
-        if _lib is None:
-            if name is not None:
-                raise ValueError(f'found {name!r}, but {_reason}')
-        elif name is not None:
-            use_isa(name)
-    finally:
-        if before is not None:
-            os.environ['TIMM_EL_ISA'] = before
+def warn_if_slow() -> None:
+    """Warn once in a process if the reference or the portable body runs without having been asked for.
+
+    The warning is a `SlowEngineWarning`.
+    """
+    global _warned
+    found = info()
+    if _warned or _asked or found['body'] not in (REFERENCE, PORTABLE):
+        return
+    _warned = True
+    if found['body'] == PORTABLE:
+        why = 'timm_el has no kernels for this processor, so the portable ones run, several times slower'
+    else:
+        why = f'the native kernels do not run, and deployed networks are slower than the latent ones: {found["reason"]}'
+    warnings.warn(
+        f'{why}. timm_el.engine.info() says more; timm_el.engine.use_isa({found["body"]!r}) or '
+        f'TIMM_EL_ISA={found["body"]} asks for this on purpose', SlowEngineWarning, stacklevel=3)
 
 
 def library() -> Optional[ctypes.CDLL]:
