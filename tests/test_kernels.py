@@ -1,5 +1,6 @@
 """The C sources by themselves: warnings are errors, their own driver finds nothing wrong, sanitizers neither."""
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import timm_el
+from timm_el.engine import native
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / 'timm_el' / 'engine' / 'kernels'
@@ -49,6 +51,18 @@ def test_the_driver_sees_a_wrong_kernel(tmp_path):
     subprocess.run([CC, *FLAGS, '-o', program, *map(str, wrong.glob('*.c')), '-lm'], check=True)
     result = subprocess.run([program, '40'], capture_output=True, text=True)
     assert result.returncode == 1 and 'differs' in result.stdout
+
+
+CPU_BITS = {  # EL_CPU_... of engine.h: flags of /proc/cpuinfo that each asks for
+    1: 'avx avx2 fma popcnt', 2: 'avx512f avx512bw avx512vl avx512dq', 4: 'avx512_vpopcntdq', 8: 'avx512_vnni',
+    16: 'asimd', 32: 'asimddp'}
+
+
+@pytest.mark.skipif(not (CC and Path('/proc/cpuinfo').exists()), reason='compares with what Linux tells of the processor')
+def test_the_features_of_the_processor_are_those_that_linux_tells():
+    flags = set(re.search(r'^(?:flags|Features)\s*: (.*)', Path('/proc/cpuinfo').read_text(), re.M)[1].split())
+    expected = sum(bit for bit, names in CPU_BITS.items() if flags.issuperset(names.split()))
+    assert native.library().el_cpu() == expected
 
 
 SANITIZERS = {

@@ -190,7 +190,7 @@ static void dot_depthwise(const float *const *taps, int n_taps, const float *wei
     }
 }
 
-static int supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static int supported(void) { return (el_cpu() & EL_CPU_AVX2) != 0; }
 
 static double chip_rate(void) {
     enum { N = 12, ROUNDS = 2000000 };

@@ -128,7 +128,18 @@ void *el_scratch(int slot, size_t bytes);
 
 #define EL_HUGE_PAGE ((size_t)2 << 20)
 
+/* cpu.c: what this processor and its operating system run. */
+enum {
+    EL_CPU_AVX2 = 1,       /* and FMA and POPCNT */
+    EL_CPU_AVX512 = 2,     /* F, BW, VL and DQ, besides AVX2 */
+    EL_CPU_VPOPCNTDQ = 4,  /* besides AVX512 */
+    EL_CPU_VNNI = 8,       /* the same */
+    EL_CPU_NEON = 16,
+    EL_CPU_DOTPROD = 32
+};
+
 EL_API int el_abi(void);
+EL_API uint32_t el_cpu(void);                 /* bits of EL_CPU_... */
 EL_API const char *el_hash(void);             /* EL_HASH, which the build defines: of the sources it was given */
 EL_API const char *el_bodies(void);           /* names of the bodies that this processor runs, best first */
 EL_API int el_use(const char *name);          /* EL_BAD_PLAN if the processor does not run it */

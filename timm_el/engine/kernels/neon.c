@@ -122,7 +122,7 @@ static void dot_depthwise(const float *const *taps, int n_taps, const float *wei
     }
 }
 
-static int supported(void) { return 1; }
+static int supported(void) { return (el_cpu() & EL_CPU_NEON) != 0; }
 
 static double chip_rate(void) {
     enum { N = 16, ROUNDS = 2000000 };
