@@ -58,7 +58,7 @@ CPU_BITS = {  # EL_CPU_... of engine.h: flags of /proc/cpuinfo that each asks fo
     16: 'asimd', 32: 'asimddp'}
 
 
-@pytest.mark.skipif(not (CC and Path('/proc/cpuinfo').exists()), reason='compares with what Linux tells of the processor')
+@pytest.mark.skipif(not (CC and Path('/proc/cpuinfo').exists()), reason='compares with what Linux tells')
 def test_the_features_of_the_processor_are_those_that_linux_tells():
     flags = set(re.search(r'^(?:flags|Features)\s*: (.*)', Path('/proc/cpuinfo').read_text(), re.M)[1].split())
     expected = sum(bit for bit, names in CPU_BITS.items() if flags.issuperset(names.split()))
