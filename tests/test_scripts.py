@@ -204,20 +204,22 @@ def test_imagenet_is_read_from_folders_shards_and_streams(scripts, imagenet, tmp
     assert '[   3/4 (100%)]' in log and 'Test: [   0/0]' in log  # 4 batches of 8 images, then one
 
 
-def test_the_cifar10_job_goes_on_where_it_was_stopped(scripts, images, tmp_path):
+@pytest.mark.parametrize('tag, last_label', [('cifar10', 'truck'), ('imagenette', 'parachute')])
+def test_a_job_of_weights_goes_on_where_it_was_stopped(scripts, images, tmp_path, tag, last_label):
     """Two runs of the job: the first ends early, the second takes up its checkpoint; a third has nothing to train."""
     def job(epochs: int) -> str:
         path = os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']])
         result = run(
-            'bash', ROOT / 'train_cfgs' / 'cifar10.sh', images, tmp_path / 'out', '--device', 'cpu', '--workers', '0',
+            'bash', ROOT / 'train_cfgs' / f'{tag}.sh', images, tmp_path / 'out', '--device', 'cpu', '--workers', '0',
             '-b', '16', '--input-size', '3', '32', '32', '--warmup-epochs', '0', '--epochs', epochs,
-            '--model-kwargs', *NET_ARGS, cwd=tmp_path,
-            env={'NETS': 'el_resnet26', 'TIMM_SCRIPTS': str(scripts), 'PATH': path})
+            '--torchcompile=', '--model-kwargs', *NET_ARGS, cwd=tmp_path,
+            env={'NETS': 'el_resnet26', 'SIZES': '32 48', 'TIMM_SCRIPTS': str(scripts), 'PATH': path})
         return result.stdout + result.stderr
 
     job(1)
     saved = checkpoint(tmp_path / 'out' / 'el_resnet26')
-    for name in ('finished', 'eval.json'):  # as if it had been stopped before the end
+    # As if it had been stopped before the end.
+    for name in ('finished', 'eval.json', 'latent_32.json', 'latent_48.json'):
         (tmp_path / 'out' / 'el_resnet26' / name).unlink()
     shutil.rmtree(tmp_path / 'out' / 'hub')
     log = job(2)
@@ -226,9 +228,12 @@ def test_the_cifar10_job_goes_on_where_it_was_stopped(scripts, images, tmp_path)
     assert 'Train: ' not in job(2)
     found = json.loads((tmp_path / 'out' / 'el_resnet26' / 'eval.json').read_text())
     assert list(found['forms']) == ['latent', 'packed', 'deployed'] and found['images'] == 40
-    model = timm_el.from_hub(tmp_path / 'out' / 'hub' / 'el_resnet26.cifar10')
-    assert model.pretrained_cfg['tag'] == 'cifar10' and model.pretrained_cfg['label_names'][9] == 'truck'
-    card = (tmp_path / 'out' / 'hub' / 'el_resnet26.cifar10' / 'README.md').read_text()
+    model = timm_el.from_hub(tmp_path / 'out' / 'hub' / f'el_resnet26.{tag}')
+    assert model.pretrained_cfg['tag'] == tag and model.pretrained_cfg['label_names'][9] == last_label
+    by_size = {size: json.loads((tmp_path / 'out' / 'el_resnet26' / f'latent_{size}.json').read_text())['forms'][
+        'latent']['top1'] for size in (32, 48)}
+    assert found['size'] == max(by_size, key=by_size.get) == model.pretrained_cfg['input_size'][-1]
+    card = (tmp_path / 'out' / 'hub' / f'el_resnet26.{tag}' / 'README.md').read_text()
     assert '| epoch | training loss | loss | top-1 |\n|---|---|---|---|\n| 0 |' in card and '\n| 1 | ' in card
 
 
