@@ -365,10 +365,10 @@ def test_a_report_pairs_seeds_and_says_what_it_cannot():
 
 
 @pytest.mark.parametrize('results', RESULTS, ids=lambda path: path.stem)
-def test_the_readme_shows_what_the_report_prints(results):
+def test_recorded_results_are_runs_of_their_table(results):
     table = load_config(str(ROOT / 'train_cfgs' / 'fit' / f'{results.stem}.yaml'))
     lines = JsonLines.read(results)
-    assert ablate.report(table, lines) in (ROOT / 'README.md').read_text()
+    assert 'not run' not in ablate.report(table, lines)
     assert len({(line['row'], line['seed']) for line in lines}) == len(lines)
     assert {line['row'] for line in lines} <= set(ablate.plan_rows(table))
     assert {line['epochs'] for line in lines} == {table['epochs']}

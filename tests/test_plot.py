@@ -1,8 +1,7 @@
-"""The pictures: what they show, what they refuse, and that the README shows each beside the command that makes it."""
+"""The pictures: what they show, and what they refuse."""
 import argparse
 import math
 import pathlib
-import re
 
 import pytest
 import timm
@@ -17,13 +16,11 @@ from timm_el.cli.fit import fit
 from timm_el.cli.nets import Net
 from timm_el.cli.photos import prepare, read
 from timm_el.cli.pictures import estimators, features, gamma, tradeoff, training
-from timm_el.cli.plot import PICTURES
 from timm_el.quantizers import QUANTIZERS
 from timm_el.training import JsonLines
 
 # timm's dataset leaves the files of images for the interpreter to close.
 pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 HEAD = 'epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n'
 
 
@@ -180,13 +177,3 @@ def test_tradeoff_shows_packed_size_and_the_cards_top1(trained):
     assert tradeoff.size_mb(host) == pytest.approx(4 * 11.7, rel=0.01)
     with pytest.raises(ValueError, match='resnet18: no top-1 is recorded beside its weights; add --data-dir'):
         draw(tradeoff, 'resnet18', '--rounds', 1)
-
-
-def test_every_committed_picture_is_in_the_readme_beside_its_command():
-    text = (ROOT / 'README.md').read_text()
-    files = sorted((ROOT / 'assets').iterdir())
-    assert files
-    for file in files:
-        assert file.stat().st_size < 150_000
-        command = re.search(rf'python -m timm_el plot (\w+) .*--output assets/{file.name}', text)
-        assert command and command[1] in PICTURES and f'](assets/{file.name})' in text, file
