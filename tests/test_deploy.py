@@ -748,3 +748,46 @@ def test_another_default_dtype_is_no_matter():
             assert torch.equal(timm_el.deploy(latent)(x), expected)
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What other programs do with a network
+
+# Stems with and without the engine's convolution, blocks that are joined and blocks that are not, norms that fold and
+# norms that do not, dropout, shortcuts that pool, convolutions whose padding depends on the image.
+HOSTS = ['el_resnet26', 'el_mobilenet_v1', 'test_resnet', 'test_efficientnet_ln', 'test_convnext']
+MORE_HOSTS = [
+    'el_resnet18', 'el_reactnet_c', 'resnet18', 'efficientnet_b0', 'tf_efficientnetv2_b0', 'regnetx_002',
+    'convnext_atto', 'densenet121', 'test_byobnet', 'test_efficientnet', 'test_efficientnet_evos', 'test_mambaout',
+    'test_nfnet']
+EACH_HOST = with_slow(HOSTS, MORE_HOSTS)
+SMALL = {'el_resnet26': dict(layers=[1, 1, 1, 1], channels=[16, 16, 32, 32])}
+
+
+def host(name: str, **kwargs) -> nn.Module:
+    """A latent network: a registered model, or one of timm's, converted."""
+    kwargs = {**SMALL.get(name, {}), **kwargs}
+    if name.startswith('el_'):
+        return net(name, **kwargs)
+    torch.manual_seed(0)
+    return randomise(timm_el.binarize(timm.create_model(name, **kwargs))).eval()
+
+
+def image(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(1, 3, *(size or (64, 64)), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize('name', EACH_HOST)
+def test_a_memory_format_and_the_dtype_and_device_that_it_has_are_no_matter(name):
+    deployed, x = timm_el.deploy(host(name)), image()
+    state = copy.deepcopy(deployed.state_dict())
+    with torch.no_grad():
+        expected = deployed(x)
+        for arguments, options in (
+                ((), dict(memory_format=torch.channels_last)), (('cpu',), dict(memory_format=torch.channels_last)),
+                ((torch.float32,), {}), ((), dict(memory_format=torch.contiguous_format)),
+                (('cpu', torch.float32), dict(memory_format=torch.channels_last))):
+            assert deployed.to(*arguments, **options) is deployed
+            found = deployed(x.to(memory_format=torch.channels_last))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(deployed.state_dict(), state, rtol=0, atol=0)

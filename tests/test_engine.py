@@ -371,7 +371,7 @@ def test_sizes_beyond_any_image_are_refused():
     for window in (Window((2, 2), (1, 1), (far, far), (far, far)), Window((1, 1), (2 ** 32 + 1, 1)),
                    Window((1, 1), (1, 1), (2 ** 31, 0))):
         spec = ConvSpec(128, 8, window)
-        weight = torch.zeros(1, 1, window.kernel[0] * window.kernel[1] * 2, 8, 8, dtype=torch.uint8)
+        weight = torch.zeros(1, window.kernel[0] * window.kernel[1] * 2, 64, dtype=torch.uint8)
         table = torch.zeros(2, table_stride(8))
         for body in (None, 'reference'):
             engine.use_isa(body)
@@ -562,3 +562,12 @@ def test_a_chain_notices_that_a_weight_is_another_one_at_the_same_address():
             changed = [*tensors]
             changed[4] = weight.clone()
             assert same(found, ops.chain(x, changed, *rest)), body
+
+
+@settings(max_examples=30, **_SETTINGS)
+@given(cases())
+def test_a_stored_weight_is_no_image_for_torch(case):
+    """`Module.to(memory_format=...)` rearranges tensors of four axes and refuses some of five."""
+    real, spec, *_ = case
+    stored = store(torch.randn(spec.c_out, spec.c_in // spec.groups, *spec.conv.kernel), spec, real)
+    assert stored.dim() in (2, 3) and stored.is_contiguous()

@@ -1,9 +1,11 @@
 """How the engine stores weights: in the order in which its kernels read them, once.
 
-Binary, full or grouped: (groups, blocks, words, 8, 8) bytes. In a block are 8 output channels side by side, word by
-word; a word is 64 input channels of one tap, taps in rows, bit order as in `bits`. Binary, depthwise: (taps, bytes),
-channels along the bits. Real, full: (blocks, taps * channels, 64) floats, 64 output channels side by side. Real,
-depthwise: (taps, channels). What is missing to a full word, block or vector is zero. Words are little-endian.
+Binary, full or grouped: (blocks, words, 64) bytes, the blocks of one group after the other's. In a block are 8 output
+channels side by side, word by word; a word is 8 bytes, 64 input channels of one tap, taps in rows, bit order as in
+`bits`. Binary, depthwise: (taps, bytes), channels along the bits. Real, full: (blocks, taps * channels, 64) floats, 64
+output channels side by side. Real, depthwise: (taps, channels). What is missing to a full word, block or vector is
+zero. Words are little-endian. None has four or five axes, because torch takes those for images, whose memory format
+`model.to(memory_format=...)` changes.
 """
 from typing import Tuple
 
@@ -29,7 +31,7 @@ def stored_shape(spec: ConvSpec, real: bool) -> Tuple[int, ...]:
         return (spec.taps, _up(spec.c_out, 16)) if real else (spec.taps, _up(spec.c_out, 64) // 8)
     if real:
         return _up(spec.c_out, REAL_BLOCK) // REAL_BLOCK, spec.taps * channels, REAL_BLOCK
-    return spec.groups, _up(outputs, BLOCK) // BLOCK, spec.taps * (_up(channels, 64) // 64), BLOCK, WORD
+    return spec.groups * (_up(outputs, BLOCK) // BLOCK), spec.taps * (_up(channels, 64) // 64), BLOCK * WORD
 
 
 def store(weight: torch.Tensor, spec: ConvSpec, real: bool) -> torch.Tensor:
@@ -46,9 +48,9 @@ def store(weight: torch.Tensor, spec: ConvSpec, real: bool) -> torch.Tensor:
         rows = F.pad(rows.flatten(1), (0, 0, 0, shape[0] * REAL_BLOCK - spec.c_out))
         return rows.unflatten(0, (shape[0], REAL_BLOCK)).transpose(1, 2).contiguous()
     packed = pack_signs(rows)
-    packed = F.pad(packed, (0, -packed.shape[-1] % WORD)).reshape(spec.groups, -1, shape[2], WORD)
-    packed = F.pad(packed, (0, 0, 0, 0, 0, shape[1] * BLOCK - packed.shape[1]))
-    return packed.unflatten(1, (shape[1], BLOCK)).transpose(2, 3).contiguous()
+    packed = F.pad(packed, (0, -packed.shape[-1] % WORD)).reshape(spec.groups, -1, shape[1], WORD)
+    packed = F.pad(packed, (0, 0, 0, 0, 0, -packed.shape[1] % BLOCK))
+    return packed.reshape(shape[0], BLOCK, shape[1], WORD).transpose(1, 2).reshape(shape)
 
 
 def restore(stored: torch.Tensor, spec: ConvSpec, dtype: torch.dtype) -> torch.Tensor:
@@ -61,7 +63,8 @@ def restore(stored: torch.Tensor, spec: ConvSpec, dtype: torch.dtype) -> torch.T
     if real:
         rows = stored.transpose(1, 2).flatten(0, 1)[:spec.c_out].to(dtype)
     else:
-        rows = stored.transpose(2, 3).flatten(1, 2)[:, :spec.c_out // spec.groups]
+        rows = stored.unflatten(2, (BLOCK, WORD)).transpose(1, 2).reshape(spec.groups, -1, stored.shape[1], WORD)
+        rows = rows[:, :spec.c_out // spec.groups]
         rows = rows.reshape(spec.c_out, spec.taps, -1)[..., :(channels + 7) // 8]
         rows = unpack_signs(rows, channels, dtype)
     return rows.reshape(spec.c_out, *spec.conv.kernel, channels).permute(0, 3, 1, 2).contiguous()
