@@ -719,6 +719,10 @@ def test_weights_loaded_into_a_part_of_a_block_are_noticed():
         assert torch.equal(a(x), b(x))
 
 
+def tensors_of(network: nn.Module) -> dict:
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
 def test_tensors_that_are_swapped_for_one_call_are_used():
     latent, x = net('el_resnet26'), torch.randn(1, 3, 64, 64)
     other = copy.deepcopy(latent)
@@ -726,7 +730,7 @@ def test_tensors_that_are_swapped_for_one_call_are_used():
     a, b = timm_el.deploy(latent), timm_el.deploy(other)
     with torch.no_grad():
         before, expected = a(x), b(x)
-        assert torch.equal(torch.func.functional_call(a, dict(b.named_buffers()), (x,)), expected)
+        assert torch.equal(torch.func.functional_call(a, tensors_of(b), (x,)), expected)
         assert torch.equal(a(x), before) and not torch.equal(before, expected)
 
 
@@ -791,3 +795,53 @@ def test_a_memory_format_and_the_dtype_and_device_that_it_has_are_no_matter(name
             found = deployed(x.to(memory_format=torch.channels_last))
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(deployed.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(num_classes=0), dict(features_only=True)], ids=str)
+@pytest.mark.parametrize('name', EACH_HOST)
+def test_parameters_tell_the_device_and_dtype_of_the_input(name, kwargs):
+    deployed = timm_el.deploy(host(name, **kwargs))
+    first = next(deployed.parameters())
+    assert (first.device.type, first.dtype) == ('cpu', torch.float32)
+    assert not any(p.requires_grad for p in deployed.parameters())
+    for module in deployed.modules():
+        if isinstance(module, DeployedUnit):
+            assert next(module.parameters()).dtype == torch.float32
+
+
+def test_a_units_state_is_named_by_what_it_holds():
+    unit = BinaryUnit(BinaryConv2d(16, 16, 3), pre=negative_norm(16), post=RPReLU(16))
+    deployed = timm_el.deploy(nn.Sequential(unit).eval())
+    assert set(deployed.state_dict()) == {'0.bits', '0.table', '0.threshold', '0.flip', '0._extra_state'}
+    assert {name for name, _ in deployed.named_buffers()} == {'0.bits', '0.flip'}
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_parameters_that_are_asked_for_gradients_do_no_harm(name):
+    deployed, x = timm_el.deploy(host(name, num_classes=0)), image()
+    expected = deployed(x).detach()
+    probe = nn.Sequential(deployed, nn.Linear(expected.shape[1], 2)).requires_grad_(True)
+    optimizer = torch.optim.SGD(probe.parameters(), lr=1., weight_decay=.1)
+    before = probe[1].weight.detach().clone()
+    probe(x).square().sum().backward()
+    for parameter in deployed.parameters():
+        parameter.grad = None
+    optimizer.step()
+    assert not torch.equal(probe[1].weight, before)
+    assert torch.equal(deployed(x), expected)
+    for parameter in deployed.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # writes in place
+    assert torch.equal(deployed(x), copy.deepcopy(deployed)(x)) and not torch.equal(deployed(x), expected)
+
+
+def test_the_copy_does_not_share_the_models_tensors():
+    """Not even where a bias stays outside of the operator."""
+    conv = BinaryConv2d(16, 16, 3, padding=1, groups=4, scale_input=True)
+    latent, x = nn.Sequential(BinaryUnit(conv, nn.BatchNorm2d(16))).eval(), torch.randn(1, 16, 5, 5)
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        expected = deployed(x)
+        for tensor in latent.state_dict().values():
+            tensor.fill_(3)
+        assert torch.equal(deployed(x), expected)

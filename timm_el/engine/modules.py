@@ -47,7 +47,7 @@ class Chained(nn.Module):
             self._chain = self._new_chain(direct=True)
             inside = list(self.modules())
             self._made = native.generation(), [
-                (held, name, value) for m in inside for held in (m._buffers, m._modules)
+                (held, name, value) for m in inside for held in (m._parameters, m._buffers, m._modules)
                 for name, value in held.items()], [(m._modules, len(m._modules)) for m in inside]
         return self._chain
 
@@ -60,12 +60,22 @@ class Chained(nn.Module):
 
 
 class Engine(Chained):
-    """What `DeployedUnit` and `DeployedConv` share: constants, spec, and the attributes that hosts read."""
+    """What `DeployedUnit` and `DeployedConv` share: tensors, constants, spec, and the attributes that hosts read."""
+
+    def hold(self, name: str, tensor: Optional[torch.Tensor]) -> None:
+        """Register real numbers as a parameter, bits as a buffer; no parameter is trained.
+
+        Programs ask a network's first parameter for the device and dtype of its input.
+        """
+        if tensor is not None and tensor.is_floating_point():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        else:
+            self.register_buffer(name, tensor)
 
     def _set_up(self, source: nn.Module, spec: ConvSpec, fusion: Fusion) -> None:
         self.spec = replace(spec, **fusion.facts)
         self.constants = fusion.constants
-        self.register_buffer('table', fusion.table(self.spec.rows))
+        self.hold('table', fusion.table(self.spec.rows))
         self.ints = list(self.spec.ints())
         self.host_attributes(source)
 
@@ -112,7 +122,7 @@ class DeployedConv(Engine):
         self.path = path
         weight = conv.weight.detach().double() * fusion.rows['scale'].reshape(-1, 1, 1, 1)
         fusion.rows['scale'] = torch.ones_like(fusion.rows['scale'])
-        self.register_buffer('weight', store(weight.float(), spec_of(conv), True))
+        self.hold('weight', store(weight.float(), spec_of(conv), True))
         self._set_up(conv, spec_of(conv), fusion)
 
     def as_layers(self) -> List[ops.Layer]:
@@ -160,7 +170,7 @@ class DeployedUnit(Engine):
             self.loose_k = dict(kernel_size=conv.kernel_size, stride=conv.stride, dilation=conv.dilation,
                                 groups=conv.groups) if not self.linear else {}
             fusion.rows['shift'] = torch.zeros(channels, dtype=torch.float64)
-            self.register_buffer('loose_bias', None if bias is None else bias.detach().float())
+            self.hold('loose_bias', None if bias is None else bias.detach().float().clone())
         elif native_conv or _folds(conv):
             fused = self._fuse(fusion, steps, native_conv)
         else:
@@ -219,9 +229,9 @@ class DeployedUnit(Engine):
             else:
                 threshold, flip = found
         weight = conv.latent_weight().detach()
-        self.register_buffer('bits', store(weight if weight.dim() == 4 else weight[:, :, None, None], spec, False))
-        self.register_buffer('threshold', threshold)
-        self.register_buffer('flip', flip)
+        self.hold('bits', store(weight if weight.dim() == 4 else weight[:, :, None, None], spec, False))
+        self.hold('threshold', threshold)
+        self.hold('flip', flip)
         self._set_up(conv, spec, fusion)
 
     def _set_real(
@@ -446,7 +456,7 @@ class DeployedLinear(Engine):
         super().__init__()
         self.path = path
         spec = spec_of(linear)
-        self.register_buffer('weight', store(linear.weight[:, :, None, None].float(), spec, True))
+        self.hold('weight', store(linear.weight[:, :, None, None].float(), spec, True))
         one = torch.ones(linear.out_features, dtype=torch.float64)
         self._set_up(linear, spec, Fusion(linear.out_features, one, linear.bias))
 
