@@ -845,3 +845,97 @@ def test_the_copy_does_not_share_the_models_tensors():
         for tensor in latent.state_dict().values():
             tensor.fill_(3)
         assert torch.equal(deployed(x), expected)
+
+
+class Noisy(nn.Module):
+    """Everything whose output depends on the mode: dropout of modules and of functions, a norm that does not fold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.unit = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), unit()
+        self.drop, self.path, self.free = nn.Dropout2d(.5), timm.layers.DropPath(.5), nn.RReLU()
+        self.alpha, self.batch = nn.AlphaDropout(.5), nn.BatchNorm2d(16, track_running_stats=False)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x).abs())
+        x = self.unit(x) + self.path(self.alpha(self.drop(x)))
+        return nn.functional.dropout(self.free(x), .5, self.training).mean((2, 3))
+
+
+def modes(network: nn.Module) -> set:
+    return {m.training for m in network.modules()}
+
+
+TRAINED = {
+    'it': lambda d: d.train() is d, 'a network around it': lambda d: nn.Sequential(nn.Sequential(d)).train(),
+    'each module': lambda d: [m.train(True) for m in d.modules()], 'a copy': lambda d: copy.deepcopy(d).train(),
+    'its children': lambda d: [m.train() for m in d.children()], 'eval': lambda d: d.eval() is d,
+}
+
+
+@pytest.mark.parametrize('name', [*EACH_HOST, 'noisy'])
+def test_a_deployed_network_stays_in_eval_mode(name):
+    latent = Noisy().eval() if name == 'noisy' else host(
+        name, num_classes=0, drop_rate=.5, **({} if 'convnext' not in name else dict(drop_path_rate=.5)))
+    deployed, x = timm_el.deploy(latent), torch.cat([image(seed=1), image(seed=2)])
+    state = copy.deepcopy(deployed.state_dict())
+    with torch.no_grad():
+        expected = deployed(x)
+        for who, train in TRAINED.items():
+            assert train(deployed), who
+            assert modes(deployed) == {False}, who
+            assert torch.equal(deployed(x), expected), who
+    torch.testing.assert_close(deployed.state_dict(), state, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_probe_trains_on_a_deployed_network_that_stays_as_it_is():
+    deployed, x = timm_el.deploy(host('test_resnet', num_classes=0)), torch.cat([image(seed=1), image(seed=2)])
+    expected = deployed(x)
+    probe = nn.Sequential(deployed, nn.Dropout(.5), nn.Linear(expected.shape[1], 5)).train()
+    assert modes(probe[1]) == modes(probe[2]) == {True}
+    probe(x).sum().backward()
+    assert torch.equal(deployed(x), expected) and probe[2].weight.grad is not None
+
+
+@pytest.mark.parametrize('how', ['deepcopy', 'save'])
+def test_a_copy_stays_in_eval_mode_by_itself(how):
+    deployed = timm_el.deploy(host('test_resnet'))
+    if how == 'deepcopy':
+        twin = copy.deepcopy(deployed)
+    else:
+        file = io.BytesIO()
+        torch.save(deployed, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert twin.train() is twin and twin.layer1.train() is twin.layer1 and modes(twin) == {False}
+    with pytest.raises(TypeError, match='another dtype'):
+        twin.half()
+
+
+def test_modules_that_are_put_in_later_go_to_eval_mode_with_the_others():
+    deployed = timm_el.deploy(host('test_resnet'))
+    deployed.reset_classifier(7)
+    deployed.fc = nn.Sequential(nn.Dropout(.5), deployed.fc)
+    deployed.train()
+    assert modes(deployed) == {False}
+
+
+CONVERSIONS = [
+    nn.Module.half, nn.Module.double, nn.Module.bfloat16, lambda m: m.to(torch.float16),
+    lambda m: m.to('cpu', torch.float64, memory_format=torch.channels_last), lambda m: m.type(torch.float64)]
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_a_conversion_to_another_dtype_is_refused_before_anything_is_changed(name):
+    engine.use_isa('reference')  # torch's own stem comes first
+    deployed = timm_el.deploy(host(name))
+    engine.use_isa(None)
+    state, x = copy.deepcopy(deployed.state_dict()), image()
+    with torch.no_grad():
+        expected = deployed(x)
+        for convert in CONVERSIONS:
+            for part in (deployed, *deployed.children()):
+                with pytest.raises(TypeError, match='another dtype; deploy the latent network again'):
+                    convert(part)
+        torch.testing.assert_close(deployed.state_dict(), state, rtol=0, atol=0)
+        assert torch.equal(deployed(x), expected)

@@ -16,6 +16,7 @@ from . import native
 from .blocks import join_layers
 from .follow import followers
 from .fusion import ACTS, NORMS, Fusion
+from .inference import keep_for_inference
 from .modules import (
     DeployedConv,
     DeployedLinear,
@@ -124,7 +125,8 @@ def deploy(
     are folded too. What cannot be folded runs as the module that it was. The copy has the host's class and forward
     (`forward_features`, `features_only`, any batch and image size) and keeps NHWC memory format throughout. Signs are
     computed exactly; values differ from the latent network's by rounding, and where rounding moves a value across zero,
-    a sign flips.
+    a sign flips. The copy stays in eval mode and float32: `train()` of it, of its modules, or of a network around it
+    leaves its modules in eval mode.
 
     Args:
         model: A latent network in eval mode, float32, on the CPU. It is not changed.
@@ -188,4 +190,4 @@ def _deployed(model: nn.Module, float_dtype: torch.dtype, fuse_blocks: bool) -> 
                 new.min_input_size = old.min_input_size
     if fuse_blocks:
         join_layers(twin)
-    return twin.requires_grad_(False)
+    return keep_for_inference(twin.requires_grad_(False))

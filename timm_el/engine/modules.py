@@ -99,14 +99,6 @@ class Engine(Chained):
         if hasattr(self, 'constants'):
             self.constants[:] = state.tolist()  # in place: a block may hold the list
 
-    def _apply(self, fn, recurse: bool = True):
-        """Move as modules do, but stay float32: the constants are part of what makes the outputs exact."""
-        if fn(torch.empty(0, dtype=torch.float32)).dtype != torch.float32:
-            raise TypeError(
-                f'{self.path}: a deployed network cannot be converted to another dtype; '
-                f'deploy the latent network again, with float_dtype where float convolutions shall have another one')
-        return super()._apply(fn, recurse)
-
 
 class DeployedConv(Engine):
     """A real-valued convolution with what follows it, run by the engine; x (N, C, H, W) float32.
