@@ -6,6 +6,10 @@ import timm
 import torch
 import torch.nn as nn
 from conftest import randomise
+from timm.layers import convert_sync_batchnorm
+from timm.models import load_checkpoint, resume_checkpoint
+from timm.utils.model import freeze_batch_norm_2d
+from torchvision.ops import FrozenBatchNorm2d
 
 import timm_el
 
@@ -171,3 +175,112 @@ def test_a_kept_layer_without_a_norm_loses_the_activation_before_a_sign_and_says
     row = next(row for row in model.binarize_report.rows if row.path == 'stages.1.blocks.0.mlp.fc1')
     assert (row.status, row.act) == ('kept', 'dropped') and None not in model.binarize_report.moved
     assert isinstance(model.stages[1].blocks[0].mlp.act, torch.nn.Identity)
+
+
+# ------------------------------------------------------------------------------------- norms that count no batches
+
+def converted(name: str) -> nn.Module:
+    return timm_el.binarize(timm.create_model(name, num_classes=10))
+
+
+def without_counters(state: dict) -> dict:
+    """A state dict, with its metadata, from which somebody removed the counters."""
+    state = copy.copy(state)
+    for key in [k for k in state if k.endswith('num_batches_tracked')]:
+        del state[key]
+    return state
+
+
+def torchvision_frozen(model: nn.Module) -> nn.Module:
+    """The model with torchvision's frozen norms, where its norms are torch's own."""
+    for name, child in model.named_children():
+        if type(child) is nn.BatchNorm2d:
+            setattr(model, name, FrozenBatchNorm2d(child.num_features))
+        else:
+            torchvision_frozen(child)
+    return model
+
+
+NORMS = {
+    'batch': lambda model: model, 'sync': convert_sync_batchnorm, 'frozen': freeze_batch_norm_2d,
+    'frozen by torchvision': torchvision_frozen}
+
+
+def doors(source: nn.Module, folder) -> dict:
+    """Ways to load the state of one model into another, by name."""
+    latent, packed = folder / 'latent.pth', folder / 'packed.safetensors'
+    state = {k: v.clone() for k, v in source.state_dict().items()}
+    torch.save({'state_dict': state}, latent)
+    timm_el.save_packed(source, packed)
+    nested = {f'net.{k}': v for k, v in state.items()}
+    return {
+        'strict': lambda model: model.load_state_dict(state),
+        'with metadata': lambda model: model.load_state_dict(source.state_dict()),
+        'no counters': lambda model: model.load_state_dict(without_counters(source.state_dict())),
+        'assign': lambda model: model.load_state_dict(state, assign=True),
+        'not strict': lambda model: model.load_state_dict(state, strict=False),
+        'inside another': lambda model: nn.ModuleDict({'net': model}).load_state_dict(nested),
+        'load_checkpoint': lambda model: load_checkpoint(model, str(latent)),
+        'resume_checkpoint': lambda model: resume_checkpoint(model, str(latent), log_info=False),
+        'load_packed': lambda model: timm_el.load_packed(model, packed),
+        'packed state dict': lambda model: model.load_state_dict(timm_el.pack_state_dict(source)),
+        'unpacked': lambda model: nn.Module.load_state_dict(
+            model, timm_el.unpack_state_dict(timm_el.pack_state_dict(source), model)),
+    }
+
+
+@pytest.mark.parametrize('source_norms, norms', [
+    ('batch', 'frozen'), ('frozen', 'batch'), ('sync', 'frozen'), ('frozen', 'sync'), ('frozen', 'frozen'),
+    ('batch', 'frozen by torchvision'), ('frozen by torchvision', 'batch')])
+@pytest.mark.parametrize('make', [
+    lambda: timm.create_model('el_resnet20', recipe='el_r2b'), lambda: converted('test_resnet'),
+    lambda: converted('test_efficientnet')], ids=['registered', 'converted', 'traced'])
+def test_counters_of_batches_decide_nothing_at_any_door(make, source_norms, norms, tmp_path):
+    source, fresh = randomise(make()), make()
+    timm_el.save_packed(source, tmp_path / 'first.safetensors')
+    timm_el.load_packed(source, tmp_path / 'first.safetensors')  # weights that packing does not change
+    for key, buffer in source.named_buffers():
+        if key.endswith('num_batches_tracked'):
+            buffer.fill_(7)
+    source = NORMS[source_norms](source)
+    counted = {k: 7 for k in source.state_dict() if k.endswith('num_batches_tracked')}
+    for name, load in doors(source, tmp_path).items():
+        model = NORMS[norms](copy.deepcopy(fresh))
+        keys = model.state_dict().keys()
+        load(model)
+        state = model.state_dict()
+        assert state.keys() == keys, name
+        assert all(torch.equal(state[k], v) for k, v in without_counters(source.state_dict()).items()), name
+        for key in state.keys() - without_counters(state).keys():
+            assert int(state[key]) == (counted.get(key, 0) if name != 'no counters' else 0), (name, key)
+
+
+@pytest.mark.parametrize('norms', ['batch', 'frozen', 'sync'])
+@pytest.mark.parametrize('counts', [True, False])
+def test_a_float_checkpoint_loads_with_and_without_counters(norms, counts, tmp_path):
+    host = randomise(timm.create_model('test_efficientnet', num_classes=10)).state_dict()
+    expected = converted('test_efficientnet')
+    timm_el.load_float(expected, dict(host))
+    model = timm_el.load_float(
+        NORMS[norms](converted('test_efficientnet')), host if counts else without_counters(host))
+    state = without_counters(model.state_dict())
+    assert all(torch.equal(state[k], v) for k, v in without_counters(expected.state_dict()).items())
+
+
+def test_an_empty_model_takes_a_checkpoint_without_counters(tmp_path):
+    source = freeze_batch_norm_2d(randomise(timm.create_model('el_resnet20')))
+    timm_el.save_packed(source, tmp_path / 'packed.safetensors')
+    with torch.device('meta'):
+        empty = timm.create_model('el_resnet20')
+    timm_el.load_packed(empty, tmp_path / 'packed.safetensors', assign=True)
+    assert not any(v.is_meta for v in empty.state_dict().values())
+
+
+def test_a_counter_that_belongs_to_no_norm_is_unknown():
+    model = freeze_batch_norm_2d(converted('test_resnet'))
+    state = {**model.state_dict(), 'fc.num_batches_tracked': torch.tensor(1)}
+    with pytest.raises(RuntimeError, match='fc.num_batches_tracked'):
+        model.load_state_dict(state)
+    registered = timm.create_model('el_resnet20')
+    with pytest.raises(timm_el.CheckpointError, match='unknown fc.num_batches_tracked'):
+        registered.load_state_dict({**registered.state_dict(), 'fc.num_batches_tracked': torch.tensor(1)})

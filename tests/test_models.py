@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import EACH_MODEL, MODELS, positive_shares, randomise
+from timm.utils.model import freeze_batch_norm_2d
 
 import timm_el
 from timm_el.models.reactnet import checkpoint_filter_fn
@@ -357,3 +358,14 @@ def test_a_fresh_mobilenet_starts_near_chance_with_few_classes():
     model = timm.create_model('el_mobilenet_v1', num_classes=10)
     loss = F.cross_entropy(model(torch.randn(16, 3, 64, 64)), torch.arange(16) % 10)
     assert loss < 2 * math.log(10)
+
+
+@pytest.mark.parametrize('name, official, to_ours', [
+    ('reactnet_a', lambda: official_state('step1', ''), checkpoint_filter_fn),
+    ('bireal_resnet18', lambda: official_resnet('bireal_resnet18', '4-D', ''), resnet_filter_fn)])
+def test_an_official_checkpoint_loads_into_frozen_norms(name, official, to_ours):
+    plain, frozen = timm.create_model(name), freeze_batch_norm_2d(timm.create_model(name))
+    plain.load_state_dict(to_ours(official(), plain))
+    frozen.load_state_dict(to_ours(official(), frozen))
+    expected = plain.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in frozen.state_dict().items())

@@ -16,6 +16,7 @@ from .layers import BinaryUnit, expected_statistics, weight_scale
 from .packed import (
     CheckpointError,
     binary_layers,
+    fit_counters,
     is_packed,
     read_packed,
     take_signs,
@@ -70,6 +71,7 @@ def _before_loading(module: nn.Module, state_dict: Dict[str, Any], prefix: str, 
         state_dict.update((prefix + key, value) for key, value in latent.items())
     else:
         check_state_dict(module, given, False)
+    fit_counters(state_dict, module.state_dict(), prefix)
     if hasattr(module, RECIPE_CODE):
         state_dict.setdefault(prefix + RECIPE_CODE, getattr(module, RECIPE_CODE))
 
@@ -132,7 +134,7 @@ def float_to_latent(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Di
                 renamed[f'{prefix}{index + 1}.{key[len(prefix) + 2:]}'] = renamed.pop(key)
     new = _new_keys(model)
     for key, value in own.items():
-        if key not in renamed and (key.endswith('.num_batches_tracked') or key in new):
+        if key not in renamed and key in new:
             renamed[key] = value
         weight = f'{key[:-len("levels")]}weight' if key.endswith('.conv.levels') else None
         if weight in renamed:
@@ -147,6 +149,7 @@ def float_to_latent(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Di
                 weight = sign(weight) * weight_scale(weight).reshape(-1, 1, 1, 1)
             mean, var = expected_statistics(weight, act)
             renamed[f'{norm_path}.running_mean'], renamed[f'{norm_path}.running_var'] = mean, var
+    fit_counters(renamed, own)
     return renamed
 
 
@@ -245,14 +248,14 @@ def check_state_dict(module: nn.Module, state_dict: Dict[str, Any], strict: bool
     """
     given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
     own = module.state_dict()
+    fit_counters(given, own)
     float_key = _is_float(given, module, own)
     if float_key is not None:
         raise CheckpointError(
             f'{prefix}{float_key}: this is a checkpoint of the float host, expected '
             f'{prefix}{_new_name(float_key, _moved(module))}; '
             f'timm_el.load_float(model, checkpoint) takes it as the latent initialisation')
-    optional = ('.num_batches_tracked', RECIPE_CODE)
-    missing = [k for k in own if k not in given and not k.endswith(optional)]
+    missing = [k for k in own if k not in given and not k.endswith(RECIPE_CODE)]
     unknown = [k for k in given if k not in own]
     if strict and (missing or unknown):
         _raise_mismatch(module, missing, unknown, prefix)

@@ -66,6 +66,26 @@ def binary_layers(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
             yield f'{path}.' if path else '', module
 
 
+def fit_counters(state_dict: Dict[str, Any], own: Dict[str, torch.Tensor], prefix: str = '') -> None:
+    """Give a state dict the counters of batches that a model's norms have, in place.
+
+    A frozen norm counts no batches: what a state dict has for it goes. Where a state dict has a norm without its
+    counter, the model's own stays.
+
+    Args:
+        state_dict: What is about to be loaded.
+        own: The model's own state dict.
+        prefix: Where the model's keys stand in the state dict.
+    """
+    for norm in [key[:-len('running_mean')] for key in own if key.endswith('running_mean')]:
+        key = f'{norm}num_batches_tracked'
+        if key not in own:
+            state_dict.pop(prefix + key, None)
+        elif f'{prefix}{norm}running_mean' in state_dict:
+            counter = own[key]
+            state_dict.setdefault(prefix + key, torch.zeros_like(counter, device='cpu') if counter.is_meta else counter)
+
+
 def is_packed(state_dict: Dict[str, Any]) -> bool:
     """True for the tensors of a packed file."""
     return VERSION_KEY in state_dict or any(key.endswith(f'.{BITS}') or key == BITS for key in state_dict)
@@ -202,6 +222,7 @@ def take_signs(
         CheckpointError: They do not fit the model's binary layers.
     """
     state_dict = {key: tensor for key, tensor in packed.items() if key != VERSION_KEY}
+    fit_counters(state_dict, model.state_dict())
     signs = {f'{prefix}weight': _take(state_dict, prefix, layer, where) for prefix, layer in binary_layers(model)
              if prefix + BITS in state_dict}
     stray = next((key for key in state_dict if key.endswith((f'.{BITS}', f'.{ALPHA}', f'.{PAD}'))), None)

@@ -43,8 +43,9 @@ class OfficialCheckpoint:
         return tensor.reshape(shape)
 
     def check_empty(self) -> None:
-        """Raise ValueError if a tensor was not asked for."""
-        if self.rest:
+        """Raise ValueError if a tensor was not asked for. Frozen norms ask for no counters of batches."""
+        unknown = [key for key in self.rest if not key.endswith('.num_batches_tracked')]
+        if unknown:
             raise ValueError(
-                f'{next(iter(self.rest))}: unknown key in the checkpoint, nor are {len(self.rest) - 1} others known; '
+                f'{unknown[0]}: unknown key in the checkpoint, nor are {len(unknown) - 1} others known; '
                 f'expected the layout of {self.source}')

@@ -288,7 +288,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     out: Dict[str, torch.Tensor] = {}
 
     def take(target: str, *sources: str) -> None:
-        """Fill a tensor of ours from one official tensor, or from two halves."""
+        """Fill a tensor of ours, if we have it, from one official tensor, or from two halves."""
+        if target not in shapes:
+            return
         shape = shapes[target]
         if len(sources) == 2 and shape:
             shape = (shape[0] // 2, *shape[1:])
