@@ -1,5 +1,7 @@
 """binarize() on timm's and torchvision's nets: what it keeps, reports and refuses, and that it is atomic."""
+import copy
 import json
+import threading
 
 import pytest
 import timm
@@ -7,6 +9,8 @@ import torch
 import torch.nn as nn
 import torchvision
 from conftest import positive_shares, randomise
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._pytree import tree_leaves
 
 import timm_el
 from timm_el.layers import BinaryConv2d, BinaryUnit
@@ -424,3 +428,138 @@ def test_foreign_activations_between_known_blocks_kill_no_sign(photos):
 def test_a_net_that_was_left_alone_can_be_converted_again():
     model = timm_el.binarize(timm.create_model('resnet18'), keep=('layer*',))
     assert timm_el.binarize(model).binarize_report.count('binarized') == 16
+
+
+# ---------------------------------------------------------------------------------------------------- the user's hooks
+
+class Keeper(nn.Module):
+    """A net that keeps its last signal, counts its passes, may look at values, and may hold what cannot be copied."""
+
+    def __init__(self, values: bool = False, lock: bool = False):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.fc = nn.Linear(8, 2)
+        self.register_buffer('passes', torch.zeros((), dtype=torch.int32))
+        self.last, self.values, self.lock = None, values, threading.Lock() if lock else None
+
+    def forward(self, x):
+        self.passes += 1
+        self.last = self.block(self.stem(x))
+        if self.values and x.sum() > 1e9:
+            return x
+        return self.fc(self.last.mean((2, 3)))
+
+
+WATCHED = {
+    'features by hooks': lambda: timm.create_model('efficientnet_b0', features_only=True, feature_cls='hook'),
+    'features by hooks, refused': lambda: timm.create_model('resnet18', features_only=True, feature_cls='hook'),
+    'known blocks': lambda: timm.create_model('resnet18'),
+    'traced': lambda: timm.create_model('test_efficientnet'),
+    'keeper': Keeper,
+    'keeper of values': lambda: Keeper(values=True),
+    'keeper of a lock': lambda: Keeper(lock=True),
+    'keeper of values and a lock': lambda: Keeper(values=True, lock=True),
+}
+
+
+@pytest.fixture
+def watch():
+    """Puts hooks on all that holds a convolution, and on all modules; gives what they have stored."""
+    seen, handles = [], []
+
+    def store(module, *values):
+        seen.append(values)
+
+    def start(model: nn.Module) -> list:
+        handles.append(register_module_forward_hook(store))
+        handles.append(register_module_forward_pre_hook(store))
+        for module in model.modules():
+            if any(isinstance(m, nn.Conv2d) for m in module.children()):
+                handles.append(module.register_forward_hook(store))
+                handles.append(module.register_forward_pre_hook(store))
+                handles.append(module.register_full_backward_hook(store))
+        return seen
+
+    yield start
+    for handle in handles:
+        handle.remove()
+
+
+def attributes(model: nn.Module) -> dict:
+    """What the modules hold beside tensors and other modules; of a dict of hooks, its identity and its hooks."""
+    slots = ('_modules', '_parameters', '_buffers', 'binarize_report')
+    return {module: {k: (id(v), dict(v)) if k.endswith('hooks') and isinstance(v, dict) else v
+                     for k, v in vars(module).items() if k not in slots} for module in model.modules()}
+
+
+@pytest.mark.parametrize('run, refused', [
+    (timm_el.binarize, False), (timm_el.summarize, False), (lambda m: timm_el.binarize(m, strict=True), True)],
+    ids=['binarize', 'summarize', 'strict'])
+@pytest.mark.parametrize('name', WATCHED)
+def test_no_hook_of_the_users_runs_and_the_modules_stay_as_they_were(name, run, refused, watch):
+    torch.manual_seed(0)
+    model = WATCHED[name]()
+    if refused:
+        next(m for m in model.modules() if isinstance(m, nn.Conv2d)).more = Doubled(3, 4, 1)
+    seen, buffers = watch(model), {k: v.clone() for k, v in model.named_buffers()}
+    before = attributes(model)
+    try:
+        run(model)
+    except (ValueError, RuntimeError, TypeError):
+        assert refused or 'refused' in name or run is timm_el.summarize and 'keeper of' in name
+    assert not seen
+    after = attributes(model)
+    guarded = {m for m in after if hasattr(m, 'min_input_size')} | {model}  # with hooks of the conversion's own
+    for module in after.keys() & before.keys() - guarded:
+        assert after[module] == {k: v for k, v in before[module].items() if k in after[module]}
+    assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers() if k in buffers)
+    assert getattr(model, 'last', None) is None
+    if not getattr(model, 'lock', None):
+        copy.deepcopy(model)
+    with torch.no_grad():
+        model(torch.randn(2, 3, 64, 64))
+    assert seen and not any(x.is_meta for values in seen for x in tree_leaves(values) if isinstance(x, torch.Tensor))
+
+
+def test_writing_a_hub_folder_runs_no_hook(watch, tmp_path):
+    model = timm_el.binarize(timm.create_model('test_resnet', num_classes=3)).eval()
+    seen = watch(model)
+    timm_el.save_for_hub(model, tmp_path)
+    assert not seen
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    assert seen
+
+
+def test_loading_a_float_checkpoint_runs_no_hook(watch):
+    host = timm.create_model('mobilenetv1_100')
+    model = timm_el.binarize(timm.create_model('mobilenetv1_100'))
+    seen = watch(model)
+    timm_el.load_float(model, host.state_dict())
+    assert not seen
+
+
+def test_hooks_that_hold_tensors_of_a_graph_hinder_nothing():
+    """Such tensors cannot be copied."""
+    class Recorder:
+        outputs = ()
+
+        def __call__(self, module, args, output):
+            self.outputs = (*self.outputs, output)
+
+    model, recorder = timm.create_model('test_efficientnet'), Recorder()
+    model.blocks[0].register_forward_hook(recorder)
+    model(torch.randn(1, 3, 64, 64))
+    kept = recorder.outputs
+    timm_el.summarize(model, (3, 64, 64))
+    timm_el.binarize(model)
+    assert len(kept) == 1 and recorder.outputs is kept and kept[0].requires_grad
+
+
+@pytest.mark.parametrize('path', ['bn1', 'bn1.act', 'bn1.drop', 'blocks.1.0.bn1.act'])
+def test_hooks_on_the_parts_of_a_norm_are_refused_too(path):
+    model = timm.create_model('test_efficientnet')
+    model.get_submodule(path).register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match=f'{path}: the .* carries hooks'):
+        timm_el.binarize(model)

@@ -17,7 +17,7 @@ from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torchvision.models.feature_extraction import NodePathTracer
 
 from .blocks import Block, Chain, FoundBlock, Network, is_activation
-from .shapes import LayerRun
+from .shapes import LayerRun, stand_in, undisturbed
 
 __all__ = ['GraphNetwork', 'trace_network']
 
@@ -60,7 +60,7 @@ class GraphNetwork(Network):
 
 
 def trace_network(model: nn.Module, runs: Optional[Runs] = None) -> GraphNetwork:
-    """Chains of any network, as torch.fx sees it or its parts.
+    """Chains of any network, as torch.fx sees it or its parts. A copy is traced, and no hook runs.
 
     Args:
         model: The network; it is not changed.
@@ -70,11 +70,13 @@ def trace_network(model: nn.Module, runs: Optional[Runs] = None) -> GraphNetwork
     pieces: List[_Piece] = []
     notes: List[str] = []
     paths = {module: path for path, module in model.named_modules()}
-    _cut(model, True, True, paths, runs or {}, pieces, notes)
-    # Layers that eval mode does not reach (auxiliary heads) are in no graph.
-    held = {piece.module(conv) for piece in pieces for conv in piece.convs}
-    for module in _without(model, held):
-        _cut(module, False, False, paths, runs or {}, pieces, notes)
+    with undisturbed(model):
+        twin = stand_in(model)
+        _cut(model, True, True, paths, runs or {}, twin, pieces, notes)
+        # Layers that eval mode does not reach (auxiliary heads) are in no graph.
+        held = {piece.module(conv) for piece in pieces for conv in piece.convs}
+        for module in _without(model, held):
+            _cut(module, False, False, paths, runs or {}, twin, pieces, notes)
     chains: List[Chain] = []
     reasons: Dict[str, str] = {}
     loose: List[str] = []
@@ -91,6 +93,7 @@ def _cut(
         ends: bool,
         paths: Dict[nn.Module, str],
         runs: Runs,
+        twin: nn.Module,
         pieces: List['_Piece'],
         notes: List[str],
 ) -> None:
@@ -102,6 +105,7 @@ def _cut(
         ends: Its output is the model's.
         paths: Path of each module in the model.
         runs: How layers ran.
+        twin: The copy of the model that is traced.
         pieces, notes: Filled.
     """
     if not any(_is_candidate(m, runs.get(paths[m])) for m in module.modules()):
@@ -112,7 +116,7 @@ def _cut(
     notrace = set(get_notrace_modules())
     for leaves in (notrace - opaque, notrace) if opaque else (notrace,):
         try:
-            piece = _Piece(module, images, ends, paths, runs, leaves)
+            piece = _Piece(module, images, ends, paths, runs, twin, leaves)
             break
         except Exception as e:  # whatever a foreign forward raises under tracing
             reason = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
@@ -120,13 +124,13 @@ def _cut(
         pieces.append(piece)
         for node, inner in piece.opaque.items():
             reads, final = images and piece.reads_input(node.all_input_nodes), ends and piece.reaches_output(node)
-            _cut(inner, reads, final, paths, runs, pieces, notes)
+            _cut(inner, reads, final, paths, runs, twin, pieces, notes)
         return
     notes.append(
         f'torch.fx cannot trace {paths[module] or "the model"} ({type(module).__name__}, {reason}): '
         f'it is taken by its module structure, each part by itself')
     for child in module.children():
-        _cut(child, None if images is not False else False, False, paths, runs, pieces, notes)
+        _cut(child, None if images is not False else False, False, paths, runs, twin, pieces, notes)
 
 
 def _opaque(module: nn.Module) -> Set[type]:
@@ -162,6 +166,7 @@ class _Piece:
             ends: bool,
             paths: Dict[nn.Module, str],
             runs: Runs,
+            twin: nn.Module,
             notrace: Iterable[type],
     ) -> None:
         acts = tuple({type(m) for m in module.modules() if is_activation(m)})
@@ -169,13 +174,9 @@ class _Piece:
         tracer = NodePathTracer(
             leaf_modules=[*notrace, nn.Conv2d, *norms, *acts, DropPath, DropBlock2d],
             autowrap_functions=get_notrace_functions(), param_shapes_constant=True)
-        modes = {m: m.training for m in module.modules()}
-        try:
-            # A layer by itself is its own piece: its forward would be traced through.
-            graph = tracer.trace((nn.Sequential(module) if _is_layer(module) else module).eval())
-        finally:
-            for m, mode in modes.items():
-                m.training = mode
+        traced = twin.get_submodule(paths[module])
+        # A layer by itself is its own piece: its forward would be traced through.
+        graph = tracer.trace((nn.Sequential(traced) if _is_layer(module) else traced).eval())
         self.images, self.ends, self.paths, self.runs = images, ends, paths, runs
         self.nodes = list(graph.nodes)
         self.modules = {'0': module} if _is_layer(module) else dict(module.named_modules(remove_duplicate=False))

@@ -21,7 +21,7 @@ from .checkpoints import load_packed
 from .convert import binarize
 from .packed import FORMAT_VERSION, save_packed
 from .recipes import Recipe
-from .shapes import own_input_size
+from .shapes import own_input_size, undisturbed
 from .summary import summarize
 
 __all__ = ['save_for_hub', 'from_hub', 'push_to_hub', 'file_facts', 'read_metrics']
@@ -109,11 +109,11 @@ def save_for_hub(
 
 def _verify(model: nn.Module, folder: Path) -> None:
     """Load the folder as a user would, and compare it with the model that holds the file's tensors."""
-    loaded = from_hub(folder).eval()
-    twin = load_packed(copy.deepcopy(model), folder / WEIGHTS).eval()
-    weight = next(twin.parameters())
-    x = torch.randn((2, *own_input_size(loaded)), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
+    with undisturbed(model), torch.no_grad():
+        loaded = from_hub(folder).eval()
+        twin = load_packed(copy.deepcopy(model), folder / WEIGHTS).eval()
+        weight = next(twin.parameters())
+        x = torch.randn((2, *own_input_size(loaded)), generator=torch.Generator().manual_seed(0))
         expected, found = twin(x.to(weight.device, weight.dtype)), loaded.to(weight.device, weight.dtype)(
             x.to(weight.device, weight.dtype))
     if not torch.equal(expected, found):

@@ -34,7 +34,7 @@ from .layers import (
 from .methods import Gate, LearnedScale
 from .recipes import Recipe, role_of_shape
 from .report import EXEMPT, Report, ReportRow
-from .shapes import WEIGHTED, LayerRun, own_input_size, run_layers
+from .shapes import HOOKS, WEIGHTED, LayerRun, own_input_size, run_layers
 from .signs import new_norm, revive_signs
 
 __all__ = ['Plan']
@@ -494,11 +494,13 @@ class Plan:
 
 
 def _refuse_hooks(path: Optional[str], module: Optional[nn.Module]) -> None:
-    for name in ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'):
-        if getattr(module, name, None):
-            raise ValueError(
-                f'{path}: the {type(module).__name__} carries hooks ({name}), which would be lost in the conversion; '
-                f'remove them first and register them again on the unit that takes its place')
+    """Raise ValueError if a module that is about to be taken apart, or a part of it, carries hooks."""
+    for part, holder in module.named_modules(prefix=path) if module is not None else ():
+        for name in HOOKS:
+            if getattr(holder, name):
+                raise ValueError(
+                    f'{part}: the {type(holder).__name__} carries hooks ({name}), which would be lost in the '
+                    f'conversion; remove them first and register them again on the unit that takes its place')
 
 
 def _shared_weights(model: nn.Module) -> Dict[str, str]:

@@ -1,16 +1,19 @@
 """What runs in a network for one image: order, shapes and operations of its layers; nothing is computed."""
 import copy
+from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 
-__all__ = ['LayerRun', 'run_layers', 'own_input_size', 'meta_copy', 'WEIGHTED']
+__all__ = ['LayerRun', 'run_layers', 'own_input_size', 'meta_copy', 'stand_in', 'undisturbed', 'HOOKS', 'WEIGHTED']
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 WEIGHTED = (*CONVOLUTIONS, nn.Linear)
+HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def run_layers(
         model: Any network; it is not changed.
         input_size: (channels, height, width).
         extra: Paths of other modules to record than convolutions and linear layers.
-        compute: Run the model itself, on zeros, if it does not run on the meta device (where it looks at values).
+        compute: Compute it, on zeros, if it does not run on the meta device (where it looks at values).
 
     Returns:
         A `LayerRun` for each layer that ran, by path, in the order of their first calls.
@@ -49,17 +52,13 @@ def run_layers(
     Raises:
         Exception: Whatever the network raises for this input.
     """
-    try:
-        return _record(meta_copy(model), 'meta', input_size, set(extra))
-    except Exception:
-        if not compute:
-            raise
-    modes = {module: module.training for module in model.modules()}
-    try:
-        return _record(model, next(model.parameters()).device, input_size, set(extra))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with undisturbed(model):
+        try:
+            return _record(meta_copy(model), 'meta', input_size, set(extra))
+        except Exception:
+            if not compute:
+                raise
+        return _record(stand_in(model), next(model.parameters()).device, input_size, set(extra))
 
 
 def _record(
@@ -101,17 +100,59 @@ def own_input_size(model: nn.Module) -> Tuple[int, int, int]:
     return (getattr(model, 'in_chans', size[0]), *size[1:])
 
 
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Take all hooks off while a model is run, traced or copied, and put attributes and buffers back afterwards.
+
+    What a user's hooks store is theirs: they must not see meta tensors, fx's proxies or noise. Hooks of all modules
+    (`torch.nn.modules.module.register_module_forward_hook`) are off too. Parameters and submodules are not put back.
+    """
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    everywhere = {f'_global{name}': getattr(nn.modules.module, f'_global{name}') for name in HOOKS}
+    try:
+        for module, values in attributes:
+            vars(module).update((name, OrderedDict()) for name in HOOKS if name in values)
+        for name in everywhere:
+            setattr(nn.modules.module, name, OrderedDict())
+        yield
+    finally:
+        for module, values in attributes:
+            registered = {*module._modules, *module._parameters, *module._buffers}  # in place of a None
+            vars(module).clear()
+            vars(module).update((name, value) for name, value in values.items() if name not in registered)
+        for buffer, value in buffers:
+            if not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
+        for name, hooks in everywhere.items():
+            setattr(nn.modules.module, name, hooks)
+
+
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device, made without copying a tensor."""
-    memo: Dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        twin = torch.empty_like(tensor, device='meta')
-        memo[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-    twin = copy.deepcopy(model, memo).to('meta')
-    for module in twin.modules():  # whatever the host's hooks do, they shall not do it here
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return twin
+    """A copy of the model on the meta device, without its hooks, made without copying a tensor."""
+    def on_meta(tensor: torch.Tensor) -> torch.Tensor:
+        twin = torch.empty_like(tensor, device='meta', requires_grad=False)
+        return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+
+    return _copy(model, on_meta).to('meta')
+
+
+def stand_in(model: nn.Module) -> nn.Module:
+    """A copy of the model, without its hooks, that shares its parameters; the model itself if it cannot be copied."""
+    try:
+        return _copy(model, lambda tensor: tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone())
+    except Exception:  # whatever a foreign attribute raises
+        return model
+
+
+def _copy(model: nn.Module, twin_of: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A deep copy of a model without hooks, with other tensors in its parameters, buffers and attributes."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    tensors = [*model.parameters(), *model.buffers(), *(v for v in attributes if isinstance(v, torch.Tensor))]
+    memo: Dict[int, Any] = {id(tensor): twin_of(tensor) for tensor in tensors}
+    with undisturbed(model):
+        return copy.deepcopy(model, memo)
 
 
 def _float_dtype(model: nn.Module) -> Optional[torch.dtype]:

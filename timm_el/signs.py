@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .layers import BinaryUnit
-from .shapes import own_input_size
+from .shapes import own_input_size, undisturbed
 
 __all__ = ['new_norm', 'revive_signs']
 
@@ -94,7 +94,7 @@ def _pass(
         units: Dict[nn.Module, Tuple[str, BinaryUnit]],
         hopeless: List[str],
 ) -> List[str]:
-    """One batch in one mode; gives the units that got a norm. Modes and statistics are as before afterwards."""
+    """One batch in one mode; gives the units that got a norm. Modes and buffers are as before afterwards."""
     revived: List[str] = []
 
     def judge(layer: nn.Module, args: Tuple[torch.Tensor]) -> Optional[Tuple[torch.Tensor]]:
@@ -110,18 +110,8 @@ def _pass(
         revived.append(path)
         return (unit.pre(args[0]),)
 
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if training else []
-    handles = [layer.register_forward_pre_hook(judge) for layer in units]
-    try:
-        with torch.random.fork_rng(devices=[x.device] if x.device.type == 'cuda' else []):
-            model.train(training)
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-        for buffer, value in buffers:
-            buffer.copy_(value)
+    with undisturbed(model), torch.random.fork_rng(devices=[x.device] if x.device.type == 'cuda' else []):
+        for layer in units:
+            layer.register_forward_pre_hook(judge)
+        model.train(training)(x)
     return revived

@@ -123,5 +123,5 @@ def expected_statistics(weight: torch.Tensor, act: nn.Module) -> Tuple[torch.Ten
     dd = {'device': weight.device, 'dtype': torch.float32}
     normal = torch.special.ndtri((torch.arange(256, **dd) + 0.5) / 256)
     std = weight.detach().float().flatten(1).square().sum(1).sqrt()
-    values = act((std[:, None] * normal).to(weight.dtype)[None, :, :, None]).float().flatten(2)[0]
+    values = act.forward((std[:, None] * normal).to(weight.dtype)[None, :, :, None]).float().flatten(2)[0]
     return values.mean(1), values.var(1)
