@@ -1,6 +1,9 @@
 """deploy(): every unit gives what the latent unit gives, in every model, recipe and converted net."""
 import copy
+import functools
 import io
+import itertools
+import types
 from collections import OrderedDict
 
 import pytest
@@ -939,3 +942,166 @@ def test_a_conversion_to_another_dtype_is_refused_before_anything_is_changed(nam
                     convert(part)
         torch.testing.assert_close(deployed.state_dict(), state, rtol=0, atol=0)
         assert torch.equal(deployed(x), expected)
+
+
+def times_0(module: nn.Module, calls: list):
+    """A closure, as timers and profilers write them."""
+    old = module.forward
+
+    def forward(*args, **kwargs):
+        calls.append(module)
+        return old(*args, **kwargs) * 0
+    return forward
+
+
+def bound(module: nn.Module, calls: list):
+    def forward(self, *args, **kwargs):
+        calls.append(module)
+        return type(self).forward(self, *args, **kwargs) * 0
+    return types.MethodType(forward, module)
+
+
+def _offloaded(module, calls, *args, **kwargs):
+    calls.append(1)
+    return module._old_forward(*args, **kwargs) * 0
+
+
+def offloaded(module: nn.Module, calls: list):
+    """As accelerate writes them."""
+    module._old_forward = module.forward
+    return functools.partial(_offloaded, module, calls)
+
+
+PATCHES = {'closure': times_0, 'method': bound, 'partial': offloaded}
+
+
+def called(network: nn.Module, x: torch.Tensor) -> list:
+    """Paths of the modules that run in a pass, but for the network itself."""
+    paths, seen = {m: p for p, m in network.named_modules()}, []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: seen.append(paths.get(m)))
+    try:
+        network(x)
+    finally:
+        handle.remove()
+    return [path for path in dict.fromkeys(seen) if path]
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(features_only=True)], ids=str)
+@pytest.mark.parametrize('name', EACH_HOST)
+def test_a_forward_put_on_an_instance_runs_and_its_result_counts(name, kwargs):
+    deployed, x = timm_el.deploy(host(name, **kwargs)), image()
+    with torch.inference_mode():
+        expected = as_list(deployed(x))
+        paths = called(deployed, x)
+        assert len(paths) > 10
+        for path, patch in zip(paths, itertools.cycle(PATCHES)):
+            module, calls = deployed.get_submodule(path), []
+            handle = module.register_forward_hook(lambda m, args, out: out * 0)
+            hooked = as_list(deployed(x))
+            handle.remove()
+            module.forward = PATCHES[patch](module, calls)
+            patched = as_list(deployed(x))
+            del module.forward
+            assert calls and all(map(torch.equal, patched, hooked)), path
+            assert all(map(torch.equal, as_list(deployed(x)), expected)), path
+
+
+def as_list(outputs) -> list:
+    return [t.clone() for t in (outputs if isinstance(outputs, (list, tuple)) else [outputs])]
+
+
+@pytest.mark.parametrize('part', ['layer1', 'layer1.0', 'layer1.0.conv2', 'layer3.0.conv1', 'maxpool', 'conv1.0', 'fc'])
+def test_a_part_that_is_compiled_by_itself_runs_compiled(part):
+    deployed, x, calls = timm_el.deploy(host('test_resnet')), image(), []
+
+    def backend(graph, inputs):
+        calls.append(part)
+        return graph.forward
+
+    with torch.no_grad():
+        expected = deployed(x)
+        deployed.get_submodule(part).compile(backend=backend)
+        torch.testing.assert_close(deployed(x), expected)
+        assert calls
+        torch.testing.assert_close(copy.deepcopy(deployed)(x), expected)  # torch's copies are not compiled
+
+
+def kinds_of_modules(network: nn.Module, x: torch.Tensor) -> list:
+    """Paths of the first and the last module of each class that run, and of what stands around them."""
+    paths = called(network, x)
+    ends = {}
+    for path in paths:
+        ends.setdefault(type(network.get_submodule(path)), []).append(path)
+    return [path for path in paths if any(path in (of[0], of[-1]) for of in ends.values())]
+
+
+@pytest.mark.parametrize('name', with_slow(['el_resnet26', 'test_efficientnet'], HOSTS + MORE_HOSTS))
+def test_a_forward_put_on_an_instance_before_deploying_is_kept_or_refused_by_name(name):
+    latent, x, kept, refused = host(name), image(), 0, 0
+    units = {path for path, m in latent.named_modules() if isinstance(m, BinaryUnit)}
+    with torch.no_grad():
+        for path, patch in zip(kinds_of_modules(latent, x), itertools.cycle(PATCHES)):
+            module, calls = latent.get_submodule(path), []
+            module.forward = PATCHES[patch](module, calls)
+            expected = latent(x)
+            assert calls
+            if any(f'{path}.'.startswith(f'{unit}.') for unit in units):
+                refused += 1
+                with pytest.raises(ValueError, match=f'^{path}: .*forward in its instance.*on the deployed network'):
+                    timm_el.deploy(latent)
+            else:
+                kept += 1
+                deployed = timm_el.deploy(latent)
+                calls.clear()
+                torch.testing.assert_close(deployed(x), expected, rtol=1e-3, atol=1e-3)
+                assert patch == 'partial' or calls, path  # a partial's list is copied with it
+            vars(module).pop('_old_forward', None)
+            del module.forward
+    assert kept > 5 and refused > 1
+
+
+@pytest.mark.parametrize('what', ['forward', 'hook', 'pre hook'])
+def test_a_norm_is_not_folded_across_the_border_of_a_module_whose_call_is_altered(what):
+    class Stem(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1))
+            self.b, self.unit = nn.Sequential(nn.BatchNorm2d(16)), unit()
+
+        def forward(self, x):
+            return self.unit(self.b(self.a(x)))
+
+    torch.manual_seed(0)
+    latent, x = randomise(Stem()).eval(), image(8, 8)
+    if what == 'forward':
+        latent.a.forward = times_0(latent.a, [])
+    elif what == 'hook':
+        latent.a.register_forward_hook(lambda m, args, out: out * 0)
+    else:
+        latent.b.register_forward_pre_hook(lambda m, args: (args[0] * 0,))
+    with torch.no_grad():
+        torch.testing.assert_close(timm_el.deploy(latent)(x), latent(x))
+
+
+@pytest.mark.parametrize('path', ['0.act', '0.drop', '0'])
+def test_what_is_put_on_a_norms_own_activation_is_kept(path):
+    torch.manual_seed(0)
+    norm = randomise(timm.layers.BatchNormAct2d(16))
+    latent, x = nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 16, 3), norm=nn.Sequential(norm), unit=unit())), image(8, 8)
+    latent.eval().norm.get_submodule(path).register_forward_hook(lambda m, args, out: out * 0 - 1)
+    with torch.no_grad():
+        torch.testing.assert_close(timm_el.deploy(latent)(x), latent(x))
+
+
+@pytest.mark.parametrize('options', [{}, dict(float_dtype=torch.bfloat16), dict(fuse_blocks=False)], ids=str)
+@pytest.mark.parametrize('path', ['conv1', 'layer1.0.conv1', 'maxpool', 'fc', 'layer1', 'bn1'])
+def test_hooks_keep_what_they_were_registered_with(path, options):
+    latent, x, seen = timm_el.binarize(timm.create_model('resnet18')).eval(), image(), []
+    module = latent.get_submodule(path)
+    module.register_forward_hook(lambda m, args, kwargs, out: seen.append(kwargs), with_kwargs=True, always_call=True)
+    module.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    deployed = timm_el.deploy(latent, **options)
+    seen.clear()
+    with torch.no_grad():
+        deployed(x)
+    assert seen == [{}, {}]

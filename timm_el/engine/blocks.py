@@ -1,12 +1,12 @@
 """Blocks and stages of the host that are nothing but layers in a row and shortcuts around them, run as one operator."""
 import inspect
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from torch.nn.modules import module as torch_module
 
 from . import ops
+from .calls import is_altered
 from .fusion import drops
 from .modules import Chained, DeployedUnit
 
@@ -14,8 +14,7 @@ __all__ = ['DeployedBlock', 'DeployedStage', 'join_layers']
 
 
 class _Joined(Chained):
-    """Several modules that run as one operator, unless somebody wants to see what is inside."""
-    _inside: Optional[Tuple[Any, List[Dict[int, Any]]]] = None  # hooks of what is inside, and of which chain
+    """Several modules that run as one operator, unless calls of what is inside have to be made."""
 
     @property
     def path(self) -> str:
@@ -24,26 +23,12 @@ class _Joined(Chained):
 
     def _run(self, x: torch.Tensor, one_by_one: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         chain = self.as_chain()
-        if chain is None or self._is_looked_into(chain):
+        if chain is None:
             return one_by_one(x)
         return chain(x, self._other(x)) if chain.takes_other else chain(x)
 
     def _other(self, x: torch.Tensor) -> Optional[torch.Tensor]:
         return None
-
-    def _is_looked_into(self, chain: ops.Chain) -> bool:
-        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-            return True
-        inside = self._inside
-        if inside is None or inside[0] is not chain:
-            inside = chain, [hooks for m in self.modules() if m is not self
-                             for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-            if chain.direct:  # else it is that of a trace
-                self._inside = inside
-        return any(inside[1])
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {**super().__getstate__(), '_inside': None}
 
 
 class DeployedStage(_Joined, nn.Sequential):
@@ -124,8 +109,7 @@ def layers_of(module: nn.Module, of_stage: bool = False) -> Optional[List[ops.La
 
 def _joined(block: nn.Module) -> Optional[nn.Module]:
     """What gives what the block gives, bit for bit, as one operator; None if there is nothing."""
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
-    if hooked or any(hasattr(DeployedBlock, name) for name in block._modules):
+    if any(map(is_altered, block.modules())) or any(hasattr(DeployedBlock, name) for name in block._modules):
         return None
     if type(block) is not nn.Sequential:
         return _by_trial(block)

@@ -14,6 +14,7 @@ import torch.nn as nn
 from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit
 from . import native
 from .blocks import join_layers
+from .calls import HOOKS, has_hooks, has_own_forward, is_altered
 from .follow import followers
 from .fusion import ACTS, NORMS, Fusion
 from .inference import keep_for_inference
@@ -107,9 +108,14 @@ def _computes_weight(conv: nn.Module) -> bool:
 def _refuse_inside(name: str, unit: BinaryUnit) -> None:
     """Raise for what would be lost: hooks inside the unit, and a forward of one's own."""
     for key, part in unit.named_modules():
-        if key and (part._forward_hooks or part._forward_pre_hooks):
+        where = f'{name}.{key}' if key else name
+        if has_own_forward(part):
             raise ValueError(
-                f'{name}.{key}: the {type(part).__name__} carries hooks, which would be lost; remove them, or hook the '
+                f'{where}: the {type(part).__name__} has a forward in its instance, which would be lost; remove it, '
+                f'and put it on the deployed network')
+        if key and has_hooks(part):
+            raise ValueError(
+                f'{where}: the {type(part).__name__} carries hooks, which would be lost; remove them, or hook the '
                 f'unit itself')
     conv = unit.conv
     if isinstance(conv, (BinaryConv2d, BinaryLinear)) and not type(conv).forward.__module__.startswith('timm_el.'):
@@ -122,17 +128,18 @@ def deploy(
 
     Every `BinaryUnit` becomes one operator: signs are packed, differing bits counted, and scale, K, norm, activation,
     link and RPReLU applied before the result is written, with norms folded in float64. Norms after float convolutions
-    are folded too. What cannot be folded runs as the module that it was. The copy has the host's class and forward
-    (`forward_features`, `features_only`, any batch and image size) and keeps NHWC memory format throughout. Signs are
-    computed exactly; values differ from the latent network's by rounding, and where rounding moves a value across zero,
-    a sign flips. The copy stays in eval mode and float32: `train()` of it, of its modules, or of a network around it
-    leaves its modules in eval mode.
+    are folded too. What cannot be folded, and each float layer that has hooks or a forward in its instance, runs as the
+    module that it was. The copy has the host's class and forward (`forward_features`, `features_only`, any batch and
+    image size) and keeps NHWC memory format throughout. Signs are computed exactly; values differ from the latent
+    network's by rounding, and where rounding moves a value across zero, a sign flips. The copy stays in eval mode and
+    float32: `train()` of it, of its modules, or of a network around it leaves its modules in eval mode.
 
     Args:
         model: A latent network in eval mode, float32, on the CPU. It is not changed.
         float_dtype: Dtype in which float convolutions compute; activations between layers stay float32.
         fuse_blocks: Run each stage of blocks that are rows of layers as one operator: the same bits, faster. It goes
-            layer by layer where a hook is put on what is inside. Without it every unit stands by itself.
+            layer by layer where a hook, or a forward, is put on an instance inside. Without it every unit stands by
+            itself.
 
     Returns:
         A module of the model's class. Its state dict is its own; save the latent network, not this one.
@@ -140,7 +147,8 @@ def deploy(
     Raises:
         TypeError: `model` is not a module.
         ValueError: It is in training mode, not on the CPU, not float32, scripted, compiled, wrapped or already
-            deployed; it has no binary unit, or one whose weights are still real.
+            deployed; it has no binary unit, or one whose weights are still real, or one with hooks or a forward in an
+            instance inside.
 
     Warns:
         SlowEngineWarning: Once in a process, if the kernels of this processor do not run and nobody asked for that.
@@ -176,7 +184,7 @@ def _deployed(model: nn.Module, float_dtype: torch.dtype, fuse_blocks: bool) -> 
             exchange(modules[p], rest)
     classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
     for path, module in modules.items():
-        if id(module) in inner or native.library() is None or id(module) in memo:
+        if id(module) in inner or native.library() is None or id(module) in memo or is_altered(module):
             continue
         if DeployedPool.takes(module):
             exchange(module, DeployedPool(path, module))
@@ -184,7 +192,7 @@ def _deployed(model: nn.Module, float_dtype: torch.dtype, fuse_blocks: bool) -> 
             exchange(module, DeployedLinear(path, module))
     twin = copy.deepcopy(model, memo)
     for old, new in replaced:
-        for hooks in ('_forward_hooks', '_forward_pre_hooks'):
+        for hooks in HOOKS:
             getattr(new, hooks).update(copy.deepcopy(getattr(old, hooks), memo))
             if hasattr(old, 'min_input_size'):
                 new.min_input_size = old.min_input_size

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..shapes import meta_copy, own_input_size
+from .calls import is_altered
 
 __all__ = ['followers']
 
@@ -37,8 +38,9 @@ def followers(
 ) -> Dict[str, List[str]]:
     """What comes directly after each source layer, as long as nothing else reads the tensor in between.
 
-    A layer that runs more than once, or whose output leaves the network, has no followers. Modules with hooks of their
-    own are not followed, because the hook wants to see what is there.
+    A layer that runs more than once, or whose output leaves the network, has no followers. What hooks, or a forward in
+    the instance, get and give is no tensor in between: a module that has them, or has them inside, is not followed, and
+    none is followed into, or out of, a module that has them. A source that has them is left out.
 
     Args:
         model: Any network; it is not changed. It runs on the meta device, or, if it does not, on zeros.
@@ -66,8 +68,7 @@ def _watch(
         others: Tuple[type, ...],
 ) -> Dict[str, List[str]]:
     watch = _Watch()
-    hooked = {path for path, m in model.named_modules()
-              if m._forward_hooks or m._forward_pre_hooks and not isinstance(m, sources)}
+    altered = [path for path, m in model.named_modules() if path and is_altered(m)]
     paths = {m: p for p, m in network.named_modules()}
     ran: Dict[str, int] = {}
     made: Dict[int, str] = {}  # id of an output: the module that gave it
@@ -103,7 +104,10 @@ def _watch(
     modules = dict(network.named_modules())
 
     def single(path: str) -> bool:
-        return ran.get(path) == 1 and path in gave and path not in hooked
+        return ran.get(path) == 1 and path in gave and not any(f'{p}.'.startswith(f'{path}.') for p in altered)
+
+    def around(path: str) -> List[str]:
+        return [p for p in altered if path.startswith(f'{p}.')]
 
     result: Dict[str, List[str]] = {}
     for path, module in modules.items():
@@ -115,6 +119,8 @@ def _watch(
             # In the order of their calls.
             nexts = [p for p, t in took.items() if t == tensor and p not in (path, *chain)]
             if not nexts or isinstance(modules[nexts[0]], sources) or not single(nexts[0]):
+                break
+            if around(nexts[0]) != around(path):  # the tensor is what they get or give
                 break
             passed = [modules[p] for p in chain]
             readers = [r for r in watch.readers.get(tensor, []) if r not in passed]

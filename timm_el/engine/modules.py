@@ -19,6 +19,7 @@ from ..layers import (
     weight_scale,
 )
 from . import native, ops
+from .calls import Calls
 from .fusion import Fusion, drops, pair, pool_of, threshold_of
 from .layout import store
 from .spec import ConvSpec, Window
@@ -32,31 +33,37 @@ class Chained(nn.Module):
     _chain: Optional[ops.Chain] = None
     # For which body, of which tensors and modules, and how many of these.
     _made: Optional[Tuple[int, List[Tuple[Dict[str, Any], str, Any]], List[Tuple[Dict[str, Any], int]]]] = None
+    _calls: Optional[Calls] = None  # of what is inside
 
     def as_layers(self) -> List[ops.Layer]:
         """What runs here, nothing if that is more than one operator."""
         raise NotImplementedError
 
     def as_chain(self) -> Optional[ops.Chain]:
-        """The operator, None if there is more than one."""
+        """The operator, None if there is more than one, or if calls of what is inside have to be made."""
         if ops.watched():  # its tensors may be those of a trace
-            return self._new_chain(direct=False)
-        if self._made is None or self._made[0] != native.generation() or any(
-                held.get(name) is not value for held, name, value in self._made[1]) or any(
-                len(held) != n for held, n in self._made[2]):
-            self._chain = self._new_chain(direct=True)
-            inside = list(self.modules())
-            self._made = native.generation(), [
-                (held, name, value) for m in inside for held in (m._parameters, m._buffers, m._modules)
-                for name, value in held.items()], [(m._modules, len(m._modules)) for m in inside]
-        return self._chain
+            chain, calls = self._new_chain(direct=False), self._inner_calls()
+        else:
+            if self._made is None or self._made[0] != native.generation() or any(
+                    held.get(name) is not value for held, name, value in self._made[1]) or any(
+                    len(held) != n for held, n in self._made[2]):
+                self._chain, self._calls = self._new_chain(direct=True), self._inner_calls()
+                inside = list(self.modules())
+                self._made = native.generation(), [
+                    (held, name, value) for m in inside for held in (m._parameters, m._buffers, m._modules)
+                    for name, value in held.items()], [(m._modules, len(m._modules)) for m in inside]
+            chain, calls = self._chain, self._calls
+        return None if calls.any_altered() else chain
+
+    def _inner_calls(self) -> Calls:
+        return Calls(m for m in self.modules() if m is not self)
 
     def _new_chain(self, direct: bool) -> Optional[ops.Chain]:
         layers = self.as_layers()
         return ops.Chain(self.path, layers, direct) if layers else None
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, '_chain': None, '_made': None}
+        return {**super().__getstate__(), '_chain': None, '_made': None, '_calls': None}
 
 
 class Engine(Chained):
@@ -417,12 +424,12 @@ class DeployedPool(Chained):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != 'cpu':
             return self.pool(x)
-        chain = self.as_chain()
-        if self.window is None and 1 <= x.shape[2] * x.shape[3] <= 64:
-            chain = self._mean_of(x.shape[2], x.shape[3])
+        chain = self.as_chain() if self.window is not None else self._mean_of(x.shape[2], x.shape[3])
         return self.pool(x) if chain is None else chain(x)
 
-    def _mean_of(self, height: int, width: int) -> ops.Chain:
+    def _mean_of(self, height: int, width: int) -> Optional[ops.Chain]:
+        if not 1 <= height * width <= 64 or self._inner_calls().any_altered():
+            return None
         size, direct = Window((height, width)), not ops.watched()
         if direct and self._means is not None and self._means[0] == size:
             return self._means[1]

@@ -1,0 +1,51 @@
+"""What a call of a module runs besides the forward of its class: hooks, a forward of the instance, a compiled call.
+
+Profilers, offloaders and timers put them there, and each must run, and its result must count, where the engine would go
+past the module.
+"""
+from typing import Iterable
+
+import torch
+import torch.nn as nn
+from torch.nn.modules import module as torch_module
+
+__all__ = ['HOOKS', 'Calls', 'has_hooks', 'has_own_forward', 'is_altered']
+
+# Where a module keeps its forward hooks, and what they were registered with.
+HOOKS = (
+    '_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
+    '_forward_pre_hooks_with_kwargs')
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Forward hooks, before or after."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """A forward in the instance, in front of that of its class. Scripted modules are made with one."""
+    return 'forward' in vars(module) and not isinstance(module, torch.jit.ScriptModule)
+
+
+def is_altered(module: nn.Module) -> bool:
+    """A call of the module runs something else than the forward of its class."""
+    return has_hooks(module) or has_own_forward(module)
+
+
+class Calls:
+    """The calls of modules that the engine would go past, to be looked at in each pass.
+
+    Args:
+        modules: The modules; lists of modules among them do not count, nobody calls them.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        called = [m for m in modules if not isinstance(m, (nn.ModuleList, torch.jit.ScriptModule))]
+        self._hooks = [hooks for m in called for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._instances = [vars(m) for m in called]
+
+    def any_altered(self) -> bool:
+        """One of the calls runs something else than the forward of a class."""
+        return bool(self._instances) and (
+            bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks) or any(self._hooks)
+            or any('forward' in own or '_compiled_call_impl' in own for own in self._instances))
