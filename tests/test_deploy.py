@@ -123,6 +123,13 @@ def unit_of(conv: nn.Module, **parts) -> BinaryUnit:
     return randomise(BinaryUnit(conv, **parts)).eval()
 
 
+class Twice(nn.Identity):
+    """An identity by its class alone."""
+
+    def forward(self, x):
+        return 2 * x - 1
+
+
 UNITS = {
     'pad -1': lambda: unit_of(BinaryConv2d(20, 30, 3, padding=1, pad_value=-1)),
     'pad +1': lambda: unit_of(BinaryConv2d(20, 30, (3, 5), (2, 1), padding=(1, 2), pad_value=1, bias=False)),
@@ -154,6 +161,10 @@ UNITS = {
         nn.Conv2d(20, 20, 3, 1, 1, groups=20), norm=nn.BatchNorm2d(20), act=nn.ReLU(), act_first=True,
         link=ElasticLink(20, 20)),
     'real grouped': lambda: unit_of(nn.Conv2d(20, 20, 3, 1, 1, groups=4), norm=nn.BatchNorm2d(20), act=nn.ReLU()),
+    'identity link': lambda: unit_of(BinaryConv2d(20, 20, 1), norm=nn.BatchNorm2d(20), link=nn.Identity()),
+    'own identities': lambda: unit_of(
+        BinaryConv2d(20, 20, 1), norm=Twice(), act=Twice(), tail=Twice(), link=Twice(), pre=Twice(), post=Twice()),
+    'own pool': lambda: unit_of(BinaryConv2d(20, 9, 1), link=ElasticLink(20, 9, pool=Twice())),
     'link only': lambda: unit_of(None, link=ElasticLink(20, 9)),
     'weights only': lambda: unit_of(BinaryConv2d(20, 30, 3, padding=1, input_quantizer=None), norm=nn.BatchNorm2d(30)),
     'weights only, same': lambda: unit_of(

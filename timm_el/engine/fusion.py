@@ -24,11 +24,12 @@ class Affine(NamedTuple):
 def affine_of(norm: Optional[nn.Module], channels: int) -> Optional[Affine]:
     """A norm as an affine map in float64, None if it depends on its input."""
     one, zero = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-    if norm is None or isinstance(norm, nn.Identity):
+    if norm is None or drops(norm):
         return Affine(one, zero)
     if not isinstance(norm, NORMS) or norm.running_mean is None or norm.training or not _is_known(norm):
         return None
-    if any(not isinstance(getattr(norm, name, None), (nn.Identity, type(None))) for name in ('act', 'drop')):
+    parts = (getattr(norm, name, None) for name in ('act', 'drop'))
+    if not all(part is None or drops(part) for part in parts):
         return None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -46,7 +47,7 @@ def _is_known(module: nn.Module) -> bool:
 
 def act_of(act: Optional[nn.Module]) -> Optional[Tuple[str, Any, Any]]:
     """An activation as ('none' | 'clip' | 'prelu', lo or slope, hi), None if it is neither."""
-    if act is None or isinstance(act, (nn.Identity, nn.Dropout)):
+    if act is None or drops(act):
         return 'none', -INF, INF
     if type(act) is nn.ReLU:
         return 'clip', 0., INF
@@ -63,7 +64,8 @@ def act_of(act: Optional[nn.Module]) -> Optional[Tuple[str, Any, Any]]:
 
 def drops(module: nn.Module) -> bool:
     """Does nothing in eval mode."""
-    return isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d)) or type(module).__name__ == 'DropPath'
+    known = isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d)) and _is_known(module)
+    return known or type(module).__name__ == 'DropPath'
 
 
 class Fusion:
@@ -97,7 +99,7 @@ class Fusion:
         scale, shift = ('scale', 'shift') if self.stage == 0 else ('scale2', 'shift2')
         self.rows[scale] = self.rows[scale] * affine.scale
         self.rows[shift] = self.rows[shift] * affine.scale + affine.shift
-        if self.stage and norm is not None and not isinstance(norm, nn.Identity):
+        if self.stage and norm is not None and not drops(norm):
             self.facts['has_affine'], self.stage = True, 2
         return True
 
@@ -169,7 +171,7 @@ def pair(value: Any) -> Tuple[int, int]:
 
 def pool_of(pool: Optional[nn.Module]) -> Optional[Dict[str, Any]]:
     """Facts of a pooling that the kernel knows; None if it does not."""
-    if pool is None or isinstance(pool, nn.Identity):
+    if pool is None or drops(pool):
         return {}
     if type(pool) is nn.MaxPool2d and not pool.return_indices:
         kind, dilation = 'max', pair(pool.dilation)

@@ -194,7 +194,7 @@ class DeployedUnit(Engine):
         if unit.act_first:
             middle.reverse()
         steps = [('scale', unit.scale), *middle, ('tail', unit.tail), ('link', unit.link), ('post', unit.post)]
-        return [(name, module) for name, module in steps if module is not None and not drops(module)]
+        return [(name, m) for name, m in steps if m is not None and (name == 'link' or not drops(m))]
 
     def _fuse(self, fusion: Fusion, steps: Sequence[Tuple[str, nn.Module]], native_conv: bool) -> int:
         """How many of the steps the epilogue takes in."""
