@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 from conftest import EACH_MODEL, randomise, with_slow
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import timm_el
 from timm_el import engine
@@ -1116,3 +1117,114 @@ def test_hooks_keep_what_they_were_registered_with(path, options):
     with torch.no_grad():
         deployed(x)
     assert seen == [{}, {}]
+
+
+class Layers(nn.Module):
+    """One of each kind of layer, outside of units and inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.act = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.PReLU(16)
+        self.grouped, self.group_norm, self.pool = nn.Conv2d(16, 16, 3, groups=4), nn.GroupNorm(4, 16), nn.MaxPool2d(2)
+        self.unit = BinaryUnit(
+            BinaryConv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), pre=Shift(16), post=RPReLU(32),
+            link=ElasticLink(16, 32), tail=nn.Conv2d(32, 32, 1))
+        self.real = BinaryUnit(nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32), nn.PReLU())
+        self.fc = nn.Linear(32, 5)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, x):
+        x = self.pool(self.group_norm(self.grouped(self.act(self.norm(self.stem(x))))))
+        return self.fc(self.real(self.unit(x)).mean((2, 3)))
+
+
+class EverySecond(prune.BasePruningMethod):
+    """A way of pruning that is not torch's."""
+    PRUNING_TYPE = 'unstructured'
+
+    def compute_mask(self, tensor, default_mask):
+        return torch.arange(tensor.numel()).reshape(tensor.shape) % 2 * default_mask
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+ANEW = {
+    'l1 pruning': lambda m, name: prune.l1_unstructured(m, name, .5),
+    'own pruning': lambda m, name: EverySecond.apply(m, name),
+    'weight norm': lambda m, name: parametrizations.weight_norm(m, name),
+    'spectral norm': lambda m, name: parametrizations.spectral_norm(m, name),
+    'orthogonal': lambda m, name: parametrizations.orthogonal(m, name),
+    'own parametrization': lambda m, name: parametrize.register_parametrization(m, name, Doubled()),
+    'old weight norm': lambda m, name: nn.utils.weight_norm(m, name),
+    'old spectral norm': lambda m, name: nn.utils.spectral_norm(m, name),
+}
+MATRIX_ONLY = ('weight norm', 'spectral norm', 'orthogonal', 'old weight norm', 'old spectral norm')
+WEIGHTS = {
+    'stem': 'weight', 'norm': 'weight', 'act': 'weight', 'grouped': 'weight', 'group_norm': 'bias', 'fc': 'weight',
+    'unit.conv': 'weight', 'unit.norm': 'weight', 'unit.pre': 'bias', 'unit.post': 'slope', 'unit.link': 'gamma',
+    'unit.tail': 'weight', 'real.conv': 'weight', 'real.norm': 'bias', 'real.act': 'weight'}
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.* is deprecated:FutureWarning')
+@pytest.mark.parametrize('how', ANEW)
+@pytest.mark.parametrize('path', WEIGHTS)
+@pytest.mark.parametrize('fresh', [True, False], ids=['fresh', 'run before'])
+def test_a_layer_that_computes_its_weight_anew_runs_as_it_is_or_is_refused_by_name(path, how, fresh):
+    torch.manual_seed(0)
+    latent, x, name = randomise(Layers()).eval(), image(16, 16), WEIGHTS[path]
+    module = latent.get_submodule(path)
+    if getattr(module, name).dim() < 2 and how in MATRIX_ONLY:
+        return
+    with torch.no_grad():
+        for parameter in latent.parameters():
+            parameter.add_(.1 * torch.randn_like(parameter))
+        unaltered = latent(x)
+    ANEW[how](module, name)
+    latent.eval()  # a parametrization comes in training mode
+    if not fresh:
+        with torch.no_grad():
+            latent(x)
+    if '.' in path:
+        message = f'computes its .*{name}.* anew .*prune.remove.*parametrize.remove_parametrizations'
+        with pytest.raises(ValueError, match=f'^{path}: .*{message}'):
+            timm_el.deploy(latent)
+        return
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        expected = latent(x)
+        assert 'weight norm' in how or not torch.equal(expected, unaltered)
+        for model in (deployed, copy.deepcopy(deployed)):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', EACH_HOST)
+def test_a_pruned_stem_and_classifier_stay_pruned(name):
+    latent, x = host(name), image()
+    stem = next(m for m in latent.modules() if type(m) is nn.Conv2d)
+    for module in (stem, latent.get_classifier()):
+        prune.l1_unstructured(module, 'weight', .5)
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(x), latent(x), rtol=1e-3, atol=1e-4)
+        prune.remove(deployed.get_classifier(), 'weight')
+        torch.testing.assert_close(deployed(x), latent(x), rtol=1e-3, atol=1e-4)
+
+
+def test_tensors_with_a_history_that_a_module_keeps_are_copied_without_it():
+    class Keeping(nn.Identity):
+        def forward(self, x):
+            self.last, self.all = x, {'seen': [x]}
+            return x
+
+    latent = nn.Sequential(
+        nn.Conv2d(3, 16, 3), Keeping(), unit(), BinaryUnit(BinaryConv2d(16, 16, 1), act=Keeping(), link=Keeping()))
+    latent.eval()(image(8, 8))
+    assert latent[1].last.requires_grad
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(image(8, 8)), latent(image(8, 8)), rtol=1e-4, atol=1e-4)

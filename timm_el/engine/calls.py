@@ -1,15 +1,18 @@
 """What a call of a module runs besides the forward of its class: hooks, a forward of the instance, a compiled call.
 
-Profilers, offloaders and timers put them there, and each must run, and its result must count, where the engine would go
-past the module.
+Profilers, offloaders and timers put them there, and so do pruning, weight norm and spectral norm. Each must run, and
+its result must count, where the engine would go past the module.
 """
-from typing import Iterable
+import copy
+from typing import Any, Dict, Iterable, List, Optional
 
 import torch
 import torch.nn as nn
 from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
 
-__all__ = ['HOOKS', 'Calls', 'has_hooks', 'has_own_forward', 'is_altered']
+__all__ = ['HOOKS', 'Calls', 'computed_tensors', 'copied', 'has_hooks', 'has_own_forward', 'is_altered']
 
 # Where a module keeps its forward hooks, and what they were registered with.
 HOOKS = (
@@ -27,9 +30,27 @@ def has_own_forward(module: nn.Module) -> bool:
     return 'forward' in vars(module) and not isinstance(module, torch.jit.ScriptModule)
 
 
+def computed_tensors(module: nn.Module) -> List[str]:
+    """Names of the tensors that the module computes anew in each pass, by a parametrization or in a hook."""
+    names = list(module.parametrizations) if is_parametrized(module) else []
+    if has_hooks(module):
+        names += [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+    return names
+
+
 def is_altered(module: nn.Module) -> bool:
-    """A call of the module runs something else than the forward of its class."""
-    return has_hooks(module) or has_own_forward(module)
+    """A call of the module runs something else than the forward of its class on tensors of its own."""
+    return has_hooks(module) or has_own_forward(module) or is_parametrized(module)
+
+
+def copied(module: Optional[nn.Module], memo: Optional[Dict[int, Any]] = None) -> Optional[nn.Module]:
+    """A deep copy; tensors that somebody computed and left in it lose their history, with which torch copies none."""
+    memo = {} if memo is None else memo
+    for part in () if module is None else module.modules():
+        for leaf in tree_leaves(vars(part)):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_leaf:
+                memo[id(leaf)] = leaf.detach().clone()
+    return copy.deepcopy(module, memo)
 
 
 class Calls:

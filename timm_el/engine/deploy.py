@@ -14,7 +14,7 @@ import torch.nn as nn
 from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit
 from . import native
 from .blocks import join_layers
-from .calls import HOOKS, has_hooks, has_own_forward, is_altered
+from .calls import HOOKS, computed_tensors, copied, has_hooks, has_own_forward, is_altered
 from .follow import followers
 from .fusion import ACTS, NORMS, Fusion
 from .inference import keep_for_inference
@@ -49,7 +49,7 @@ def _replace_float(
                 break
             taken[after] = nn.Identity()
             if act is not None and not (own and fusion.act(act)):
-                taken[after] = copy.deepcopy(act)
+                taken[after] = copied(act)
                 break
         elif not own or not fusion.act(module):
             break
@@ -57,7 +57,7 @@ def _replace_float(
             taken[after] = nn.Identity()
     if own:
         return DeployedConv(path, conv, fusion), taken
-    return folded_conv(copy.deepcopy(conv), fusion, float_dtype), taken
+    return folded_conv(copied(conv), fusion, float_dtype), taken
 
 
 def _refuse_unfit(model: nn.Module, float_dtype: torch.dtype) -> None:
@@ -99,16 +99,16 @@ def _refuse_unfit(model: nn.Module, float_dtype: torch.dtype) -> None:
             'model: there is no BinaryUnit in it; binarize it, or create one of the registered models, first')
 
 
-def _computes_weight(conv: nn.Module) -> bool:
-    """A parametrization, or a hook such as that of spectral_norm, makes the weight anew in each pass."""
-    return any(getattr(hook, '__module__', type(hook).__module__).startswith('torch.')
-               for hook in conv._forward_pre_hooks.values()) or hasattr(conv, 'parametrizations')
-
-
 def _refuse_inside(name: str, unit: BinaryUnit) -> None:
-    """Raise for what would be lost: hooks inside the unit, and a forward of one's own."""
+    """Raise for what would be lost: hooks and parametrizations inside the unit, and a forward of one's own."""
     for key, part in unit.named_modules():
         where = f'{name}.{key}' if key else name
+        computed = computed_tensors(part)
+        if computed:
+            raise ValueError(
+                f'{where}: the {type(part).__name__} computes its {" and ".join(computed)} anew in each pass, expected '
+                f'parameters; make it so first, with torch.nn.utils.prune.remove, remove_weight_norm or '
+                f'remove_spectral_norm of torch.nn.utils, or parametrize.remove_parametrizations')
         if has_own_forward(part):
             raise ValueError(
                 f'{where}: the {type(part).__name__} has a forward in its instance, which would be lost; remove it, '
@@ -128,11 +128,12 @@ def deploy(
 
     Every `BinaryUnit` becomes one operator: signs are packed, differing bits counted, and scale, K, norm, activation,
     link and RPReLU applied before the result is written, with norms folded in float64. Norms after float convolutions
-    are folded too. What cannot be folded, and each float layer that has hooks or a forward in its instance, runs as the
-    module that it was. The copy has the host's class and forward (`forward_features`, `features_only`, any batch and
-    image size) and keeps NHWC memory format throughout. Signs are computed exactly; values differ from the latent
-    network's by rounding, and where rounding moves a value across zero, a sign flips. The copy stays in eval mode and
-    float32: `train()` of it, of its modules, or of a network around it leaves its modules in eval mode.
+    are folded too. What cannot be folded runs as the module that it was, and so does each float layer that has hooks, a
+    parametrization, or a forward in its instance. The copy has the host's class and forward (`forward_features`,
+    `features_only`, any batch and image size) and keeps NHWC memory format throughout. Signs are computed exactly;
+    values differ from the latent network's by rounding, and where rounding moves a value across zero, a sign flips. The
+    copy stays in eval mode and float32: `train()` of it, of its modules, or of a network around it leaves its modules
+    in eval mode.
 
     Args:
         model: A latent network in eval mode, float32, on the CPU. It is not changed.
@@ -147,8 +148,8 @@ def deploy(
     Raises:
         TypeError: `model` is not a module.
         ValueError: It is in training mode, not on the CPU, not float32, scripted, compiled, wrapped or already
-            deployed; it has no binary unit, or one whose weights are still real, or one with hooks or a forward in an
-            instance inside.
+            deployed; it has no binary unit, or one whose weights are still real, or one with hooks, parametrizations or
+            a forward in an instance inside.
 
     Warns:
         SlowEngineWarning: Once in a process, if the kernels of this processor do not run and nobody asked for that.
@@ -175,7 +176,7 @@ def _deployed(model: nn.Module, float_dtype: torch.dtype, fuse_blocks: bool) -> 
     modules = dict(model.named_modules())
     for path, chain in followers(model, (nn.Conv2d,), (*NORMS, *ACTS)).items():
         conv = modules[path]
-        if id(conv) in inner or isinstance(conv, BinaryConv2d) or _computes_weight(conv):
+        if id(conv) in inner or isinstance(conv, BinaryConv2d):
             continue
         after = [(p, modules[p]) for p in chain if id(modules[p]) not in inner]
         new, taken = _replace_float(path, conv, after, float_dtype)
@@ -190,7 +191,7 @@ def _deployed(model: nn.Module, float_dtype: torch.dtype, fuse_blocks: bool) -> 
             exchange(module, DeployedPool(path, module))
         elif module is classifier and type(module) is nn.Linear and float_dtype == torch.float32:
             exchange(module, DeployedLinear(path, module))
-    twin = copy.deepcopy(model, memo)
+    twin = copied(model, memo)
     for old, new in replaced:
         for hooks in HOOKS:
             getattr(new, hooks).update(copy.deepcopy(getattr(old, hooks), memo))

@@ -1,5 +1,4 @@
 """The modules of a deployed network, which stand where units and float convolutions stood."""
-import copy
 from dataclasses import replace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -19,7 +18,7 @@ from ..layers import (
     weight_scale,
 )
 from . import native, ops
-from .calls import Calls
+from .calls import Calls, copied
 from .fusion import Fusion, drops, pair, pool_of, threshold_of
 from .layout import store
 from .spec import ConvSpec, Window
@@ -176,11 +175,11 @@ class DeployedUnit(Engine):
             fused = 0
         self.link_fused = any(name == 'link' for name, _ in steps[:fused])
         link = dict(steps).get('link')
-        self.link = None if self.link_fused and _pooled_link(link) else copy.deepcopy(link)
+        self.link = None if self.link_fused and _pooled_link(link) else copied(link)
         rest = [(name, module) for name, module in steps[fused:] if name not in ('link', 'scale')]
-        self.scale = copy.deepcopy(dict(steps[fused:]).get('scale'))
-        self.before_sum = nn.ModuleList(copy.deepcopy(m) for name, m in rest if name != 'post')
-        self.after_sum = nn.ModuleList(copy.deepcopy(m) for name, m in rest if name == 'post')
+        self.scale = copied(dict(steps[fused:]).get('scale'))
+        self.before_sum = nn.ModuleList(copied(m) for name, m in rest if name != 'post')
+        self.after_sum = nn.ModuleList(copied(m) for name, m in rest if name == 'post')
         if binary:
             self._set_binary(unit, conv, fusion, has_k)
         else:
@@ -224,7 +223,7 @@ class DeployedUnit(Engine):
         if unit.pre is not None:
             found = None if has_k or self.linear or self.scale is not None else threshold_of(unit.pre, spec.c_in)
             if found is None:
-                self.pre = copy.deepcopy(unit.pre)
+                self.pre = copied(unit.pre)
             else:
                 threshold, flip = found
         weight = conv.latent_weight().detach()
@@ -242,7 +241,7 @@ class DeployedUnit(Engine):
             float_dtype: torch.dtype,
     ) -> None:
         if unit.pre is not None:
-            self.pre = copy.deepcopy(unit.pre)
+            self.pre = copied(unit.pre)
         if native_conv:
             self.conv = DeployedConv(self.path, conv, fusion)
         elif _folds(conv):
@@ -398,7 +397,7 @@ class DeployedPool(Chained):
     def __init__(self, path: str, pool: nn.Module) -> None:
         super().__init__()
         self.path = path
-        self.pool = copy.deepcopy(pool)
+        self.pool = copied(pool)
         facts = pool_of(pool) if type(pool) is not nn.AdaptiveAvgPool2d else None
         self.mode = 'avg' if facts is None else facts['link_pool']
         self.window: Optional[Window] = None if facts is None else facts['pool']
@@ -507,9 +506,9 @@ class CastConv(nn.Module):
 def float_layer(layer: Optional[nn.Module]) -> Optional[nn.Module]:
     """A real layer, to be changed; one with a quantized weight becomes a plain one that holds the values in use."""
     if not isinstance(layer, (BinaryConv2d, BinaryLinear)) or layer.weight_quantizer is None:
-        return copy.deepcopy(layer)
+        return copied(layer)
     if getattr(layer, 'same_pad', False) or getattr(layer, 'pad_value', 0):
-        return copy.deepcopy(layer)  # no plain layer pads like this
+        return copied(layer)  # no plain layer pads like this
     plain: nn.Module
     if isinstance(layer, nn.Linear):
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device='meta')
@@ -520,7 +519,8 @@ def float_layer(layer: Optional[nn.Module]) -> Optional[nn.Module]:
             layer.groups, layer.bias is not None, layer.padding_mode, device='meta')
     with torch.no_grad():
         plain.weight = nn.Parameter(layer.quantized_weight().clone(), requires_grad=False)
-        plain.bias = copy.deepcopy(layer.bias)
+        bias = layer.bias
+        plain.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
     return plain.eval()
 
 
