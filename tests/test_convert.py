@@ -10,6 +10,7 @@ import torch.nn as nn
 import torchvision
 from conftest import positive_shares, randomise
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils import parametrizations, prune
 from torch.utils._pytree import tree_leaves
 
 import timm_el
@@ -341,6 +342,17 @@ def whole_numbers() -> nn.Module:
     return model
 
 
+class Foreign(torch.Tensor):
+    """A tensor subclass, such as torchao's and DTensor."""
+
+
+def subclassed(path: str) -> nn.Module:
+    model = timm.create_model('resnet18')
+    layer = model.get_submodule(path)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Foreign))
+    return model
+
+
 def scripted() -> nn.Module:
     return torch.jit.script(timm.create_model('test_resnet'))
 
@@ -361,6 +373,10 @@ def act_hooked() -> nn.Module:
     (lazy, {}, ValueError, '0.weight: the LazyConv2d is not initialised yet; pass a batch'),
     (quantized, {}, ValueError, 'fc: found Linear of a quantized model, expected a float model'),
     (whole_numbers, {}, ValueError, 'layer1.0.conv1: the weight of the Conv2d is a Parameter of torch.int8'),
+    (lambda: subclassed('layer2.0.conv1'), {}, ValueError,
+     'layer2.0.conv1: the weight of the Conv2d is a Foreign of torch.float32, expected a plain float tensor; take'),
+    (lambda: subclassed('fc'), {}, ValueError, 'fc: the weight of the Linear is a Foreign'),
+    (lambda: subclassed('layer1.0.bn2'), {}, ValueError, 'layer1.0.bn2: the weight of the BatchNorm2d is a Foreign'),
     (scripted, {}, ValueError, 'model: found a RecursiveScriptModule, expected the model that it was made of'),
     (lambda: torch.compile(timm.create_model('resnet18')), {}, ValueError, 'model: found a OptimizedModule'),
     (lambda: nn.DataParallel(timm.create_model('resnet18')), {}, ValueError, 'model: found a DataParallel'),
@@ -563,3 +579,61 @@ def test_hooks_on_the_parts_of_a_norm_are_refused_too(path):
     model.get_submodule(path).register_forward_hook(lambda *args: None)
     with pytest.raises(ValueError, match=f'{path}: the .* carries hooks'):
         timm_el.binarize(model)
+
+
+# ------------------------------------------------------------------------------------------- weights that are computed
+
+COMPUTING = {
+    'pruned': lambda layer: prune.l1_unstructured(layer, 'weight', 0.5), 'weight norm': parametrizations.weight_norm,
+    'spectral norm': parametrizations.spectral_norm, 'old weight norm': nn.utils.weight_norm,
+    'old spectral norm': nn.utils.spectral_norm}
+RESNET, TRACED = 'resnet18', 'test_efficientnet'
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*is deprecated:FutureWarning')
+@pytest.mark.parametrize('name, path', [
+    (RESNET, 'conv1'), (RESNET, 'layer1.0.conv1'), (TRACED, 'conv_stem'), (TRACED, 'blocks.1.0.conv_pwl')])
+@pytest.mark.parametrize('kind', COMPUTING)
+def test_a_convolution_whose_weight_is_computed_is_refused_by_path_with_the_remedy(kind, name, path):
+    model = timm.create_model(name)
+    COMPUTING[kind](model.get_submodule(path))
+    modules, tensors = snapshot(model)
+    with pytest.raises(ValueError, match=rf"^{path}: the weight of the .*; call torch\.nn\.utils\..*'weight'\) first"):
+        timm_el.binarize(model)
+    after, tensors_after = snapshot(model)
+    assert after == modules and all(torch.equal(tensors[k], v) for k, v in tensors_after.items())
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*is deprecated:FutureWarning')
+@pytest.mark.parametrize('name, path, reason', [
+    (RESNET, 'fc', 'classifier'), (RESNET, 'layer2.0.downsample.0', 'residual downsample'),
+    (TRACED, 'classifier', 'classifier')])
+@pytest.mark.parametrize('kind', COMPUTING)
+def test_a_layer_that_stays_float_may_compute_its_weight(kind, name, path, reason):
+    torch.manual_seed(0)
+    model, twin = timm.create_model(name), timm.create_model(name)
+    twin.load_state_dict(model.state_dict())
+    COMPUTING[kind](model.get_submodule(path))
+    layer, keys = model.get_submodule(path), model.get_submodule(path).state_dict().keys()
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    timm_el.binarize(model)
+    timm_el.binarize(twin)
+    row = {row.path: row for row in model.binarize_report.rows}[path]
+    other = {row.path: row for row in twin.binarize_report.rows}[path]
+    assert (row.status, row.reason, row.params) == ('kept', reason, other.params)
+    place = next(p for p, m in model.named_modules() if m is layer)
+    assert layer.state_dict().keys() == keys and all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert any(p.grad is not None for p in model.get_submodule(place).parameters())
+    counted = timm_el.summarize(model, (3, 64, 64))
+    assert counted.params == sum(p.numel() for p in model.parameters())
+    assert counted.real_macs == timm_el.summarize(twin, (3, 64, 64)).real_macs
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*is deprecated:FutureWarning')
+@pytest.mark.parametrize('kind', COMPUTING)
+def test_a_binary_weight_that_is_computed_is_not_counted_as_float(kind):
+    model = timm_el.binarize(timm.create_model('test_resnet'))
+    COMPUTING[kind](model.layer1[0].conv2.conv)
+    with pytest.raises(ValueError, match=r'^layer1.0.conv2.conv: the weight of the .* call torch\.nn\.utils'):
+        timm_el.summarize(model)

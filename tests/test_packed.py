@@ -13,6 +13,7 @@ from conftest import EACH_MODEL, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.utils import ModelEmaV3
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import timm_el
 from timm_el.cli.measure.nets import settle_norms
@@ -394,3 +395,108 @@ def test_reading_checks_the_digest(packed):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match='the file is damaged, fetch it again'):
         read_packed(path)
+
+
+# ---------------------------------------------------------------------- tensors that are computed, or no plain ones
+
+REMOVED = r"expected a parameter; call torch\.nn\.utils\."
+COMPUTED = {
+    'pruned': (lambda layer: prune.l1_unstructured(layer, 'weight', 0.5), r"prune\.remove\(module, 'weight'\)",
+               lambda layer: prune.remove(layer, 'weight')),
+    'pruned twice': (lambda layer: [prune.random_structured(layer, 'weight', 1, 0) for _ in range(2)],
+                     r"prune\.remove\(module, 'weight'\)", lambda layer: prune.remove(layer, 'weight')),
+    'weight norm': (parametrizations.weight_norm, r"parametrize\.remove_parametrizations\(module, 'weight'\)",
+                    lambda layer: parametrize.remove_parametrizations(layer, 'weight')),
+    'orthogonal': (parametrizations.orthogonal, r"parametrize\.remove_parametrizations\(module, 'weight'\)",
+                   lambda layer: parametrize.remove_parametrizations(layer, 'weight')),
+    'old weight norm': (nn.utils.weight_norm, r"remove_weight_norm\(module, 'weight'\)", nn.utils.remove_weight_norm),
+    'old spectral norm': (nn.utils.spectral_norm, r"remove_spectral_norm\(module, 'weight'\)",
+                          nn.utils.remove_spectral_norm),
+}
+
+
+def tiny(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm_el.binarize(timm.create_model('test_resnet', num_classes=3)).eval()
+
+
+PACKS = {'pack_state_dict': lambda model, folder: timm_el.pack_state_dict(model),
+         'save_packed': lambda model, folder: timm_el.save_packed(model, folder / 'm.safetensors'),
+         'save_for_hub': lambda model, folder: timm_el.save_for_hub(model, folder / 'hub')}
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*is deprecated:FutureWarning')
+@pytest.mark.parametrize('path', ['fc', 'conv1.0', 'layer1.0.conv2.conv', 'layer2.0.conv1.link.1'])
+@pytest.mark.parametrize('kind', COMPUTED)
+def test_weights_that_are_computed_are_refused_by_path_until_they_are_parameters_again(kind, path, tmp_path):
+    compute, remedy, remove = COMPUTED[kind]
+    model = tiny()
+    layer = model.get_submodule(path)
+    compute(layer)
+    keys = list(model.state_dict())
+    for pack in PACKS.values():
+        with pytest.raises(ValueError, match=f'^{path}: the weight of the .* {REMOVED}{remedy} first$'):
+            pack(model, tmp_path)
+    assert list(model.state_dict()) == keys and not list(tmp_path.iterdir())
+    x = images()
+    expected = outputs(model, x)
+    remove(layer)
+    timm_el.save_packed(model, tmp_path / 'm.safetensors')
+    # What was computed may lie in memory in another order than a parameter does.
+    torch.testing.assert_close(outputs(timm_el.load_packed(tiny(1), tmp_path / 'm.safetensors'), x), expected)
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*is deprecated:FutureWarning')
+@pytest.mark.parametrize('kind', COMPUTED)
+def test_a_pruned_net_and_a_plain_checkpoint_are_told_apart_by_what_they_are(kind, tmp_path):
+    model = small()
+    plain = snapshot(model)
+    timm_el.save_packed(model, tmp_path / 'm.safetensors')
+    COMPUTED[kind][0](model.layer1[0].conv1.conv)
+    state = snapshot(model)
+    with pytest.raises(CheckpointError, match=f'{FIRST}.*: the model is pruned or parametrized there.*prune.remove'):
+        model.load_state_dict(plain)
+    with pytest.raises(CheckpointError, match='the model is pruned or parametrized there'):
+        timm_el.load_packed(model, tmp_path / 'm.safetensors')
+    assert unchanged(model, state)
+    with pytest.raises(CheckpointError, match='the checkpoint is pruned or parametrized there'):
+        small().load_state_dict(state)
+    model.load_state_dict(state)  # its own
+
+
+class Foreign(torch.Tensor):
+    """A tensor subclass, such as torchao's and DTensor."""
+
+
+def foreign(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().as_subclass(Foreign), False)
+
+
+def int8(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().to(torch.int8), False)
+
+
+def sparse(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().to_sparse(), False)
+
+
+@pytest.mark.parametrize('path, name, change, found', [
+    ('fc', 'weight', foreign, 'Foreign of torch.float32'), ('fc', 'bias', foreign, 'Foreign of torch.float32'),
+    ('fc', 'weight', int8, 'Parameter of torch.int8'),
+    ('fc', 'weight', sparse, r'Parameter of torch.float32 \(torch.sparse_coo\)'),
+    ('layer1.0.conv2.conv', 'weight', foreign, 'Foreign of torch.float32'),
+    ('layer1.0.conv2.conv', 'weight', int8, 'Parameter of torch.int8'),
+    ('layer1.0.conv2.norm', 'weight', foreign, 'Foreign of torch.float32'),
+    ('layer1.0.conv2.norm', 'running_mean', foreign, 'Foreign of torch.float32')])
+@pytest.mark.parametrize('pack', PACKS)
+def test_tensors_that_are_not_plain_are_refused_by_path(pack, path, name, change, found, tmp_path):
+    model = tiny()
+    layer = model.get_submodule(path)
+    tensor = change(layer.state_dict()[name])
+    if name in layer._buffers:
+        layer._buffers[name] = tensor
+    else:
+        layer.register_parameter(name, tensor)
+    with pytest.raises(ValueError, match=f'^{path}: the {name} of the .* is a {found}, expected a plain float tensor'):
+        PACKS[pack](model, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -44,6 +44,8 @@ class CheckedLoading:
 
 
 RECIPE_CODE = 'recipe_code'
+# Tensors from which torch's pruning, norms of weights and parametrizations compute others.
+COMPUTED = re.compile(r'(^|\.)parametrizations\.|_(orig|mask|[guv])$')
 
 
 def guard_loading(model: nn.Module, recipe_code: Optional[int] = None) -> None:
@@ -276,6 +278,12 @@ def _raise_mismatch(module: nn.Module, missing: List[str], unknown: List[str], p
     parts = [f'{name} {prefix}{keys[0]}' + (f' and {len(keys) - 1} more' if len(keys) > 1 else '')
              for name, keys in (('missing', missing), ('unknown', unknown)) if keys]
     first = prefix + (missing + unknown)[0]
+    computed = next((key for key in missing + unknown if COMPUTED.search(key)), None)
+    if computed is not None:
+        raise CheckpointError(
+            f'{prefix}{computed}: {"the model" if computed in missing else "the checkpoint"} is pruned or parametrized '
+            f"there, and the other is not ({'; '.join(parts)}); call torch.nn.utils.prune.remove(module, 'weight') or "
+            f'torch.nn.utils.parametrize.remove_parametrizations before loading or saving')
     report = getattr(module, 'binarize_report', None)
     if report is not None and all(_belongs_to_recipe(key) for key in missing + unknown):
         raise CheckpointError(

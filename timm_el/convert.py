@@ -8,11 +8,8 @@ from typing import Any, Dict, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
-from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
-from .blocks import join_path
-from .layers import BinaryConv2d, BinaryLinear, BinaryUnit
+from .layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_tensors
 from .plan import Plan
 from .recipes import Recipe, get_recipe
 
@@ -35,24 +32,7 @@ def _refuse_unfit(model: nn.Module) -> None:
             raise ValueError(
                 f'{path or "model"}: the model is already binarized (found a {name}); '
                 f'build a fresh float model to convert it with another recipe')
-        if type(module).__module__.startswith(('torch.ao.', 'torch.nn.quantized', 'torchao.')):
-            raise ValueError(
-                f'{path}: found {name} of a quantized model, expected a float model; convert it before quantization')
-        for key, parameter in module.named_parameters(recurse=False):
-            if is_lazy(parameter):
-                raise ValueError(
-                    f'{join_path(path, key)}: the {name} is not initialised yet; pass a batch through the model first')
-        if not isinstance(module, (nn.Conv2d, nn.Linear)):
-            continue
-        if parametrize.is_parametrized(module):
-            raise ValueError(
-                f'{path}: the weight of the {name} is parametrized; '
-                f'call torch.nn.utils.parametrize.remove_parametrizations first')
-        weight = module.weight
-        if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_floating_point():
-            raise ValueError(
-                f'{path}: the weight of the {name} is a {type(weight).__name__} of {weight.dtype}, '
-                f'expected a float tensor; convert the model before quantization')
+        check_tensors(module, path)
 
 
 def _is_separable(model: nn.Module) -> bool:
@@ -104,8 +84,8 @@ def binarize(
     Raises:
         TypeError: `model` is not a module, or `recipe` or `keep` have the wrong type.
         ValueError: The recipe is unknown; the model has no convolutions, is already binarized, quantized, scripted,
-            compiled, wrapped for distributed training or not initialised, or holds a layer that is hooked or
-            parametrized; `keep` matches nothing; `example_input` has not four axes; the recipe leaves nothing of a
+            compiled, wrapped for distributed training or not initialised; a layer that is taken apart is hooked, pruned
+            or parametrized; `keep` matches nothing; `example_input` has not four axes; the recipe leaves nothing of a
             convolution; or `strict` and a convolution could not be converted.
     """
     if not isinstance(model, nn.Module):

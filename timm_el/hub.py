@@ -19,7 +19,7 @@ from timm.models._hub import save_config_for_hf
 
 from .checkpoints import load_packed
 from .convert import binarize
-from .packed import FORMAT_VERSION, save_packed
+from .packed import FORMAT_VERSION, pack_state_dict, save_packed
 from .recipes import Recipe
 from .shapes import own_input_size, undisturbed
 from .summary import summarize
@@ -90,6 +90,7 @@ def save_for_hub(
         raise ValueError(
             f'model: {type(model).__name__} was not made by timm.create_model, from_hub could not build its host')
     folder = Path(folder)
+    pack_state_dict(model, float_dtype)  # what cannot be packed is refused before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     save_packed(model, folder / WEIGHTS, float_dtype)
     facts: Dict[str, Any] = {'format_version': FORMAT_VERSION}

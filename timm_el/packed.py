@@ -40,7 +40,7 @@ import torch
 import torch.nn as nn
 
 from .bits import pack_signs, pack_weight, packed_size, unpack_signs
-from .layers import BinaryConv2d, BinaryLinear
+from .layers import BinaryConv2d, BinaryLinear, check_own_tensors, check_tensors
 from .version import __version__
 
 __all__ = ['CheckpointError', 'pack_state_dict', 'unpack_state_dict', 'is_packed', 'save_packed', 'read_packed']
@@ -105,8 +105,8 @@ def pack_state_dict(model: nn.Module, float_dtype: Optional[torch.dtype] = None)
         Tensors on the CPU by name; parameters of the model are not shared.
 
     Raises:
-        ValueError: The model has no binary weight, one that is not finite, or weights of more than one bit, or
-            `float_dtype` is another.
+        ValueError: The model has no binary weight, one that is not finite, or weights of more than one bit; a tensor is
+            computed in each pass (pruned, normed or parametrized) or not a plain one; or `float_dtype` is another.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
@@ -117,6 +117,9 @@ def pack_state_dict(model: nn.Module, float_dtype: Optional[torch.dtype] = None)
         raise ValueError(
             f'model: {type(model).__name__} has no binary weight, there is nothing to pack; binarize it first '
             f'(a model of stage one has real weights: finish stage two)')
+    for path, module in model.named_modules():
+        check_tensors(module, path or 'model')
+        check_own_tensors(module, path or 'model')
     packed = {key: tensor.detach() for key, tensor in model.state_dict().items()}
     for prefix, layer in layers.items():
         weight = packed.pop(f'{prefix}weight')

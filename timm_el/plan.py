@@ -29,12 +29,13 @@ from .layers import (
     RPReLU,
     Shift,
     ZeroShortcut,
+    check_own_tensors,
     guard_input,
 )
 from .methods import Gate, LearnedScale
 from .recipes import Recipe, role_of_shape
 from .report import EXEMPT, Report, ReportRow
-from .shapes import HOOKS, WEIGHTED, LayerRun, own_input_size, run_layers
+from .shapes import HOOKS, WEIGHTED, LayerRun, own_input_size, run_layers, undisturbed
 from .signs import new_norm, revive_signs
 
 __all__ = ['Plan']
@@ -415,8 +416,9 @@ class Plan:
         layer = get_module(self.model, path) if path else self.model
         run = self.runs.get(path)
         macs = (run.macs if run else 0) if self.input_size else None
-        self.rows[path] = ReportRow(
-            path, type(layer).__name__, status, reason, params=layer.weight.numel(), macs=macs, **facts)
+        with undisturbed(layer):  # a weight that is computed may change buffers
+            params = layer.weight.numel()
+        self.rows[path] = ReportRow(path, type(layer).__name__, status, reason, params=params, macs=macs, **facts)
 
     def report(self) -> Report:
         notes = list(self.notes)
@@ -494,8 +496,12 @@ class Plan:
 
 
 def _refuse_hooks(path: Optional[str], module: Optional[nn.Module]) -> None:
-    """Raise ValueError if a module that is about to be taken apart, or a part of it, carries hooks."""
+    """Raise ValueError if a module that is about to be taken apart, or a part of it, carries hooks.
+
+    Those that compute a tensor in each pass are named as what they are.
+    """
     for part, holder in module.named_modules(prefix=path) if module is not None else ():
+        check_own_tensors(holder, part)
         for name in HOOKS:
             if getattr(holder, name):
                 raise ValueError(
@@ -507,7 +513,7 @@ def _shared_weights(model: nn.Module) -> Dict[str, str]:
     """Layers that share their weight, or themselves, with another place: path and the other place."""
     places: Dict[int, List[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and 'weight' in module._parameters:  # else it is computed
             places.setdefault(id(module.weight), []).append(path)
     return {path: next(p for p in paths if p != path)
             for paths in places.values() if len(paths) > 1 for path in paths}

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch.nn as nn
 
-from .layers import BinaryConv2d, BinaryLinear, BinaryUnit
+from .layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_own_tensors
 from .shapes import own_input_size, run_layers
 
 __all__ = ['summarize', 'Summary', 'LayerSummary']
@@ -144,7 +144,8 @@ def summarize(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = Non
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `input_size` is not three positive integers, or too small for the model.
+        ValueError: `input_size` is not three positive integers, or too small for the model; or a binary weight is
+            computed in each pass (pruned, normed or parametrized), so that its parameters are other ones.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
@@ -154,6 +155,9 @@ def summarize(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = Non
     if len(input_size) != 3 or any(not isinstance(n, int) or isinstance(n, bool) or n <= 0 for n in input_size):
         raise ValueError(f'input_size: found {input_size}, expected (channels, height, width)')
     paths = {module: path for path, module in model.named_modules()}
+    for module, path in paths.items():
+        if isinstance(module, (BinaryConv2d, BinaryLinear)):
+            check_own_tensors(module, path)
     links = {f'{p}.link' if p else 'link' for m, p in paths.items()
              if isinstance(m, BinaryUnit) and m.link is not None}
     runs = run_layers(model, input_size, links)

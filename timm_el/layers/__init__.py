@@ -8,13 +8,13 @@ where `conv` is usually a `BinaryConv2d`, which signs its input and its weight, 
 carries the real-valued input around it. Binarization adds no other wrapper to a network.
 """
 from .binary import BinaryConv2d, BinaryLinear, StandardizedBinaryConv2d, input_scale, same_pads, weight_scale
-from .checks import guard_input
+from .checks import check_own_tensors, check_tensors, guard_input
 from .links import ElasticLink
 from .shifts import RPReLU, RSign, Shift
 from .unit import HOST_ATTRIBUTES, BinaryUnit, ZeroShortcut, expected_statistics
 
 __all__ = [
-    'weight_scale', 'input_scale', 'same_pads', 'guard_input', 'expected_statistics', 'BinaryConv2d',
-    'StandardizedBinaryConv2d', 'BinaryLinear', 'ElasticLink', 'BinaryUnit', 'Shift', 'RSign', 'RPReLU', 'ZeroShortcut',
-    'HOST_ATTRIBUTES',
+    'weight_scale', 'input_scale', 'same_pads', 'guard_input', 'check_tensors', 'check_own_tensors',
+    'expected_statistics', 'BinaryConv2d', 'StandardizedBinaryConv2d', 'BinaryLinear', 'ElasticLink', 'BinaryUnit',
+    'Shift', 'RSign', 'RPReLU', 'ZeroShortcut', 'HOST_ATTRIBUTES',
 ]

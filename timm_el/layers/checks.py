@@ -4,10 +4,23 @@ from typing import Tuple
 
 import torch
 import torch.nn as nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..quantizers import is_symbolic
 
-__all__ = ['check_positive', 'check_float', 'check_images', 'guard_input']
+__all__ = ['check_positive', 'check_float', 'check_images', 'check_tensors', 'check_own_tensors', 'guard_input']
+
+QUANTIZED = ('torch.ao.', 'torch.nn.quantized', 'torchao.')
+# torch's hooks that compute a tensor from others before each pass, and what makes it a parameter again.
+COMPUTING = {
+    BasePruningMethod: "torch.nn.utils.prune.remove(module, '{name}')",
+    WeightNorm: "torch.nn.utils.remove_weight_norm(module, '{name}')",
+    SpectralNorm: "torch.nn.utils.remove_spectral_norm(module, '{name}')",
+}
 
 
 def check_positive(**counts: int) -> None:
@@ -41,6 +54,58 @@ def check_images(x: torch.Tensor, channels: int, where: str) -> None:
         raise ValueError(
             f'{where} input: found shape {tuple(x.shape)}, expected (N, {channels}, H, W); '
             f'a single image needs a batch axis: x.unsqueeze(0)')
+
+
+def check_tensors(module: nn.Module, path: str) -> None:
+    """Raise ValueError unless a module's parameters and buffers are plain tensors, and a layer's weight a float one.
+
+    Quantized layers, tensor subclasses (torchao, DTensor, bitsandbytes), sparse tensors and lazy parameters are not.
+    What is inside the module's children is not looked at.
+
+    Args:
+        module: Any module.
+        path: Its path in the model, for the error.
+    """
+    kind = type(module).__name__
+    if type(module).__module__.startswith(QUANTIZED):
+        raise ValueError(
+            f'{path}: found {kind} of a quantized model, expected a float model; take the model as it was before '
+            f'quantization')
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is None:
+            continue
+        if is_lazy(tensor):
+            raise ValueError(
+                f'{path}.{name}: the {kind} is not initialised yet; pass a batch through the model first')
+        layer = name == 'weight' and isinstance(module, (nn.Conv2d, nn.Linear))
+        plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
+        if not plain or layer and not tensor.is_floating_point():
+            layout = '' if tensor.layout == torch.strided else f' ({tensor.layout})'
+            raise ValueError(
+                f'{path}: the {name} of the {kind} is a {type(tensor).__name__} of {tensor.dtype}{layout}, expected a '
+                f'plain float tensor; take the model as it was before quantization or distribution')
+
+
+def check_own_tensors(module: nn.Module, path: str) -> None:
+    """Raise ValueError if a module computes a tensor anew in each pass: it is pruned, normed or parametrized.
+
+    Args:
+        module: Any module.
+        path: Its path in the model, for the error.
+    """
+    if parametrize.is_parametrized(module):
+        name = next(iter(module.parametrizations))
+        how, remedy = 'parametrized', f"torch.nn.utils.parametrize.remove_parametrizations(module, '{name}')"
+    else:
+        computing = ((hook, remedy) for hook in module._forward_pre_hooks.values()
+                     for cls, remedy in COMPUTING.items() if isinstance(hook, cls))
+        hook, remedy = next(computing, (None, ''))
+        if hook is None:
+            return
+        name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+        how, remedy = f'computed in each pass ({type(hook).__name__})', remedy.format(name=name)
+    raise ValueError(
+        f'{path}: the {name} of the {type(module).__name__} is {how}, expected a parameter; call {remedy} first')
 
 
 def guard_input(conv: nn.Conv2d, min_size: int) -> None:
