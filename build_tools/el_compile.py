@@ -42,6 +42,8 @@ TARGETS = {
     'windows-amd64': Target('x86_64-windows-gnu', 'win_amd64', '.dll'),
 }
 
+LINKS = ('-ldl', '-lm') if sys.platform == 'linux' else ('-lm',)
+
 TRIAL = '''
 #include <math.h>
 #include <pthread.h>
@@ -61,7 +63,7 @@ class Compiler:
     """A C compiler: the words that begin its command line, and the name of the target it was told, if any."""
     command: tuple[str, ...]
     flags: tuple[str, ...] = ()
-    links: tuple[str, ...] = ('-lm',)
+    links: tuple[str, ...] = LINKS
 
     def run(self, *arguments: str, cache: Path) -> None:
         """Run it.
@@ -108,7 +110,7 @@ def system_compiler() -> Optional[Compiler]:
             source, library = Path(folder, 'trial.c'), Path(folder, 'trial.out')
             source.write_text(TRIAL)
             tried = subprocess.run(
-                [*command, *base_flags(), '-shared', str(source), '-o', str(library), '-lm'], capture_output=True)
+                [*command, *base_flags(), '-shared', str(source), '-o', str(library), *LINKS], capture_output=True)
             if tried.returncode == 0 and library.exists():
                 return Compiler(tuple(command))
     return None
@@ -122,7 +124,7 @@ def zig_compiler(target: str) -> Optional[Compiler]:
     if importlib.util.find_spec('ziglang') is None:
         return None
     command = (sys.executable, '-m', 'ziglang', 'cc', '-target', TARGETS[target].triple, '-mcpu=baseline')
-    links = ('-s',) if target.startswith('windows') else ('-s', '-lm')
+    links = ('-s', '-ldl', '-lm') if target.startswith('linux') else ('-s',)
     return Compiler(command, ('-Wno-unused-command-line-argument',), links)
 
 

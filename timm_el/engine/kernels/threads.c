@@ -1,8 +1,15 @@
-/* A small pool of threads of our own, so that the library needs no OpenMP and cannot collide with torch's.
+/* Parallel regions, on torch's own team of threads where there is one, else on a small pool.
  *
- * One job at a time: a second Python thread that comes while the pool is busy does its job alone, which gives the same
- * bits, because no result depends on which thread computes it. After a fork the child has no workers; it starts new
- * ones when it first needs them.
+ * Two teams would get in each other's way: OpenMP's threads spin for a while after each region, on the processors that
+ * ours want. Every OpenMP runtime on Linux that torch may bring (libgomp, libiomp5, libomp) has GOMP_parallel, so regions
+ * run there if the process has it; the library itself is not linked with any. In a forked child OpenMP's threads are
+ * gone and its runtime waits for them for ever, so a child has the pool.
+ *
+ * Members of a team take work from a counter, because they may be fewer than asked for: in a region inside another one,
+ * or under OMP_THREAD_LIMIT. No result depends on which thread computes it.
+ *
+ * The pool does one job at a time: a second thread that comes while it is busy does its job alone. After a fork the
+ * child has no workers; it starts new ones when it first needs them.
  */
 #define _GNU_SOURCE
 #include "engine.h"
@@ -11,7 +18,9 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #if defined(__linux__)
+#include <dlfcn.h>
 #include <sys/mman.h>
 #endif
 
@@ -71,7 +80,10 @@ static void *worker(void *argument) {
     return NULL;
 }
 
+static atomic_int forked; /* this process is the child of one that had the library */
+
 static void child_of_fork(void) {
+    atomic_store(&forked, 1);
     pthread_mutex_init(&in_use, NULL);
     pthread_mutex_init(&sleeping, NULL);
     pthread_cond_init(&wake, NULL);
@@ -83,14 +95,55 @@ static void child_of_fork(void) {
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static pthread_key_t scratch_keys[EL_SLOTS];
 
+/* When the library is loaded: a process may fork before the first region, and after torch's. */
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, child_of_fork); }
+
 static void set_up(void) {
-    pthread_atfork(NULL, NULL, child_of_fork);
     for (int i = 0; i < EL_SLOTS; i++) pthread_key_create(&scratch_keys[i], free);
+}
+
+typedef void (*team)(void (*member)(void *), void *data, unsigned threads, unsigned flags);
+
+/* OpenMP's parallel region, or NULL. It may be loaded later than this library, so it is looked for until it is there. */
+static team find_team(void) {
+#if defined(__linux__)
+    static _Atomic(team) found;
+    team region = atomic_load_explicit(&found, memory_order_relaxed);
+    if (!region) {
+        void *symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+        memcpy(&region, &symbol, sizeof region); /* C has no cast from an object to a function */
+        atomic_store_explicit(&found, region, memory_order_relaxed);
+    }
+    return region;
+#else
+    return NULL;
+#endif
+}
+
+/* What one region does; on the stack of its caller, so that several may run at once. */
+typedef struct {
+    void (*run)(void *, int);
+    void *context;
+    int n;
+    atomic_int next;
+} shared_work;
+
+static void take_work(void *data) {
+    shared_work *w = data;
+    for (int i; (i = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed)) < w->n;) w->run(w->context, i);
 }
 
 void el_parallel(void (*run)(void *, int), void *context, int n, int threads) {
     pthread_once(&once, set_up);
     if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (threads > 1 && n > 1 && !atomic_load_explicit(&forked, memory_order_relaxed)) {
+        const team region = find_team();
+        if (region) { /* as many as torch has, even for less work: a smaller team ends the threads that it leaves out */
+            shared_work work_of_team = {run, context, n, 0};
+            region(take_work, &work_of_team, (unsigned)threads, 0);
+            return;
+        }
+    }
     if (threads > n) threads = n;
     if (threads <= 1 || pthread_mutex_trylock(&in_use) != 0) {
         for (int i = 0; i < n; i++) run(context, i);
