@@ -1,4 +1,5 @@
 """deploy(): every unit gives what the latent unit gives, in every model, recipe and converted net."""
+import contextlib
 import copy
 import functools
 import io
@@ -1110,13 +1111,15 @@ def test_what_is_put_on_a_norms_own_activation_is_kept(path):
 def test_hooks_keep_what_they_were_registered_with(path, options):
     latent, x, seen = timm_el.binarize(timm.create_model('resnet18')).eval(), image(), []
     module = latent.get_submodule(path)
-    module.register_forward_hook(lambda m, args, kwargs, out: seen.append(kwargs), with_kwargs=True, always_call=True)
+    if path != 'conv1':  # a convolution whose output somebody sees stays as it is
+        module.register_forward_hook(
+            lambda m, args, kwargs, out: seen.append(kwargs), with_kwargs=True, always_call=True)
     module.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
     deployed = timm_el.deploy(latent, **options)
     seen.clear()
     with torch.no_grad():
         deployed(x)
-    assert seen == [{}, {}]
+    assert seen == [{}] * (1 if path == 'conv1' else 2)
 
 
 class Layers(nn.Module):
@@ -1228,3 +1231,94 @@ def test_tensors_with_a_history_that_a_module_keeps_are_copied_without_it():
     deployed = timm_el.deploy(latent)
     with torch.no_grad():
         torch.testing.assert_close(deployed(image(8, 8)), latent(image(8, 8)), rtol=1e-4, atol=1e-4)
+
+
+@contextlib.contextmanager
+def default(kind: str):
+    """Another default of torch's."""
+    try:
+        if kind == 'with meta':
+            with torch.device('meta'):
+                yield
+            return
+        if kind == 'meta':
+            torch.set_default_device('meta')
+        else:
+            torch.set_default_dtype(getattr(torch, kind))
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+DEFAULTS = ['with meta', 'meta', 'float64', 'bfloat16']
+
+
+@pytest.mark.parametrize('kind', DEFAULTS)
+@pytest.mark.parametrize('name', EACH_HOST)
+def test_default_device_and_dtype_are_no_matter(name, kind):
+    latent, x = host(name), image()
+    before = timm_el.deploy(latent)
+    with torch.no_grad():
+        expected = before(x)
+        with default(kind):
+            deployed = timm_el.deploy(latent)
+            assert torch.equal(before(x), expected) and torch.equal(copy.deepcopy(before)(x), expected)
+            assert torch.equal(deployed(x), expected)
+            state = deployed.state_dict()
+            deployed.load_state_dict(before.state_dict())
+            assert torch.equal(deployed(x), expected)
+        assert list(map(type, deployed.modules())) == list(map(type, before.modules()))
+    torch.testing.assert_close(state, before.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('native', [True, False])
+@pytest.mark.parametrize('kind', DEFAULTS)
+def test_units_are_the_same_under_every_default(kind, native):
+    engine.use_isa(None if native else 'reference')
+    for name, make in UNITS.items():
+        torch.manual_seed(0)
+        latent, x = nn.Sequential(make()).eval(), torch.randn(3, 20, 10, 9)
+        with torch.no_grad():
+            expected = timm_el.deploy(latent)(x)
+            with default(kind):
+                assert torch.equal(timm_el.deploy(latent)(x), expected), name
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_a_network_on_another_device_says_so(name):
+    deployed, x = timm_el.deploy(host(name)), image()
+    with torch.no_grad():
+        shape = deployed(x).shape
+        deployed.to('meta')
+        assert deployed(x.to('meta')).shape == shape
+        with pytest.raises(ValueError, match=r"found a tensor .* on meta, expected cpu, .*\.to\('cpu'\)"):
+            deployed(x)
+
+
+@pytest.mark.parametrize('native', [True, False])
+@pytest.mark.parametrize('fuse', [True, False])
+@pytest.mark.parametrize('part', ['layer1.1', 'layer2.0.conv2', 'layer3.1.conv3', 'maxpool', 'conv1', 'fc'])
+def test_the_part_that_is_on_another_device_is_named(part, fuse, native):
+    engine.use_isa(None if native else 'reference')
+    deployed, x = timm_el.deploy(host('el_resnet26', layers=[2, 2, 2, 2]), fuse_blocks=fuse), image()
+    if part in ('conv1', 'fc') and not native:
+        return  # torch's own layers
+    with torch.no_grad():
+        expected = deployed(x)
+        deployed.get_submodule(part).to('meta')
+        if part == 'maxpool':
+            assert torch.equal(deployed(x), expected)
+            return
+        with pytest.raises(ValueError, match=f'^{part}.*: found a tensor of the deployed network on meta'):
+            deployed(x)
+        for tensor in tensors_of(deployed.get_submodule(part)).values():
+            assert tensor.device.type == 'meta'
+
+
+def test_a_unit_of_several_operators_says_that_it_is_on_another_device():
+    for name, make in UNITS.items():
+        deployed = timm_el.deploy(nn.Sequential(make()).eval()).to('meta')
+        if tensors_of(deployed) and name not in ('real grouped', 'weights only, same', 'link only'):
+            with pytest.raises(ValueError, match='^0: found a tensor'), torch.no_grad():
+                deployed(torch.randn(3, 20, 10, 9))

@@ -143,9 +143,10 @@ def _by_trial(block: nn.Module) -> Optional[DeployedBlock]:
     calls: List[Tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
     handles = [m.register_forward_hook(lambda m, args, out: calls.append((m, args[0], out)))
                for m in block.modules() if m is not block]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator('cpu').manual_seed(0)
     channels = next(n.in_channels for m in units for n in m.modules() if isinstance(n, DeployedUnit))
-    x, *others = (scale * torch.randn(n, channels, *size, generator=generator)
+    kind = dict(generator=generator, dtype=torch.float32, device='cpu')
+    x, *others = (scale * torch.randn(n, channels, *size, **kind)
                   for scale, n, size in ((1, 2, (9, 9)), (3, 1, (8, 12)), (2, 1, (23, 17))))
     before = x.clone()
     try:

@@ -12,7 +12,8 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
-__all__ = ['HOOKS', 'Calls', 'computed_tensors', 'copied', 'has_hooks', 'has_own_forward', 'is_altered']
+__all__ = [
+    'HOOKS', 'Calls', 'computed_tensors', 'copied', 'has_hooks', 'has_own_forward', 'is_altered', 'without_hooks']
 
 # Where a module keeps its forward hooks, and what they were registered with.
 HOOKS = (
@@ -51,6 +52,13 @@ def copied(module: Optional[nn.Module], memo: Optional[Dict[int, Any]] = None) -
             if isinstance(leaf, torch.Tensor) and not leaf.is_leaf:
                 memo[id(leaf)] = leaf.detach().clone()
     return copy.deepcopy(module, memo)
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """The module, whose hooks are taken away."""
+    for hooks in HOOKS:
+        getattr(module, hooks).clear()
+    return module
 
 
 class Calls:

@@ -14,7 +14,7 @@ import torch.nn as nn
 from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit
 from . import native
 from .blocks import join_layers
-from .calls import HOOKS, computed_tensors, copied, has_hooks, has_own_forward, is_altered
+from .calls import HOOKS, computed_tensors, copied, has_hooks, has_own_forward, is_altered, without_hooks
 from .follow import followers
 from .fusion import ACTS, NORMS, Fusion
 from .inference import keep_for_inference
@@ -35,7 +35,7 @@ def _replace_float(
         path: str, conv: nn.Conv2d, chain: Sequence[Tuple[str, nn.Module]], float_dtype: torch.dtype,
 ) -> Tuple[nn.Module, Dict[str, nn.Module]]:
     """What replaces a float convolution, and the modules after it that it takes in."""
-    fusion = Fusion(conv.out_channels, torch.ones(conv.out_channels, dtype=torch.float64), conv.bias)
+    fusion = Fusion(conv.out_channels, None, conv.bias)
     own = engine_runs(conv, float_dtype)
     taken: Dict[str, nn.Module] = {}
     for after, module in chain:
@@ -57,7 +57,7 @@ def _replace_float(
             taken[after] = nn.Identity()
     if own:
         return DeployedConv(path, conv, fusion), taken
-    return folded_conv(copied(conv), fusion, float_dtype), taken
+    return folded_conv(without_hooks(copied(conv)), fusion, float_dtype), taken
 
 
 def _refuse_unfit(model: nn.Module, float_dtype: torch.dtype) -> None:

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..shapes import meta_copy, own_input_size
-from .calls import is_altered
+from .calls import computed_tensors, has_own_forward, is_altered
 
 __all__ = ['followers']
 
@@ -40,7 +40,8 @@ def followers(
 
     A layer that runs more than once, or whose output leaves the network, has no followers. What hooks, or a forward in
     the instance, get and give is no tensor in between: a module that has them, or has them inside, is not followed, and
-    none is followed into, or out of, a module that has them. A source that has them is left out.
+    none is followed into, or out of, a module that has them. A source that has them is left out, but for hooks that
+    run before it and compute none of its tensors.
 
     Args:
         model: Any network; it is not changed. It runs on the meta device, or, if it does not, on zeros.
@@ -68,7 +69,8 @@ def _watch(
         others: Tuple[type, ...],
 ) -> Dict[str, List[str]]:
     watch = _Watch()
-    altered = [path for path, m in model.named_modules() if path and is_altered(m)]
+    altered = [path for path, m in model.named_modules() if path and (
+        m._forward_hooks or has_own_forward(m) or computed_tensors(m) if isinstance(m, sources) else is_altered(m))]
     paths = {m: p for p, m in network.named_modules()}
     ran: Dict[str, int] = {}
     made: Dict[int, str] = {}  # id of an output: the module that gave it

@@ -13,6 +13,7 @@ __all__ = ['NORMS', 'ACTS', 'Affine', 'Fusion', 'act_of', 'affine_of', 'drops', 
 NORMS = (nn.modules.batchnorm._BatchNorm,)
 ACTS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.Identity)
 INF = math.inf
+F64 = dict(dtype=torch.float64, device='cpu')  # whatever the defaults of torch are
 
 
 class Affine(NamedTuple):
@@ -23,7 +24,7 @@ class Affine(NamedTuple):
 
 def affine_of(norm: Optional[nn.Module], channels: int) -> Optional[Affine]:
     """A norm as an affine map in float64, None if it depends on its input."""
-    one, zero = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    one, zero = torch.ones(channels, **F64), torch.zeros(channels, **F64)
     if norm is None or drops(norm):
         return Affine(one, zero)
     if not isinstance(norm, NORMS) or norm.running_mean is None or norm.training or not _is_known(norm):
@@ -56,7 +57,7 @@ def act_of(act: Optional[nn.Module]) -> Optional[Tuple[str, Any, Any]]:
     if isinstance(act, nn.Hardtanh):
         return 'clip', act.min_val, act.max_val
     if type(act) is nn.LeakyReLU:
-        return 'prelu', torch.tensor([act.negative_slope]), None
+        return 'prelu', torch.tensor([act.negative_slope], **F64), None
     if isinstance(act, nn.PReLU):
         return 'prelu', act.weight.detach(), None
     return None
@@ -71,11 +72,12 @@ def drops(module: nn.Module) -> bool:
 class Fusion:
     """The epilogue of one convolution as it grows, step by step, until a step does not fit."""
 
-    def __init__(self, channels: int, scale: torch.Tensor, bias: Optional[torch.Tensor]) -> None:
+    def __init__(self, channels: int, scale: Optional[torch.Tensor], bias: Optional[torch.Tensor]) -> None:
         self.channels = channels
-        one, zero = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+        one, zero = torch.ones(channels, **F64), torch.zeros(channels, **F64)
         self.rows = {name: one if 'scale' in name else zero for name in ROWS}
-        self.rows['scale'] = scale.double()
+        if scale is not None:
+            self.rows['scale'] = scale.double()
         if bias is not None:
             self.rows['shift'] = bias.detach().double()
         self.facts: Dict[str, Any] = {}
@@ -148,7 +150,7 @@ class Fusion:
         if type(post) is RPReLU:
             rows = (post.shift_in, post.slope, post.shift_out)
         elif isinstance(post, nn.PReLU) and _is_known(post):
-            zero = torch.zeros(self.channels)
+            zero = torch.zeros(self.channels, **F64)
             rows = (zero, post.weight.expand(self.channels), zero)
         else:
             return False
@@ -159,7 +161,7 @@ class Fusion:
 
     def table(self, rows: Sequence[str]) -> torch.Tensor:
         """The rows as the operator takes them."""
-        table = torch.zeros(len(rows), table_stride(self.channels), dtype=torch.float32)
+        table = torch.zeros(len(rows), table_stride(self.channels), dtype=torch.float32, device='cpu')
         for i, name in enumerate(rows):
             table[i, :self.channels] = self.rows[name].float()
         return table
@@ -200,7 +202,7 @@ def threshold_of(
         return None
     down = affine.scale < 0
     # Floats in their order are these integers in their order.
-    low = torch.full((channels,), -(0x7f800000), dtype=torch.int64)
+    low = torch.full((channels,), -(0x7f800000), dtype=torch.int64, device='cpu')
     high = -low + 1  # beyond infinity: the sign never changes
 
     def value(key: torch.Tensor) -> torch.Tensor:
@@ -216,5 +218,5 @@ def threshold_of(
         low = torch.minimum(low, high)
     threshold = value(high)
     threshold[high > 0x7f800000] = math.nan  # nothing is >= NaN: always -1
-    flip = torch.where(down, torch.tensor(-2 ** 31), torch.tensor(0)).to(torch.int32)
+    flip = down.to(torch.int32) * -2 ** 31
     return threshold, flip if down.any() else None

@@ -19,7 +19,7 @@ from ..layers import (
 )
 from . import native, ops
 from .calls import Calls, copied
-from .fusion import Fusion, drops, pair, pool_of, threshold_of
+from .fusion import F64, Fusion, drops, pair, pool_of, threshold_of
 from .layout import store
 from .spec import ConvSpec, Window
 
@@ -78,6 +78,10 @@ class Engine(Chained):
         else:
             self.register_buffer(name, tensor)
 
+    def tensors(self) -> Tuple[Optional[torch.Tensor], ...]:
+        """What was registered here."""
+        return (*self._parameters.values(), *self._buffers.values())
+
     def _set_up(self, source: nn.Module, spec: ConvSpec, fusion: Fusion) -> None:
         self.spec = replace(spec, **fusion.facts)
         self.constants = fusion.constants
@@ -98,7 +102,7 @@ class Engine(Chained):
 
     def get_extra_state(self) -> torch.Tensor:
         """The constants, so that a state dict is whole."""
-        return torch.tensor(getattr(self, 'constants', []), dtype=torch.float64)
+        return torch.tensor(getattr(self, 'constants', []), **F64)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Inverse of `get_extra_state`."""
@@ -124,12 +128,13 @@ class DeployedConv(Engine):
         self._set_up(conv, spec_of(conv), fusion)
 
     def as_layers(self) -> List[ops.Layer]:
-        return [ops.Layer(self.weight, self.table, None, None, self.ints, self.constants)]
+        return [ops.Layer(self.weight, self.table, None, None, self.ints, self.constants, path=self.path)]
 
     def forward(self, x: torch.Tensor, link: Optional[torch.Tensor] = None) -> torch.Tensor:
         if link is None or link is x:
             return self.as_chain()(x)
         ops.check_input(self.path, x)
+        ops.check_place(self.path, x, self.tensors())
         return ops.real_conv2d(x, self.weight, self.table, link, self.ints, self.constants)
 
 
@@ -155,7 +160,7 @@ class DeployedUnit(Engine):
         self.same_pad = bool(getattr(conv, 'same_pad', False))
         self.pad_mode: Optional[Tuple[str, List[int]]] = None
         channels = unit.out_features if self.linear else unit.out_channels
-        scale, bias = _scale_and_bias(conv, channels) if binary else (torch.ones(channels), getattr(conv, 'bias', None))
+        scale, bias = _scale_and_bias(conv, channels) if binary else (None, getattr(conv, 'bias', None))
         fusion = Fusion(channels, scale, bias)
         steps = self._steps(unit)
         has_k = binary and conv.scale_input
@@ -167,7 +172,7 @@ class DeployedUnit(Engine):
             fused = 0  # K in torch, and so everything after it
             self.loose_k = dict(kernel_size=conv.kernel_size, stride=conv.stride, dilation=conv.dilation,
                                 groups=conv.groups) if not self.linear else {}
-            fusion.rows['shift'] = torch.zeros(channels, dtype=torch.float64)
+            fusion.rows['shift'] = torch.zeros(channels, **F64)
             self.hold('loose_bias', None if bias is None else bias.detach().float().clone())
         elif native_conv or _folds(conv):
             fused = self._fuse(fusion, steps, native_conv)
@@ -259,6 +264,7 @@ class DeployedUnit(Engine):
         if chain is not None:
             return chain(x)
         ops.check_input(self.path, x)
+        ops.check_place(self.path, x, self.tensors())
         y = self.link_alone(x) if self._is_link_alone() else self.branch_and_link(x)
         for module in self.after_sum:
             y = module(y)
@@ -275,7 +281,8 @@ class DeployedUnit(Engine):
             return self.conv.as_layers()
         if not hasattr(self, 'table') or self.linear or self.same_pad or self.pad_mode or self.loose_k is not None:
             return []
-        return [ops.Layer(self.bits, self.table, self.threshold, self.flip, self.ints, self.constants)]
+        return [ops.Layer(
+            self.bits, self.table, self.threshold, self.flip, self.ints, self.constants, path=self.path)]
 
     def link_alone(self, x: torch.Tensor) -> torch.Tensor:
         """A unit without a convolution."""
@@ -364,7 +371,7 @@ def _pooled_link(link: nn.Module) -> bool:
 
 def _scale_and_bias(conv: nn.Module, channels: int) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """alpha, with whatever else multiplies a binary convolution's output, and its bias."""
-    scale = torch.ones(channels, dtype=torch.float64)
+    scale = torch.ones(channels, **F64)
     if isinstance(conv, StandardizedBinaryConv2d):
         scale = scale * conv.scale
         if conv.gain is not None:
@@ -455,11 +462,10 @@ class DeployedLinear(Engine):
         self.path = path
         spec = spec_of(linear)
         self.hold('weight', store(linear.weight[:, :, None, None].float(), spec, True))
-        one = torch.ones(linear.out_features, dtype=torch.float64)
-        self._set_up(linear, spec, Fusion(linear.out_features, one, linear.bias))
+        self._set_up(linear, spec, Fusion(linear.out_features, None, linear.bias))
 
     def as_layers(self) -> List[ops.Layer]:
-        return [ops.Layer(self.weight, self.table, None, None, self.ints, self.constants)]
+        return [ops.Layer(self.weight, self.table, None, None, self.ints, self.constants, path=self.path)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ops.check_input(self.path, x)

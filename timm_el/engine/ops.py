@@ -5,7 +5,7 @@ active, a kernel in C that gives the same bits. They are for inference: no gradi
 """
 import ctypes
 from dataclasses import replace
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -14,7 +14,9 @@ from . import native, reference
 from .layout import stored_shape
 from .spec import ACTS, LINKS, POOLS, ConvSpec, Window, table_stride
 
-__all__ = ['binary_conv2d', 'real_conv2d', 'chain', 'check_input', 'in_row', 'pool_layer', 'watched', 'Chain', 'Layer']
+__all__ = [
+    'binary_conv2d', 'real_conv2d', 'chain', 'check_input', 'check_place', 'in_row', 'pool_layer', 'watched', 'Chain',
+    'Layer']
 
 _library = torch.library.Library('timm_el', 'DEF')
 _EPILOGUE = 'Tensor? link, int[] spec, float[] constants) -> Tensor'
@@ -41,6 +43,7 @@ class Layer(NamedTuple):
     constants: List[float]
     source: int = 0  # the value that it reads, and links
     added: int = -1  # the value that is added to what it gives, or -1
+    path: str = ''  # where it stands, for errors
 
     @property
     def real(self) -> bool:
@@ -107,7 +110,7 @@ def in_row(*parts: Sequence[Layer]) -> List[Layer]:
 
 def pool_layer(window: Window, mode: str, pad_end: Tuple[int, int]) -> Layer:
     """A pool; `pad_end` rows and columns may be missing after the last ones. A mean is that of pixels inside."""
-    none = torch.empty(0)
+    none = torch.empty(0, dtype=torch.float32, device='cpu')
     spec = ConvSpec(0, 0, window, pad_end, link='identity', link_pool=mode, pool=window)
     return Layer(none, none, None, None, list(spec.ints()), [0., 0., 1.])
 
@@ -261,10 +264,10 @@ def _lay_out(
     if real:
         lib.el_advise(weight.data_ptr(), weight.numel() * 4)
     elif lib.el_own_layout() and not spec.is_depthwise:
-        ready = torch.empty(lib.el_weight_size(plan_at), dtype=torch.uint8)
+        ready = torch.empty(lib.el_weight_size(plan_at), dtype=torch.uint8, device='cpu')
         lib.el_lay_out(plan_at, weight.data_ptr(), ready.data_ptr())
     if padded:
-        sums = torch.empty((spec.taps, table_stride(spec.c_out)), dtype=torch.int32)
+        sums = torch.empty((spec.taps, table_stride(spec.c_out)), dtype=torch.int32, device='cpu')
         lib.el_tap_sums(plan_at, weight.data_ptr(), sums.data_ptr())
     return ready, sums
 
@@ -292,7 +295,7 @@ def _run(
     x = _nhwc(lib, x)
     if link is not None:
         link = x if same else _nhwc(lib, link)
-    y = torch.empty(shape, dtype=torch.float32, memory_format=torch.channels_last)
+    y = torch.empty(shape, dtype=torch.float32, device='cpu', memory_format=torch.channels_last)
     failed = 0
     if y.numel():
         failed = lib.el_conv(plan, x.data_ptr(), _pointer(link), None, y.data_ptr(), torch.get_num_threads())
@@ -342,20 +345,25 @@ class Chain:
             return self._through_torch(x, other)
         lib, state, found = native.library(), self._state(), self.ready.get((x.shape, x.dtype))
         if found is None or found[0] != state:
-            check_input(self.path, x)
+            self._check(x)
             steps = _Steps(lib, x, Layer.all_of(self.tensors, self.ints, self._constants(), self.wires))
             found = _remember(self.ready, (x.shape, x.dtype), (state, steps))
         return found[1].run(lib, x, other)
 
     def _through_torch(self, x: torch.Tensor, other: Optional[torch.Tensor]) -> torch.Tensor:
-        check_input(self.path, x)
-        weight, table, threshold, flip, ints, constants, _, added = layer = self.layers[0]
-        if len(self.layers) > 1 or added >= 0 or layer.is_pool:
+        self._check(x)
+        weight, table, threshold, flip, ints, constants, *_ = layer = self.layers[0]
+        if len(self.layers) > 1 or layer.added >= 0 or layer.is_pool:
             return chain(x, self.tensors, self.ints, self._constants(), self.wires, other)
         link = x if ConvSpec.of(ints).link != 'none' else None
         if layer.real:
             return real_conv2d(x, weight, table, link, ints, constants)
         return binary_conv2d(x, weight, table, threshold, flip, link, ints, constants)
+
+    def _check(self, x: torch.Tensor) -> None:
+        check_input(self.path, x)
+        for layer in self.layers:
+            check_place(layer.path, x, layer[:4])
 
     def _constants(self) -> List[float]:
         return [c for row in self.constants for c in row]
@@ -372,6 +380,15 @@ def check_input(path: str, x: torch.Tensor) -> None:
             f'{path}: found an input on {x.device}, a deployed network runs on the CPU; use the latent network there')
     if x.dtype != torch.float32:
         raise TypeError(f'{path}: found an input of {x.dtype}, expected torch.float32; convert it with .float()')
+
+
+def check_place(path: str, x: torch.Tensor, tensors: Iterable[Optional[torch.Tensor]]) -> None:
+    """Raise ValueError unless a layer's tensors are where the engine runs, or stand for tensors, as x does."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type not in ('cpu', x.device.type):
+            raise ValueError(
+                f'{path}: found a tensor of the deployed network on {tensor.device}, expected cpu, where it runs; move '
+                f"it back with .to('cpu'), or deploy the latent network again")
 
 
 def watched() -> bool:
@@ -418,7 +435,7 @@ class _Steps:
             _check_added(other, self.other_shape)
             other = _nhwc(lib, other)
         x = _nhwc(lib, x)
-        y = torch.empty(self.shape, dtype=torch.float32, memory_format=torch.channels_last)
+        y = torch.empty(self.shape, dtype=torch.float32, device='cpu', memory_format=torch.channels_last)
         if y.numel():
             _raise_if(lib.el_chain(
                 self.array, len(self.array), x.data_ptr(), _pointer(other), y.data_ptr(), torch.get_num_threads()),
