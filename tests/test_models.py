@@ -369,3 +369,41 @@ def test_an_official_checkpoint_loads_into_frozen_norms(name, official, to_ours)
     frozen.load_state_dict(to_ours(official(), frozen))
     expected = plain.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in frozen.state_dict().items())
+
+
+FEATURES = [(name, cls) for name in ('el_resnet20', 'el_mobilenet_v1', 'el_reactnet_c')
+            for cls in ('fx', 'hook', 'getter', 'list', 'dict') if (name, cls) not in (
+                ('el_mobilenet_v1', 'list'), ('el_mobilenet_v1', 'dict'))]  # timm's lists want features at the root
+
+
+@pytest.mark.parametrize('name, cls', FEATURES)
+def test_feature_extractors_of_every_class_keep_the_units_and_what_is_done_with_them(name, cls, tmp_path):
+    def maps(model):
+        with torch.no_grad():
+            found = model.eval()(x)
+        return list(found.values()) if isinstance(found, dict) else found
+
+    x, size = torch.randn(2, 3, 64, 64), (3, 64, 64)
+    whole, part = tmp_path / 'whole.safetensors', tmp_path / 'part.safetensors'
+    torch.manual_seed(0)
+    timm_el.save_packed(randomise(timm.create_model(name)), whole)
+    kwargs = dict(features_only=True, pretrained=True, pretrained_cfg_overlay=dict(file=str(whole)))
+    model, features = timm.create_model(name, **kwargs), timm.create_model(name, feature_cls=cls, **kwargs)
+    expected = maps(model)
+    assert all(torch.equal(a, b) for a, b in zip(expected, maps(features), strict=True))
+    assert timm_el.summarize(features, size).binary_macs == timm_el.summarize(model, size).binary_macs > 0
+    for a, b in zip(maps(timm_el.deploy(model)), maps(timm_el.deploy(features)), strict=True):
+        torch.testing.assert_close(a, b)
+    timm_el.save_packed(features, part)
+    again = timm_el.load_packed(timm.create_model(name, features_only=True, feature_cls=cls), part)
+    assert all(torch.equal(a, b) for a, b in zip(expected, maps(again), strict=True))
+
+
+@pytest.mark.parametrize('trace', [torch.fx.symbolic_trace, torch.jit.script])
+def test_a_traced_model_is_called_that_and_not_a_float_one(trace, tmp_path):
+    model = timm.create_model('el_resnet20')
+    timm_el.save_packed(model, tmp_path / 'm.safetensors')
+    traced = trace(model)
+    for run in (timm_el.pack_state_dict, lambda m: timm_el.load_packed(m, tmp_path / 'm.safetensors')):
+        with pytest.raises(ValueError, match='model: found a .*(Graph|Script)Module.*, expected the model that it was'):
+            run(traced)

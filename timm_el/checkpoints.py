@@ -15,10 +15,10 @@ from timm.models import clean_state_dict, load_state_dict
 from .layers import BinaryUnit, expected_statistics, weight_scale
 from .packed import (
     CheckpointError,
-    binary_layers,
     fit_counters,
     is_packed,
     read_packed,
+    some_binary_layers,
     take_signs,
     unpack_state_dict,
     write_signs,
@@ -219,8 +219,7 @@ def load_packed(model: nn.Module, path: Union[str, os.PathLike], assign: bool = 
         FileNotFoundError: There is no such file.
         ValueError: The model is not binarized.
     """
-    if not any(True for _ in binary_layers(model)):
-        raise ValueError(f'model: {type(model).__name__} has no binary weight; create or binarize it first')
+    some_binary_layers(model)
     state_dict, signs = take_signs(read_packed(path), model, os.fspath(path))
     # Until all has been checked the own weights stand for themselves; to copy a tensor to itself costs nothing.
     state_dict.update((key, weight) for key, (_, _, weight) in signs.items())
@@ -263,7 +262,8 @@ def check_state_dict(module: nn.Module, state_dict: Dict[str, Any], strict: bool
         _raise_mismatch(module, missing, unknown, prefix)
     report = getattr(module, 'binarize_report', None)
     code = given.get(RECIPE_CODE)
-    if report is not None and code is not None and code.device.type != 'meta' and int(code) != report.recipe.code:
+    known = report is not None and code is not None and not code.is_meta and code.numel() == 1
+    if known and int(code) != report.recipe.code:
         raise CheckpointError(
             f'{prefix}{RECIPE_CODE}: found {int(code)}, expected {report.recipe.code}: this is a checkpoint of another '
             f'recipe than {report.recipe.name!r}; create the model with the recipe of the checkpoint (recipe=...)')

@@ -37,6 +37,7 @@ import tempfile
 from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 import torch
+import torch.fx as fx
 import torch.nn as nn
 
 from .bits import pack_signs, pack_weight, packed_size, unpack_signs
@@ -86,6 +87,22 @@ def fit_counters(state_dict: Dict[str, Any], own: Dict[str, torch.Tensor], prefi
             state_dict.setdefault(prefix + key, torch.zeros_like(counter, device='cpu') if counter.is_meta else counter)
 
 
+def some_binary_layers(model: nn.Module) -> Dict[str, nn.Module]:
+    """Return `binary_layers` by prefix; raise ValueError if there are none."""
+    layers = dict(binary_layers(model))
+    if layers:
+        return layers
+    graphs = (fx.GraphModule, torch.jit.ScriptModule)
+    graph = next((cls.__name__ for module in model.modules() for cls in graphs if isinstance(module, cls)), None)
+    if graph is not None:
+        raise ValueError(
+            f'model: found a {graph}, in which binary layers are no modules any more, expected the model that it was '
+            f'made of')
+    raise ValueError(
+        f'model: {type(model).__name__} has no binary weight; create or binarize it first '
+        f'(a model of stage one has real weights: finish stage two)')
+
+
 def is_packed(state_dict: Dict[str, Any]) -> bool:
     """True for the tensors of a packed file."""
     return VERSION_KEY in state_dict or any(key.endswith(f'.{BITS}') or key == BITS for key in state_dict)
@@ -112,11 +129,7 @@ def pack_state_dict(model: nn.Module, float_dtype: Optional[torch.dtype] = None)
         raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
     if float_dtype is not None and float_dtype not in FLOAT_DTYPES:
         raise ValueError(f'float_dtype: found {float_dtype!r}, expected one of {FLOAT_DTYPES} or None')
-    layers = dict(binary_layers(model))
-    if not layers:
-        raise ValueError(
-            f'model: {type(model).__name__} has no binary weight, there is nothing to pack; binarize it first '
-            f'(a model of stage one has real weights: finish stage two)')
+    layers = some_binary_layers(model)
     for path, module in model.named_modules():
         check_tensors(module, path or 'model')
         check_own_tensors(module, path or 'model')
