@@ -12,6 +12,7 @@ import torch.nn as nn
 from conftest import EACH_MODEL, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from timm.models import load_checkpoint
 from timm.utils import ModelEmaV3
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -500,3 +501,61 @@ def test_tensors_that_are_not_plain_are_refused_by_path(pack, path, name, change
     with pytest.raises(ValueError, match=f'^{path}: the {name} of the .* is a {found}, expected a plain float tensor'):
         PACKS[pack](model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------- files and models without a classifier
+
+def headless(tensors: dict) -> dict:
+    return {k: v for k, v in tensors.items() if not k.startswith('fc.')}
+
+
+def narrow(num_classes: int = 10, seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model('el_resnet20', num_classes=num_classes)
+
+
+def converted_narrow(num_classes: int = 10, seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm_el.binarize(timm.create_model('test_resnet', num_classes=num_classes))
+
+
+@pytest.mark.parametrize('make', [narrow, converted_narrow])
+@pytest.mark.parametrize('num_classes', [10, 7, 0])
+def test_tensors_taken_out_of_a_packed_file_are_named_with_the_way_to_do_it(make, num_classes, tmp_path):
+    source, whole, part = make(10, 0), tmp_path / 'whole.safetensors', tmp_path / 'part.safetensors'
+    timm_el.save_packed(source, whole)
+    tensors = load_file(whole)
+    save_file(headless(tensors), part)
+    model = make(num_classes)
+    before = snapshot(model)
+    named = r'fc.weight and 1 more were taken out of it' if num_classes else 'tensors were taken out of it or changed'
+    for load in (lambda: model.load_state_dict(headless(tensors)), lambda: timm_el.load_packed(model, part),
+                 lambda: model.load_state_dict(headless(tensors), strict=False),
+                 lambda: load_checkpoint(model, str(part)),
+                 lambda: timm_el.unpack_state_dict(headless(tensors), model)):
+        with pytest.raises(CheckpointError, match=rf'{named} \(to load a part .* timm_el.unpack_state_dict\('):
+            load()
+    assert unchanged(model, before)
+    model.load_state_dict(headless(timm_el.unpack_state_dict(tensors, model)), strict=False)  # as the error says
+    for key, value in model.state_dict().items():
+        expected = before[key] if key.startswith('fc.') else timm_el.unpack_state_dict(tensors, source)[key]
+        assert torch.equal(value, expected), key
+
+
+@pytest.mark.parametrize('has, wants, message', [
+    (10, 0, r"fc.(weight|bias): the model has no classifier \(unknown fc.*create the model with num_classes= of the"),
+    (0, 10, r'fc.(weight|bias): the checkpoint has no classifier \(missing fc.*create the model with num_classes=0,'),
+    (7, 10, r'fc.(weight|bias): found shape \(7.*expected \(10.*create the model with num_classes= of the checkpoint')])
+@pytest.mark.parametrize('make', [narrow, converted_narrow])
+def test_a_classifier_more_or_less_is_called_that(make, has, wants, message, tmp_path):
+    source, model, path = make(has), make(wants), tmp_path / 'm.safetensors'
+    timm_el.save_packed(source, path)
+    before = snapshot(model)
+    doors = [lambda: timm_el.load_packed(model, path), lambda: model.load_state_dict(load_file(path)),
+             lambda: load_checkpoint(model, str(path))]
+    if make is narrow:  # a converted net's own state dict is torch's business
+        doors.append(lambda: model.load_state_dict(source.state_dict()))
+    for load in doors:
+        with pytest.raises(CheckpointError, match=message):
+            load()
+    assert unchanged(model, before)

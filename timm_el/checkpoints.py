@@ -44,6 +44,9 @@ class CheckedLoading:
 
 
 RECIPE_CODE = 'recipe_code'
+LOOSELY = (
+    'model.load_state_dict(state_dict, strict=False), with timm_el.unpack_state_dict(tensors, model) as the state dict '
+    'of a packed file')
 # Tensors from which torch's pruning, norms of weights and parametrizations compute others.
 COMPUTED = re.compile(r'(^|\.)parametrizations\.|_(orig|mask|[guv])$')
 
@@ -220,7 +223,7 @@ def load_packed(model: nn.Module, path: Union[str, os.PathLike], assign: bool = 
         ValueError: The model is not binarized.
     """
     some_binary_layers(model)
-    state_dict, signs = take_signs(read_packed(path), model, os.fspath(path))
+    state_dict, signs = take_signs(read_packed(path, model), model, os.fspath(path))
     # Until all has been checked the own weights stand for themselves; to copy a tensor to itself costs nothing.
     state_dict.update((key, weight) for key, (_, _, weight) in signs.items())
     if assign:
@@ -284,6 +287,11 @@ def _raise_mismatch(module: nn.Module, missing: List[str], unknown: List[str], p
             f'{prefix}{computed}: {"the model" if computed in missing else "the checkpoint"} is pruned or parametrized '
             f"there, and the other is not ({'; '.join(parts)}); call torch.nn.utils.prune.remove(module, 'weight') or "
             f'torch.nn.utils.parametrize.remove_parametrizations before loading or saving')
+    if all(_in_classifier(key, module) for key in missing + unknown):
+        whose, remedy = ('checkpoint', '0') if missing else ('model', ' of the checkpoint')
+        raise CheckpointError(
+            f'{first}: the {whose} has no classifier ({"; ".join(parts)}); create the model with num_classes={remedy}, '
+            f'or load what fits by {LOOSELY}')
     report = getattr(module, 'binarize_report', None)
     if report is not None and all(_belongs_to_recipe(key) for key in missing + unknown):
         raise CheckpointError(
@@ -291,7 +299,12 @@ def _raise_mismatch(module: nn.Module, missing: List[str], unknown: List[str], p
             f'create the model with the recipe that it was trained with (recipe=...)')
     raise CheckpointError(
         f'{first}: this is a checkpoint of another model ({"; ".join(parts)}); '
-        f'create the model that it was saved from, or pass strict=False to load what fits')
+        f'create the model that it was saved from, or load what fits by {LOOSELY}')
+
+
+def _in_classifier(key: str, model: nn.Module) -> bool:
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or 'fc'
+    return key.startswith(tuple(f'{name}.' for name in ([names] if isinstance(names, str) else names)))
 
 
 def _belongs_to_recipe(key: str) -> bool:
@@ -301,7 +314,7 @@ def _belongs_to_recipe(key: str) -> bool:
 
 def _shape_hint(key: str, found: Tuple[int, ...], expected: Tuple[int, ...], model: nn.Module) -> str:
     cfg = getattr(model, 'pretrained_cfg', None) or {}
-    if key.startswith(f'{cfg.get("classifier", "fc")}.') and found[1:] == expected[1:]:
+    if _in_classifier(key, model) and found[1:] == expected[1:]:
         return '; create the model with num_classes= of the checkpoint'
     if key.startswith(f'{cfg.get("first_conv", "conv1")}.') and found[2:] == expected[2:]:
         return '; create the model with in_chans= of the checkpoint'

@@ -34,7 +34,7 @@ import hashlib
 import json
 import os
 import tempfile
-from typing import Any, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.fx as fx
@@ -180,8 +180,14 @@ def _version(tensors: Dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.tensor([FORMAT_VERSION, *digest.digest()], dtype=torch.uint8)
 
 
-def check_damage(packed: Dict[str, torch.Tensor], where: str = 'state dict') -> None:
+def check_damage(
+        packed: Dict[str, torch.Tensor], where: str = 'state dict', model: Optional[nn.Module] = None) -> None:
     """Raise unless packed tensors are whole and of a version that is known.
+
+    Args:
+        packed: Tensors of a packed file.
+        where: What to call them in errors.
+        model: The model that they are for, so that the error can name what is missing.
 
     Raises:
         CheckpointError: The version is missing or newer, or the digest is another.
@@ -197,9 +203,23 @@ def check_damage(packed: Dict[str, torch.Tensor], where: str = 'state dict') -> 
             f'a newer timm_el wrote it: pip install -U timm-el')
     expected = _version(packed)
     if not torch.equal(found.cpu(), expected):
+        missing = [] if model is None else _missing(packed, model)
+        reason = (
+            f'{missing[0]}' + f' and {len(missing) - 1} more' * (len(missing) > 1) + ' were taken out of it' if missing
+            else 'the file is damaged, fetch it again; or tensors were taken out of it or changed')
         raise CheckpointError(
             f'{where}: {VERSION_KEY}: the digest of the tensors is {bytes(expected[1:].tolist()).hex()}, expected '
-            f'{bytes(found[1:].tolist()).hex()}; the file is damaged, fetch it again')
+            f'{bytes(found[1:].tolist()).hex()}; {reason} (to load a part of a packed file, take keys out of '
+            f'timm_el.unpack_state_dict(tensors, model) and pass that to model.load_state_dict(..., strict=False))')
+
+
+def _missing(packed: Dict[str, torch.Tensor], model: nn.Module) -> List[str]:
+    """Return the names that a packed file of the model has and `packed` has not."""
+    names = dict.fromkeys(key for key in model.state_dict() if not key.endswith('num_batches_tracked'))
+    for prefix, layer in binary_layers(model):
+        del names[f'{prefix}weight']
+        names.update(dict.fromkeys([prefix + BITS, *[prefix + ALPHA] * layer.scale_weight]))
+    return [name for name in names if name not in packed]
 
 
 def unpack_state_dict(
@@ -217,7 +237,7 @@ def unpack_state_dict(
     Raises:
         CheckpointError: The tensors are damaged, of a newer format, or do not fit the model's binary layers.
     """
-    check_damage(packed, where)
+    check_damage(packed, where, model)
     state_dict, signs = take_signs(packed, model, where)
     for key, (bits, alpha, weight) in signs.items():
         dtype = weight.dtype if alpha is None else alpha.dtype
@@ -332,8 +352,12 @@ def _umask() -> int:
     return mask
 
 
-def read_packed(path: Union[str, os.PathLike]) -> Dict[str, torch.Tensor]:
+def read_packed(path: Union[str, os.PathLike], model: Optional[nn.Module] = None) -> Dict[str, torch.Tensor]:
     """The tensors of a packed file, checked for damage.
+
+    Args:
+        path: The file.
+        model: The model that it is for, so that the error can name what is missing.
 
     Raises:
         CheckpointError: It is not a safetensors file, is damaged, of a newer format, or not packed.
@@ -353,5 +377,5 @@ def read_packed(path: Union[str, os.PathLike]) -> Dict[str, torch.Tensor]:
         raise CheckpointError(
             f'{path}: found a checkpoint of float tensors ({first}, ...), expected a packed file; load_state_dict '
             f'takes that of the model itself, timm_el.load_float that of its float host')
-    check_damage(tensors, path)
+    check_damage(tensors, path, model)
     return tensors
