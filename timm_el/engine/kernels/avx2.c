@@ -15,13 +15,13 @@
 #include <immintrin.h>
 #include <time.h>
 
-#define OWN_LAYOUT
+#define BYTE_BLOCK 64
+#define BYTE_PLACE(c) (c)
 #define LANES 8
 #include "body.h"
 
 #define TILE 4
 #define REAL_TILE 6
-#define BLOCK 64
 #define FLUSH 31 /* bytes of the bit string until a sum of 8 each may pass 255 */
 
 INLINE uint64_t word64(const float *x, const float *threshold, const uint32_t *flip, int n) {
@@ -37,20 +37,6 @@ INLINE uint64_t word64(const float *x, const float *threshold, const uint32_t *f
     return word;
 }
 PACK_PIXELS(word64)
-
-static size_t weight_size(int words, int channels) {
-    return (size_t)((channels + BLOCK - 1) / BLOCK) * BLOCK * (size_t)words * sizeof(uint64_t);
-}
-
-static void lay_out(const uint64_t *blocks, int words, int channels, void *weight) {
-    uint8_t *out = weight;
-    memset(out, 0, weight_size(words, channels));
-    for (int c = 0; c < channels; c++) {
-        const uint64_t *from = blocks + (size_t)(c / 8) * 8 * (size_t)words + (size_t)(c % 8);
-        uint8_t *to = out + (size_t)(c / BLOCK) * BLOCK * (size_t)words * 8 + (size_t)(c % BLOCK);
-        for (int j = 0; j < words * 8; j++) to[(size_t)j * BLOCK] = (uint8_t)(from[(size_t)(j / 8) * 8] >> (8 * (j % 8)));
-    }
-}
 
 /* tables[0][b] is popcount(i ^ low four bits of b) for i in 0 .. 15, tables[1][b] the same with b's high bits. */
 #define P1(i, b) (uint8_t)((((i) ^ (b)) & 1) + (((i) ^ (b)) >> 1 & 1) + (((i) ^ (b)) >> 2 & 1) + (((i) ^ (b)) >> 3 & 1))
@@ -74,7 +60,7 @@ INLINE void tile_of(const uint64_t *const *base, const size_t *offsets, int segm
     for (int p = 0; p < P; p++) {
         sum[p][0] = sum[p][1] = zero;
         out[p] = counts + p * stride;
-        memset(out[p], 0, BLOCK * sizeof(int32_t));
+        memset(out[p], 0, BYTE_BLOCK * sizeof(int32_t));
     }
     int room = FLUSH;
     for (int s = 0; s < segments; s++) {
@@ -83,7 +69,7 @@ INLINE void tile_of(const uint64_t *const *base, const size_t *offsets, int segm
         for (int j = 0; j < length * 8;) {
             const int end = length * 8 - j > room ? j + room : length * 8;
             room -= end - j;
-            for (; j < end; j++, weight += BLOCK) {
+            for (; j < end; j++, weight += BYTE_BLOCK) {
                 __m256i w0 = _mm256_loadu_si256((const __m256i *)weight);
                 __m256i w1 = _mm256_loadu_si256((const __m256i *)(weight + 32));
                 __m256i h0 = _mm256_and_si256(_mm256_srli_epi16(w0, 4), low);
@@ -116,7 +102,7 @@ INLINE void tile_of(const uint64_t *const *base, const size_t *offsets, int segm
 
 static void count(const uint64_t *const *base, int tile, const size_t *offsets, int segments, int length,
                   const void *weight, int channels, int32_t *counts, int stride) {
-    for (int c = 0; c < channels; c += BLOCK) {
+    for (int c = 0; c < channels; c += BYTE_BLOCK) {
         const uint8_t *w = (const uint8_t *)weight + (size_t)c * (size_t)segments * (size_t)length * 8;
         switch (tile) {
             case 1: tile_of(base, offsets, segments, length, w, counts + c, stride, 1); break;

@@ -32,17 +32,7 @@ INLINE uint64_t word64(const float *x, const float *threshold, const uint32_t *f
     return word;
 }
 
-static void pack(const float *x, int n, size_t x_step, const float *threshold, const uint32_t *flip, int c,
-                 uint64_t *bits, size_t step) {
-    if (!threshold && !flip && c % 64 == 0) { /* the commonest one, with everything that does not apply compiled away */
-        for (int p = 0; p < n; p++, x += x_step, bits += step)
-            for (int i = 0; i < c; i += 64) bits[i / 64] = word64(x + i, NULL, NULL, 64);
-        return;
-    }
-    for (int p = 0; p < n; p++, x += x_step, bits += step)
-        for (int i = 0; i < c; i += 64)
-            bits[i / 64] = word64(x + i, threshold ? threshold + i : NULL, flip ? flip + i : NULL, c - i < 64 ? c - i : 64);
-}
+PACK_PIXELS(word64)
 
 /* P pixels by B blocks of 8 channels. */
 INLINE void tile_of(const uint64_t *const *base, const size_t *offsets, int segments, int length,

@@ -213,9 +213,24 @@ static void finish(const el_plan *p, const void *acc, int stride, int tile, cons
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
-/* Bodies that read 64-bit words of 8 channels side by side. */
+/* Layouts of binary weights: blocks of BYTE_BLOCK channels, in a block byte by byte of the bit string, a byte of each
+ * channel side by side, that of channel c at BYTE_PLACE(c); or, as they are stored, words of 8 channels side by side. */
 
-#ifndef OWN_LAYOUT
+#ifdef BYTE_BLOCK
+static size_t weight_size(int words, int channels) {
+    return (size_t)((channels + BYTE_BLOCK - 1) / BYTE_BLOCK) * BYTE_BLOCK * (size_t)words * sizeof(uint64_t);
+}
+
+static void lay_out(const uint64_t *blocks, int words, int channels, void *weight) {
+    uint8_t *out = weight;
+    memset(out, 0, weight_size(words, channels));
+    for (int c = 0; c < channels; c++) {
+        const uint64_t *from = blocks + (size_t)(c / 8) * 8 * (size_t)words + (size_t)(c % 8);
+        uint8_t *to = out + (size_t)(c / BYTE_BLOCK) * BYTE_BLOCK * (size_t)words * 8 + (size_t)BYTE_PLACE(c % BYTE_BLOCK);
+        for (int j = 0; j < words * 8; j++, to += BYTE_BLOCK) *to = (uint8_t)(from[(size_t)(j / 8) * 8] >> (8 * (j % 8)));
+    }
+}
+#else
 static size_t weight_size(int words, int channels) {
     return (size_t)(channels + EL_CHANNEL_BLOCK - 1) / EL_CHANNEL_BLOCK * EL_CHANNEL_BLOCK * (size_t)words * sizeof(uint64_t);
 }
@@ -223,30 +238,56 @@ static size_t weight_size(int words, int channels) {
 #endif
 
 /* ------------------------------------------------------------------------------------------------------------------ */
-/* Bit c of each word differs or not: a byte each, then counts. What a compiler makes of it is good enough where a
- * processor has no masks. */
+/* Counts of the bits of 64 channels side by side: bit-sliced, so that plane j of 64 bits holds bit j of all 64 counts.
+ * Four planes hold the counts of 15 taps. */
 
 #ifndef OWN_DEPTHWISE
+#define TAPS_AT_ONCE 15
+
+/* Write 64 counts, or add them to those that are there. First the planes are interleaved, so that nibble i of every[j] is
+ * the count of channel 4 i + j; then a vector of them, shifted by a nibble at a time, gives neighbours. */
+INLINE void write_counts(const uint64_t *planes, int add, int32_t *counts) {
+    const uint64_t bits = 0x5555555555555555, pairs = 0x3333333333333333;
+    uint64_t even[2], odd[2], every[4];
+    for (int i = 0; i < 2; i++) {
+        const uint64_t low = planes[2 * i], high = planes[2 * i + 1];
+        even[i] = (low & bits) | (high & bits) << 1;
+        odd[i] = (low >> 1 & bits) | (high & ~bits);
+    }
+    every[0] = (even[0] & pairs) | (even[1] & pairs) << 2;
+    every[1] = (odd[0] & pairs) | (odd[1] & pairs) << 2;
+    every[2] = (even[0] >> 2 & pairs) | (even[1] & ~pairs);
+    every[3] = (odd[0] >> 2 & pairs) | (odd[1] & ~pairs);
+    for (int half = 0; half < 2; half++, counts += 32) {
+        uint32_t lanes[LANES];
+        for (int i = 0; i < LANES; i++) lanes[i] = (uint32_t)(every[i % 4] >> (32 * half + i / 4 * 4));
+        const vu nibbles = (vu)LOADI(lanes);
+        for (int i = 0; i < 32; i += LANES) {
+            vi n = (vi)(nibbles >> i & 15);
+            if (add) n = n + LOADI(counts + i);
+            *(vi_loose *)(counts + i) = (vi_loose)n;
+        }
+    }
+}
+
 static void count_depthwise(const uint64_t *base, const size_t *offsets, int taps, int length, const uint64_t *weight,
                             int32_t *counts) {
-    for (int w = 0; w < length; w++) {
-        /* Bit-sliced: plane j holds bit j of the 64 counts. */
-        uint64_t planes[16] = {0};
-        int used = 0;
-        for (int t = 0; t < taps; t++) {
-            uint64_t carry = base[offsets[t] + (size_t)w] ^ weight[(size_t)t * (size_t)length + (size_t)w];
-            for (int j = 0; carry; j++) {
-                uint64_t both = planes[j] & carry;
-                planes[j] ^= carry;
-                carry = both;
-                if (j + 1 > used) used = j + 1;
+    for (int w = 0; w < length; w++, base++, weight++, counts += 64)
+        for (int t = 0; t < taps;) {
+            const int first = t, end = taps - t > TAPS_AT_ONCE ? t + TAPS_AT_ONCE : taps;
+            uint64_t planes[4] = {0};
+            for (; t < end; t += 2) {
+                const uint64_t a = base[offsets[t]] ^ weight[(size_t)t * (size_t)length];
+                const uint64_t b = t + 1 < end ? base[offsets[t + 1]] ^ weight[(size_t)(t + 1) * (size_t)length] : 0;
+                const uint64_t differ = planes[0] ^ a, carry = (planes[0] & a) | (differ & b), more = planes[1] & carry;
+                planes[0] = differ ^ b;
+                planes[1] ^= carry;
+                planes[3] ^= planes[2] & more;
+                planes[2] ^= more;
             }
+            t = end;
+            write_counts(planes, first > 0, counts);
         }
-        int32_t *out = counts + 64 * w;
-        for (int i = 0; i < 64; i++) out[i] = (int32_t)(planes[0] >> i & 1);
-        for (int j = 1; j < used; j++)
-            for (int i = 0; i < 64; i++) out[i] |= (int32_t)(planes[j] >> i & 1) << j;
-    }
 }
 #endif
 
@@ -260,11 +301,15 @@ INLINE uint64_t sign_bit(const float *x, const float *threshold, const uint32_t 
     return v >= (threshold ? threshold[i] : 0.f);
 }
 
-/* pack() for n pixels, from a function that packs one word of up to 64 floats. */
+/* pack() for n pixels, from a function that packs one word of up to 64 floats; the commonest way to call it with all that
+ * does not apply compiled away. */
 #define PACK_PIXELS(word64)                                                                                          \
     static void pack(const float *x, int n, size_t x_step, const float *threshold, const uint32_t *flip, int c,      \
                      uint64_t *bits, size_t step) {                                                                  \
-        for (int p = 0; p < n; p++, x += x_step, bits += step)                                                       \
+        const int plain = !threshold && !flip && c % 64 == 0;                                                        \
+        for (int p = 0; plain && p < n; p++, x += x_step, bits += step)                                              \
+            for (int i = 0; i < c; i += 64) bits[i / 64] = word64(x + i, NULL, NULL, 64);                            \
+        for (int p = 0; !plain && p < n; p++, x += x_step, bits += step)                                             \
             for (int i = 0; i < c; i += 64)                                                                          \
                 bits[i / 64] = word64(x + i, threshold ? threshold + i : NULL, flip ? flip + i : NULL,               \
                                       c - i < 64 ? c - i : 64);                                                      \
