@@ -8,11 +8,11 @@ from conftest import randomise
 
 import timm_el
 from timm_el.__main__ import main
-from timm_el.cli.measure import peers
-from timm_el.cli.measure.infer import load_engine
-from timm_el.cli.measure.layers import layer_table, layer_times
-from timm_el.cli.measure.nets import settle_norms
-from timm_el.cli.measure.turns import Spread, ratios, take_turns
+from timm_el.bench import peers
+from timm_el.bench.inference import load_engine
+from timm_el.bench.layer_times import layer_table, layer_times
+from timm_el.bench.nets import settle_norms
+from timm_el.bench.turns import Spread, ratios, take_turns
 from timm_el.layers import BinaryConv2d, BinaryUnit, ElasticLink, StandardizedBinaryConv2d
 
 SMALL = ['el_resnet18', '--size', '32', '--pairs', '3', '--warmup', '0']
@@ -195,7 +195,7 @@ UNITS = {
 def test_openvino_computes_the_unit(name):
     """Exact signs, also of planted zeros; a negated convolution is seen."""
     ov = pytest.importorskip('openvino')
-    from timm_el.cli.measure.openvino_binary import binary_model
+    from timm_el.bench.openvino_binary import binary_model
     torch.manual_seed(0)
     count, make = UNITS[name]
     net = randomise(make()).eval()

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from timm_el.bits import pack_signs, pack_weight, unpack_signs, unpack_weight
+from timm_el.weights.bits import pack_signs, pack_weight, unpack_signs, unpack_weight
 
 
 def test_bit_order_is_least_significant_first_and_one_means_plus():

@@ -10,8 +10,8 @@ from PIL import Image
 import timm_el
 from timm_el.__main__ import main
 from timm_el.cli import VERBS, demo
-from timm_el.cli.photos import classify, find, label_names, prepare, read
-from timm_el.models._shipped import SHIPPED
+from timm_el.experiments.photos import classify, find, label_names, prepare, read
+from timm_el.models._pretrained import SHIPPED
 
 
 def test_no_verb_prints_help(capsys):

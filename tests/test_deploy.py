@@ -218,7 +218,7 @@ def test_linear_units_deploy(options):
 
 def test_a_threshold_for_a_norm_is_the_norms_own():
     """At, just below and just above each channel's threshold the signs are those of the norm."""
-    from timm_el.engine.fusion import threshold_of
+    from timm_el.engine.epilogue import threshold_of
     norm = negative_norm(16).eval()
     threshold, flip = threshold_of(norm, 16)
     up = torch.where(threshold.isnan(), torch.zeros(16), threshold)

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from timm_el import engine
-from timm_el.engine import native, ops, reference
+from timm_el.engine import native, reference
+from timm_el.engine import operators as ops
 from timm_el.engine.layout import restore, store
 from timm_el.engine.spec import ACTS, ConvSpec, Window, table_stride
 

@@ -11,13 +11,13 @@ from PIL import Image
 
 import timm_el
 from timm_el.__main__ import main
-from timm_el.cli import eval as verb
-from timm_el.cli._config import FitConfig
-from timm_el.cli.eval import as_packed, show
-from timm_el.cli.fit import fit
-from timm_el.cli.nets import Net
-from timm_el.cli.photos import label_names, prepare
-from timm_el.models._shipped import SHIPPED
+from timm_el.experiments import evaluate as verb
+from timm_el.experiments.config import FitConfig
+from timm_el.experiments.evaluate import as_packed, show
+from timm_el.experiments.fit import fit
+from timm_el.experiments.nets import Net
+from timm_el.experiments.photos import label_names, prepare
+from timm_el.models._pretrained import SHIPPED
 
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 MODEL = 'el_resnet26.cifar10'

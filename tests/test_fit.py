@@ -10,12 +10,13 @@ import torch
 import yaml
 
 from timm_el.__main__ import main
-from timm_el.cli import ablate
-from timm_el.cli._config import FitConfig, load_config, plan_stages
-from timm_el.cli._images import TensorImages, crop_and_flip, decode
-from timm_el.cli.fit import create_network, create_task, evaluate, fit, fit_stages
+from timm_el.experiments import ablation as ablate
+from timm_el.experiments.config import FitConfig, load_config, plan_stages
+from timm_el.experiments.fit import create_network, create_task, evaluate, fit, fit_stages
+from timm_el.experiments.images import TensorImages, crop_and_flip, decode
 from timm_el.recipes import RECIPES
-from timm_el.training import DistillationTask, JsonLines
+from timm_el.training.distillation import DistillationTask
+from timm_el.training.telemetry import JsonLines
 
 # timm's dataset leaves the files of images for the interpreter to close.
 pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')

@@ -8,10 +8,10 @@ import torchvision
 from conftest import positive_shares, randomise
 
 import timm_el
-from timm_el.blocks import find_networks
-from timm_el.graph import trace_network
+from timm_el.convert.known_blocks import find_networks
+from timm_el.convert.traced_graph import trace_network
+from timm_el.dry_run import run_layers
 from timm_el.layers import BinaryConv2d, BinaryLinear, BinaryUnit, StandardizedBinaryConv2d
-from timm_el.shapes import run_layers
 
 
 def rows(model: nn.Module) -> dict:

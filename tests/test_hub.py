@@ -13,7 +13,7 @@ from local_hub import Hub
 
 import timm_el
 from timm_el.hub import file_facts
-from timm_el.models._shipped import SHIPPED
+from timm_el.models._pretrained import SHIPPED
 
 
 def outputs(model, size=64):

@@ -11,7 +11,8 @@ import torch
 
 import timm_el
 from timm_el import engine
-from timm_el.engine import native, ops, reference
+from timm_el.engine import native, reference
+from timm_el.engine import operators as ops
 from timm_el.engine.layout import store
 from timm_el.engine.spec import ConvSpec, Window, table_stride
 

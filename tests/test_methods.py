@@ -11,7 +11,9 @@ from conftest import positive_shares, randomise, with_slow
 import timm_el
 from timm_el import quantizers
 from timm_el.layers import BinaryConv2d, BinaryLinear, BinaryUnit
-from timm_el.methods import Gate, LearnedScale, MultiBaseConv2d, TrainedTernaryConv2d
+from timm_el.layers.multi_base import MultiBaseConv2d
+from timm_el.layers.output_scale import Gate, LearnedScale
+from timm_el.layers.ternary import TrainedTernaryConv2d
 
 HALF_BLOCKS = ['binarye', 'bireal', 'r2b', 'el_r2b', 'reactnet']  # one shortcut a convolution
 WHOLE_BLOCKS = ['xnor', 'xnor_pp', 'xnor_pp_channel', 'abc', 'abc_5_5', 'tbn']  # the host's, one a block

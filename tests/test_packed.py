@@ -17,9 +17,9 @@ from timm.utils import ModelEmaV3
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import timm_el
-from timm_el.cli.measure.nets import settle_norms
+from timm_el.bench.nets import settle_norms
 from timm_el.layers import BinaryConv2d, BinaryLinear
-from timm_el.packed import CheckpointError, binary_layers, read_packed
+from timm_el.weights.packed import CheckpointError, binary_layers, read_packed
 
 CONVERTED = [
     'resnet18', 'regnetx_002', 'densenet121', 'mobilenetv2_100', 'test_convnext', 'test_nfnet', 'tf_efficientnetv2_b0',
@@ -71,7 +71,7 @@ def test_the_worked_example_of_the_docstring():
     tensors = timm_el.pack_state_dict(conv)
     assert bytes(tensors['weight_bits'].flatten().tolist()) == bytes.fromhex('8d02')
     assert tensors['weight_alpha'].numpy().tobytes() == bytes.fromhex('0000003f')
-    assert '8d 02' in timm_el.packed.__doc__ and '00 00 00 3f' in timm_el.packed.__doc__
+    assert '8d 02' in timm_el.weights.packed.__doc__ and '00 00 00 3f' in timm_el.weights.packed.__doc__
 
 
 def test_the_file_can_be_read_by_the_docstring_alone(packed):
@@ -258,7 +258,7 @@ def rewritten(path, change) -> str:
     change(tensors)
     version = tensors.pop('packed_version', None)
     if version is not None:
-        tensors['packed_version'] = timm_el.packed._version(tensors)
+        tensors['packed_version'] = timm_el.weights.packed._version(tensors)
         tensors['packed_version'][0] = version[0]
     other = path.with_name('other.safetensors')
     save_file(tensors, other)

@@ -11,13 +11,13 @@ from PIL import Image
 
 import timm_el
 from timm_el.__main__ import main
-from timm_el.cli._config import FitConfig
-from timm_el.cli.fit import fit
-from timm_el.cli.nets import Net
-from timm_el.cli.photos import prepare, read
-from timm_el.cli.pictures import estimators, features, gamma, tradeoff, training
+from timm_el.cli.plots import estimators, features, gamma, tradeoff, training
+from timm_el.experiments.config import FitConfig
+from timm_el.experiments.fit import fit
+from timm_el.experiments.nets import Net
+from timm_el.experiments.photos import prepare, read
 from timm_el.quantizers import QUANTIZERS
-from timm_el.training import JsonLines
+from timm_el.training.telemetry import JsonLines
 
 # timm's dataset leaves the files of images for the interpreter to close.
 pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from conftest import positive_shares, with_slow
 
 import timm_el
-from timm_el.checkpoints import _new_name
 from timm_el.cli.sweep import build, first_output, randomise_norms, sweep_one
 from timm_el.layers import BinaryConv2d, BinaryLinear, BinaryUnit
+from timm_el.weights.loading import _new_name
 
 FEW = [
     'regnetx_002', 'mobilenetv2_100', 'repvgg_a0', 'ghostnet_050', 'test_convnext', 'test_nfnet', 'mobilevit_xxs',

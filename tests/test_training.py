@@ -12,18 +12,10 @@ from conftest import randomise
 from timm.task import LogitDistillationTask
 
 import timm_el
-from timm_el.training import (
-    DistillationTask,
-    JsonLines,
-    Telemetry,
-    attention_loss,
-    attention_map,
-    binary_layers,
-    clip_latent_weights,
-    distributional_loss,
-    logit_loss,
-    residual_blocks,
-)
+from timm_el.training.distillation import DistillationTask, residual_blocks
+from timm_el.training.latent import binary_layers, clip_latent_weights
+from timm_el.training.losses import attention_loss, attention_map, distributional_loss, logit_loss
+from timm_el.training.telemetry import JsonLines, Telemetry
 
 NET = dict(layers=[1, 1, 1, 1], channels=[8, 8, 16, 16], num_classes=10)
 

@@ -3,14 +3,14 @@
 Importing this package registers its models with timm and does nothing else.
 """
 from . import engine, models
-from .checkpoints import CheckpointError, load_float, load_packed
-from .convert import binarize
+from .convert.binarize import binarize
 from .engine import deploy
 from .hub import from_hub, push_to_hub, save_for_hub
-from .packed import pack_state_dict, save_packed, unpack_state_dict
 from .recipes import RECIPES, Recipe
 from .summary import summarize
 from .version import __version__
+from .weights.loading import CheckpointError, load_float, load_packed
+from .weights.packed import pack_state_dict, save_packed, unpack_state_dict
 
 __all__ = [
     '__version__', 'binarize', 'CheckpointError', 'deploy', 'engine', 'from_hub', 'load_float', 'load_packed', 'models',

@@ -17,12 +17,12 @@ import torch.nn as nn
 from timm.models import is_model, model_entrypoint
 from timm.models._hub import save_config_for_hf
 
-from .checkpoints import load_packed
-from .convert import binarize
-from .packed import FORMAT_VERSION, pack_state_dict, save_packed
+from .convert.binarize import binarize
+from .dry_run import own_input_size, undisturbed
 from .recipes import Recipe
-from .shapes import own_input_size, undisturbed
 from .summary import summarize
+from .weights.loading import load_packed
+from .weights.packed import FORMAT_VERSION, pack_state_dict, save_packed
 
 __all__ = ['save_for_hub', 'from_hub', 'push_to_hub', 'file_facts', 'read_metrics']
 

@@ -8,8 +8,8 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch.nn as nn
 
+from .dry_run import own_input_size, run_layers
 from .layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_own_tensors
-from .shapes import own_input_size, run_layers
 
 __all__ = ['summarize', 'Summary', 'LayerSummary']
 

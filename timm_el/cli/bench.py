@@ -73,10 +73,10 @@ def main(argv: List[str]) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.train:
-        from .measure.train import measure_training as measure
+        from ..bench.training import measure_training as measure
         show = show_training
     else:
-        from .measure.infer import measure_inference as measure
+        from ..bench.inference import measure_inference as measure
         show = show_inference
     result = measure(args)
     print(json.dumps(result, indent=2) if args.json else '\n'.join(show(result)))

@@ -18,14 +18,14 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch.utils.data import DataLoader, Dataset
 
+from ..bench.inference import runner
+from ..bench.machine import cpu_name
+from ..bench.nets import FLOAT_HOSTS
+from ..bench.turns import Spread, take_turns
+from ..dry_run import own_input_size
 from ..engine import deploy, info
-from ..shapes import own_input_size
+from ..experiments import photos
 from ..summary import Summary, summarize
-from . import photos
-from .measure.infer import runner
-from .measure.machine import cpu_name
-from .measure.nets import FLOAT_HOSTS
-from .measure.turns import Spread, take_turns
 
 NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 HELD_OUT = 360  # images, the last fifth

@@ -1,6 +1,6 @@
 """python -m timm_el plot PICTURE: write a picture as PNG.
 
-Each picture is a module of `timm_el.cli.pictures` with HELP, `add_arguments(parser)` and `draw(args) -> Figure`.
+Each picture is a module of `timm_el.cli.plots` with HELP, `add_arguments(parser)` and `draw(args) -> Figure`.
 """
 import argparse
 import importlib

@@ -42,8 +42,8 @@ def main(argv: List[str]) -> None:
     import timm
     from timm.models import load_checkpoint
 
-    from . import create
-    from .runs import is_run, load_run, training_log
+    from ..experiments.runs import is_run, load_run, training_log
+    from ..models.factory import create
     details = args.details.read_text() if args.details else ''
     if is_run(args.model):
         model = load_run(args.model)

@@ -3,8 +3,8 @@ import argparse
 import json
 from typing import List
 
+from ..models.factory import create
 from ..summary import summarize
-from . import create
 
 
 def main(argv: List[str]) -> None:

@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.nn as nn
 
-from ..convert import binarize
+from ..convert.binarize import binarize
 from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit
 
 

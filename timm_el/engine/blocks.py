@@ -5,9 +5,9 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 
-from . import ops
+from . import operators as ops
 from .calls import is_altered
-from .fusion import drops
+from .epilogue import drops
 from .modules import Chained, DeployedUnit
 
 __all__ = ['DeployedBlock', 'DeployedStage', 'join_layers']

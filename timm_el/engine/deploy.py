@@ -15,18 +15,10 @@ from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit
 from . import native
 from .blocks import join_layers
 from .calls import HOOKS, computed_tensors, copied, has_hooks, has_own_forward, is_altered, without_hooks
+from .epilogue import ACTS, NORMS, Fusion
 from .follow import followers
-from .fusion import ACTS, NORMS, Fusion
 from .inference import keep_for_inference
-from .modules import (
-    DeployedConv,
-    DeployedLinear,
-    DeployedPool,
-    DeployedUnit,
-    Engine,
-    engine_runs,
-    folded_conv,
-)
+from .modules import DeployedConv, DeployedLinear, DeployedPool, DeployedUnit, Engine, engine_runs, folded_conv
 
 __all__ = ['deploy']
 

@@ -12,7 +12,7 @@ from typing import Tuple
 import torch
 import torch.nn.functional as F
 
-from ..bits import pack_signs, unpack_signs
+from ..weights.bits import pack_signs, unpack_signs
 from .spec import ConvSpec
 
 __all__ = ['store', 'restore', 'stored_shape']

@@ -17,9 +17,10 @@ from ..layers import (
     same_pads,
     weight_scale,
 )
-from . import native, ops
+from . import native
+from . import operators as ops
 from .calls import Calls, copied
-from .fusion import F64, Fusion, drops, pair, pool_of, threshold_of
+from .epilogue import F64, Fusion, drops, pair, pool_of, threshold_of
 from .layout import store
 from .spec import ConvSpec, Window
 

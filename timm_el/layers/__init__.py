@@ -7,10 +7,12 @@ One mechanism serves every method: a `BinaryUnit` computes the paper's equation 
 where `conv` is usually a `BinaryConv2d`, which signs its input and its weight, and `link` an `ElasticLink`, which
 carries the real-valued input around it. Binarization adds no other wrapper to a network.
 """
-from .binary import BinaryConv2d, BinaryLinear, StandardizedBinaryConv2d, input_scale, same_pads, weight_scale
+from .binary_conv import BinaryConv2d, StandardizedBinaryConv2d, same_pads
+from .binary_linear import BinaryLinear
 from .checks import check_own_tensors, check_tensors, guard_input
-from .links import ElasticLink
-from .shifts import RPReLU, RSign, Shift
+from .elastic_link import ElasticLink
+from .rprelu import RPReLU, RSign, Shift
+from .scales import input_scale, weight_scale
 from .unit import HOST_ATTRIBUTES, BinaryUnit, ZeroShortcut, expected_statistics
 
 __all__ = [

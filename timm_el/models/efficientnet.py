@@ -14,11 +14,11 @@ from timm.models._features import FeatureHooks
 from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.efficientnet import EfficientNet, EfficientNetFeatures
 
-from ..checkpoints import CheckedLoading, float_to_latent
-from ..convert import binarize
+from ..convert.binarize import binarize
 from ..recipes import Recipe
+from ..weights.loading import CheckedLoading, float_to_latent
 from ._arguments import check_arguments
-from ._shipped import CIFAR10, bundled_file, choose_weights
+from ._pretrained import CIFAR10, bundled_file, choose_weights
 
 __all__ = ['BinarizedEfficientNet', 'BinarizedEfficientNetFeatures']
 

@@ -19,12 +19,12 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from timm.models._registry import generate_default_cfgs, register_model
 
-from ..checkpoints import CheckedLoading, guard_loading
 from ..layers import BinaryConv2d, BinaryUnit, ElasticLink, RPReLU, Shift, guard_input
-from ..packed import is_packed, unpack_state_dict
+from ..weights.loading import CheckedLoading, guard_loading
+from ..weights.packed import is_packed, unpack_state_dict
 from ._arguments import check_counts, check_flags
 from ._official import OfficialCheckpoint, strip_wrappers
-from ._shipped import CIFAR10, bundled_file, choose_weights
+from ._pretrained import CIFAR10, bundled_file, choose_weights
 
 __all__ = ['ReActNet', 'ReActBlock']
 

@@ -20,12 +20,12 @@ from timm.models._features import feature_take_indices
 from timm.models._registry import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ..checkpoints import RECIPE_CODE, CheckedLoading, float_to_latent
-from ..convert import binarize
+from ..convert.binarize import binarize
 from ..recipes import Recipe
+from ..weights.loading import RECIPE_CODE, CheckedLoading, float_to_latent
 from ._arguments import check_arguments, check_flags
 from ._official import OfficialCheckpoint, strip_wrappers
-from ._shipped import CIFAR10, bundled_file, choose_weights
+from ._pretrained import CIFAR10, bundled_file, choose_weights
 
 __all__ = ['BinarizedResNet']
 

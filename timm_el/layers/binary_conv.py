@@ -1,0 +1,292 @@
+"""Convolutions of binary inputs with binary weights (paper, equation 3)."""
+from typing import List, Optional, Tuple, Union
+
+import torch
+import torch.fx
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..quantizers import ESTIMATORS, is_symbolic, lean, wide_float
+from .checks import check_images, check_positive
+from .quantized import _Quantized
+from .scales import input_scale
+
+__all__ = ['BinaryConv2d', 'StandardizedBinaryConv2d', 'same_pads']
+
+
+PAD_VALUES = (-1, 0, 1)
+
+
+def _quantized_weight(weight: torch.Tensor, alpha: Optional[torch.Tensor], quantizer: Optional[str]) -> torch.Tensor:
+    weight = ESTIMATORS[quantizer].quantize(weight)
+    return weight if alpha is None else weight * alpha
+
+
+class _QuantizedConv2d(torch.autograd.Function):
+    """conv2d of a quantized input with a quantized weight, in their lean forms.
+
+    Autograd would keep the signs of the input as floats, a mask, and the quantized weight. Here it keeps the
+    estimator's code of the input (one byte a value for 'ste') and the latent weight, which is a parameter anyway;
+    signs are taken again in backward.
+    """
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, alpha, bias, input_quantizer, weight_quantizer, stride, padding, dilation, groups):
+        return F.conv2d(
+            ESTIMATORS[input_quantizer].quantize(x), _quantized_weight(weight, alpha, weight_quantizer), bias,
+            stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, alpha, bias, ctx.input_quantizer, ctx.weight_quantizer, *ctx.geometry = inputs
+        ctx.dtype = x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(ESTIMATORS[ctx.input_quantizer].encode(x), weight, alpha)
+
+    @staticmethod
+    def backward(ctx, grad):
+        code, weight, alpha = ctx.saved_tensors
+        of_input, of_weight = ESTIMATORS[ctx.input_quantizer], ESTIMATORS[ctx.weight_quantizer]
+        stride, padding, dilation, groups = ctx.geometry
+        # Under autocast the convolution, and so its gradient, has another dtype than the input and the weight.
+        signed = of_input.decode(code, grad.dtype)
+        quantized = lean(weight, ctx.weight_quantizer)  # with an estimator of its own, for gradients of gradients
+        quantized = (quantized if alpha is None else quantized * alpha).to(grad.dtype)
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, signed, quantized, (weight.shape[0],), stride, padding, dilation, False, (0, 0), groups,
+            (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]))
+        if grad_x is not None:
+            grad_x = of_input.gradient_of_code(code, grad_x.to(ctx.dtype))
+        grad_alpha = None
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+            if ctx.needs_input_grad[2]:
+                grad_alpha = (grad_weight * lean(weight, ctx.weight_quantizer)).flatten(1).sum(1).reshape_as(alpha)
+            grad_weight = of_weight.gradient(weight, grad_weight if alpha is None else grad_weight * alpha)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_alpha, grad_bias, None, None, None, None, None, None
+
+
+class BinaryConv2d(_Quantized, nn.Conv2d):
+    r"""Convolution of a binary input with a binary weight (paper, eq. 3).
+
+    y = ( Sign(x) (*) Sign(W) ) . alpha . K + bias
+
+    with alpha = mean(abs(W)) per output channel (`weight_scale`) and K the local mean of abs(x) (`input_scale`). The
+    parameter `weight` is the *latent* real weight. The input is signed first and padded afterwards.
+
+    Gradient: that of the quantizers' estimators; none through alpha unless `weight_scale_grad`, none through K unless
+    `input_scale_grad`.
+
+    Shapes: x (N, C_in, H, W) float -> (N, C_out, H', W'), H' and W' as for `torch.nn.Conv2d`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            As for `torch.nn.Conv2d`, in the same order.
+        input_quantizer: 'ste', 'approx', 'ternary', 'tanh' (`quantizers.QUANTIZERS`), or None for a real input.
+        weight_quantizer: 'ste', 'approx', 'twn' (`quantizers.WEIGHT_QUANTIZERS`), or None for a real weight (stage one
+            of two-stage training).
+        scale_weight: Apply alpha. Without effect on a real or ternary weight.
+        scale_input: Apply K. Without effect on a real input.
+        input_scale_grad: Let gradient flow through K.
+        weight_scale_grad: Let gradient flow through alpha.
+        pad_value: What a padded tap holds after the sign: 0 (contributes nothing), -1 or +1. Only for
+            padding_mode='zeros'.
+        same_pad: Pad for an output of ceil(H / stride), uneven where need be and known only when the input is
+            (TensorFlow's SAME, timm's `Conv2dSame`), in place of `padding`, which must be 0.
+
+    Raises:
+        ValueError: An unknown quantizer or pad value, a pad value or `same_pad` with another padding mode, `same_pad`
+            with padding, or channel counts that are not positive (construction); an input that is not 4-D or has
+            another number of channels (forward).
+        TypeError: The input is not a float tensor (forward).
+    """
+
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            kernel_size: Union[int, Tuple[int, int]],
+            stride: Union[int, Tuple[int, int]] = 1,
+            padding: Union[str, int, Tuple[int, int]] = 0,
+            dilation: Union[int, Tuple[int, int]] = 1,
+            groups: int = 1,
+            bias: bool = True,
+            padding_mode: str = 'zeros',
+            device=None,
+            dtype=None,
+            *,
+            input_quantizer: Optional[str] = 'ste',
+            weight_quantizer: Optional[str] = 'ste',
+            scale_weight: bool = True,
+            scale_input: bool = False,
+            input_scale_grad: bool = False,
+            weight_scale_grad: bool = False,
+            pad_value: int = 0,
+            same_pad: bool = False,
+    ) -> None:
+        check_positive(in_channels=in_channels, out_channels=out_channels)
+        if pad_value not in PAD_VALUES:
+            raise ValueError(f'pad_value: found {pad_value!r}, expected one of {PAD_VALUES}')
+        if padding_mode != 'zeros':
+            for name, value in (('pad_value', pad_value), ('same_pad', same_pad)):
+                if value:
+                    raise ValueError(f"{name}: {value} needs padding_mode='zeros', found {padding_mode!r}")
+        if same_pad and padding not in (0, (0, 0)):
+            raise ValueError(f'same_pad: it takes the place of padding, found padding={padding!r}, expected 0')
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device=device, dtype=dtype)
+        self._set_quantization(
+            input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad, weight_scale_grad)
+        self.pad_value = pad_value
+        self.same_pad = same_pad
+        # Padding is explicit where conv2d's own zero padding is not what is asked for; 'same' may be uneven.
+        self.pad_first = padding_mode != 'zeros' or pad_value != 0 or same_pad or _is_uneven(self)
+        self.pad_sides = [int(p) for p in self._reversed_padding_repeated_twice]  # left, right, top, bottom
+        if self.pad_first or padding == 'valid':
+            self.conv_padding = (0, 0)
+        else:
+            self.conv_padding = (self.pad_sides[2], self.pad_sides[0])
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **quantization) -> 'BinaryConv2d':
+        """A binary convolution that shares the parameters of a float one, which become its latent weight and bias.
+
+        Args:
+            conv: The float convolution; it is not changed.
+            quantization: The keyword arguments that `BinaryConv2d` has beyond `torch.nn.Conv2d`'s.
+        """
+        binary = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            conv.groups, conv.bias is not None, conv.padding_mode, device='meta', **quantization)
+        return binary._share_parameters(conv)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_images(x, self.in_channels, 'BinaryConv2d')
+        bias = self.bias  # TorchScript narrows None on locals only
+        inner_bias = None if self.scale_input else bias  # K does not scale the bias
+        if torch.jit.is_scripting():
+            y = self.convolve(x, inner_bias)
+        else:
+            spelled = self.pad_first or not self.has_lean_form or not torch.is_grad_enabled() or is_symbolic(x)
+            y = self.convolve_lean(x, inner_bias) if not spelled else self.convolve(x, inner_bias)
+        if self.scale_input:
+            y = y * self.scale_of_input(x)
+            if bias is not None:
+                y = y + bias.reshape(-1, 1, 1)
+        return y
+
+    def convolve(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """( Sign(x) (*) Sign(W) ) . alpha + bias, spelled out."""
+        signed = self.quantized_input(x)
+        if self.pad_first:
+            mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
+            value = float(self.pad_value) if mode == 'constant' else None
+            signed = F.pad(signed, self.pads(x), mode, value)
+        return F.conv2d(
+            signed, self.quantized_weight(), bias, self.stride, self.conv_padding, self.dilation, self.groups)
+
+    def pads(self, x: torch.Tensor) -> List[int]:
+        """Rows and columns to pad: left, right, top, bottom."""
+        if not self.same_pad:
+            return self.pad_sides
+        return same_pads(x, self.kernel_size, self.stride, self.dilation)
+
+    @torch.jit.unused
+    def convolve_lean(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """The same as `convolve`, keeping one byte a value of the input for backward, and no copy of the weight."""
+        alpha = self.alpha().reshape(self.scale_shape) if self.scale_weight else None
+        return _QuantizedConv2d.apply(
+            x, self.latent_weight(), alpha, bias, self.input_quantizer, self.weight_quantizer,
+            self.stride, self.conv_padding, self.dilation, self.groups)
+
+    def scale_of_input(self, x: torch.Tensor) -> torch.Tensor:
+        """K for this convolution, one plane for all channels, or one a group repeated over its channels."""
+        x = x if self.input_scale_grad else x.detach()
+        if self.pad_first:
+            x = F.pad(x, self.pads(x))
+        scale = input_scale(x, self.kernel_size, self.stride, self.conv_padding, self.dilation, self.groups)
+        return scale if self.groups == 1 else scale.repeat_interleave(self.out_channels // self.groups, 1)
+
+    def extra_repr(self) -> str:
+        padding = 'same_pad' if self.same_pad else f'pad_value={self.pad_value}'
+        return f'{super().extra_repr()}, {padding}'
+
+
+class StandardizedBinaryConv2d(BinaryConv2d):
+    r"""Binary convolution whose host standardizes its weight (Weight Standardization; NFNet's scaled form).
+
+    y = ( Sign(x) (*) Sign(V) ) . gain . scale . K + bias,   V = (W - mean(W)) / sqrt(var(W) + eps) per output channel
+
+    V has a second moment of 1, and so has Sign(V): no alpha is needed. With a real weight V itself stands in its
+    place, which is the host's convolution. W = +-c with any c > 0 gives back its own signs.
+
+    Args:
+        args, quantization: As for `BinaryConv2d`; `scale_weight` has no effect.
+        scale: Constant factor of the weight, 1 or NFNet's gamma / sqrt(fan-in).
+        eps: Added to the variance.
+        has_gain: Learn a factor per output channel, `gain` (O, 1, 1, 1), initialised to 1.
+    """
+
+    def __init__(self, *args, scale: float = 1., eps: float = 1e-6, has_gain: bool = False, **quantization) -> None:
+        super().__init__(*args, **{**quantization, 'scale_weight': False})
+        self.scale = scale
+        self.eps = eps
+        self.gain = nn.Parameter(torch.ones_like(self.weight[:, :1, :1, :1])) if has_gain else None
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **quantization) -> 'StandardizedBinaryConv2d':
+        """A binary convolution that shares the parameters of a float one, with its `scale`, `eps` and `gain`."""
+        gain = getattr(conv, 'gain', None)
+        binary = super().from_conv(
+            conv, scale=getattr(conv, 'scale', 1.), eps=conv.eps, has_gain=gain is not None, **quantization)
+        binary.gain = gain
+        return binary
+
+    def latent_weight(self) -> torch.Tensor:
+        weight = self.weight.flatten(1)
+        mean = weight.to(wide_float(weight)).mean(1, keepdim=True)  # exact for +-c, whose signs must not change
+        centred = weight - mean.to(weight.dtype)
+        return (centred * (centred.square().mean(1, keepdim=True) + self.eps).rsqrt()).reshape_as(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_images(x, self.in_channels, 'StandardizedBinaryConv2d')
+        if torch.jit.is_scripting():
+            y = self.convolve(x)
+        else:
+            spelled = self.pad_first or not self.has_lean_form or not torch.is_grad_enabled() or is_symbolic(x)
+            y = self.convolve(x) if spelled else self.convolve_lean(x)
+        y = y * self.scale
+        gain = self.gain
+        if gain is not None:
+            y = y * gain.reshape(-1, 1, 1)
+        if self.scale_input:
+            y = y * self.scale_of_input(x)
+        bias = self.bias
+        return y if bias is None else y + bias.reshape(-1, 1, 1)
+
+
+def same_pads(
+        x: torch.Tensor,
+        kernel_size: Tuple[int, int],
+        stride: Tuple[int, int],
+        dilation: Tuple[int, int],
+) -> List[int]:
+    """Left, right, top, bottom for an output of ceil(size / stride); the odd one of a pair goes right and down."""
+    pads: List[int] = []
+    for i in (1, 0):
+        size = x.shape[2 + i]
+        steps = (size + stride[i] - 1) // stride[i] - 1
+        total = max(steps * stride[i] + (kernel_size[i] - 1) * dilation[i] + 1 - size, 0)
+        pads += [total // 2, total - total // 2]
+    return pads
+
+torch.fx.wrap('same_pads')  # depends on the size of the input, which a tracer does not know
+
+
+def _is_uneven(conv: nn.Conv2d) -> bool:
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    return left != right or top != bottom

@@ -1,0 +1,79 @@
+"""The quantizers and scales that `BinaryConv2d` and `BinaryLinear` share."""
+from typing import Optional
+
+import torch
+import torch.fx
+import torch.nn as nn
+
+from ..quantizers import BITS, ESTIMATORS, WEIGHT_QUANTIZERS, get_quantizer
+from .scales import weight_scale
+
+
+class _Quantized(nn.Module):
+    """What `BinaryConv2d` and `BinaryLinear` share: two quantizers and two scales."""
+    __jit_unused_properties__ = ['is_binary', 'weight_bits', 'binary_products']
+
+    def _set_quantization(
+            self,
+            input_quantizer: Optional[str],
+            weight_quantizer: Optional[str],
+            scale_weight: bool,
+            scale_input: bool,
+            input_scale_grad: bool,
+            weight_scale_grad: bool,
+    ) -> None:
+        self.input_quantizer = input_quantizer
+        self.weight_quantizer = weight_quantizer
+        self.quantize_input = get_quantizer(input_quantizer, 'input_quantizer')
+        self.quantize_weight = get_quantizer(weight_quantizer, 'weight_quantizer', WEIGHT_QUANTIZERS)
+        # Ternary weights bring their own scale.
+        self.scale_weight = scale_weight and weight_quantizer in ('ste', 'approx')
+        self.scale_input = scale_input and input_quantizer is not None
+        self.input_scale_grad = input_scale_grad
+        self.weight_scale_grad = weight_scale_grad
+        self.scale_shape = [-1] + [1] * (self.weight.dim() - 1)
+        self.has_lean_form = weight_quantizer in ESTIMATORS
+
+    @property
+    def is_binary(self) -> bool:
+        """True if weight and input are both signs, so that the layer can run as one xor and popcount."""
+        return self.binary_products == 1
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a weight: 1 for signs, 2 for ternary weights, 0 if it is real."""
+        return BITS.get(self.weight_quantizer, 0)
+
+    @property
+    def binary_products(self) -> int:
+        """Products of +-1 and +-1 in one multiply-accumulate: the bits of the input times those of the weight."""
+        return BITS.get(self.input_quantizer, 0) * self.weight_bits
+
+    def latent_weight(self) -> torch.Tensor:
+        """What the sign is taken of."""
+        return self.weight
+
+    def alpha(self) -> torch.Tensor:
+        """Scale of the binary weight, (O,)."""
+        return weight_scale(self.weight, self.weight_scale_grad)
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The input in use: Sign(x), or the real input where there is no quantizer."""
+        return self.quantize_input(x)
+
+    def quantized_weight(self) -> torch.Tensor:
+        """The weight in use: alpha * Sign(W), or the real weight where there is no quantizer."""
+        weight = self.quantize_weight(self.latent_weight())
+        if self.scale_weight:
+            weight = weight * self.alpha().reshape(self.scale_shape)
+        return weight
+
+    def _share_parameters(self, source: nn.Module):
+        self.weight, self.bias = source.weight, source.bias
+        return self.train(source.training)
+
+    def extra_repr(self) -> str:
+        scales = [name for name, on in (('alpha', self.scale_weight), ('K', self.scale_input)) if on]
+        return (
+            f'{super().extra_repr()}, input={self.input_quantizer}, weight={self.weight_quantizer}, '
+            f'scales={"+".join(scales) or None}')

@@ -1,0 +1,321 @@
+"""State dicts for binarized models: packed files, float checkpoints as latent initialisation, checks before loading.
+
+Every door of loading leads through here: `load_state_dict` of a registered model by `CheckedLoading`, that of a
+converted one or of a model inside another by the hook of `guard_loading`, `pretrained=True` by `float_to_latent`.
+"""
+import os
+import re
+from collections import OrderedDict
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.models import clean_state_dict, load_state_dict
+
+from ..layers import BinaryUnit, expected_statistics, weight_scale
+from ..quantizers import sign, ttq_levels
+from .packed import (
+    CheckpointError,
+    fit_counters,
+    is_packed,
+    read_packed,
+    some_binary_layers,
+    take_signs,
+    unpack_state_dict,
+    write_signs,
+)
+
+__all__ = [
+    'CheckpointError', 'CheckedLoading', 'check_state_dict', 'float_to_latent', 'load_float', 'load_packed',
+    'guard_loading',
+]
+
+
+class CheckedLoading:
+    """Mixin of the registered models: `load_state_dict` refuses what does not fit before the first tensor is copied."""
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Dict[str, Any], strict: bool = True, assign: bool = False):
+        """As torch's; raises `CheckpointError` and loads nothing if the state dict does not fit."""
+        if is_packed(state_dict):
+            state_dict = unpack_state_dict(state_dict, self)
+        check_state_dict(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+RECIPE_CODE = 'recipe_code'
+LOOSELY = (
+    'model.load_state_dict(state_dict, strict=False), with timm_el.unpack_state_dict(tensors, model) as the state dict '
+    'of a packed file')
+# Tensors from which torch's pruning, norms of weights and parametrizations compute others.
+COMPUTED = re.compile(r'(^|\.)parametrizations\.|_(orig|mask|[guv])$')
+
+
+def guard_loading(model: nn.Module, recipe_code: Optional[int] = None) -> None:
+    """Make a model take packed tensors, and refuse float checkpoints, other recipes and wrong shapes, before the first
+    tensor is copied.
+
+    The recipe travels with the state dict as a 0-D buffer, because recipes with the same keys compute different
+    things. A state dict without it is taken as it is. A hook is not told whether the call is strict, so what is missing
+    or unknown in a state dict of floats stays torch's business, or `CheckedLoading`'s; a packed one is always whole.
+    """
+    if recipe_code is not None:
+        device = next(model.parameters()).device
+        model.register_buffer(RECIPE_CODE, torch.tensor(recipe_code, dtype=torch.int32, device=device))
+    model.register_load_state_dict_pre_hook(_before_loading)
+
+
+def _before_loading(module: nn.Module, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
+    given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    packed = is_packed(given)
+    if packed:
+        latent = unpack_state_dict(given, module)
+        check_state_dict(module, latent)
+        for key in given:
+            del state_dict[prefix + key]
+        state_dict.update((prefix + key, value) for key, value in latent.items())
+    else:
+        check_state_dict(module, given, False)
+    fit_counters(state_dict, module.state_dict(), prefix)
+    if hasattr(module, RECIPE_CODE):
+        state_dict.setdefault(prefix + RECIPE_CODE, getattr(module, RECIPE_CODE))
+
+
+def _moved(model: nn.Module) -> Dict[str, str]:
+    report = getattr(model, 'binarize_report', None)
+    return report.moved if report is not None else {}
+
+
+def _new_name(key: str, moved: Dict[str, str]) -> Optional[str]:
+    """Name of a host's tensor in the binarized model; None if it has no place there."""
+    path, leaf = key, ''
+    while path:
+        if path in moved:
+            return moved[path] + leaf if moved[path] else None
+        path, _, last = path.rpartition('.')
+        leaf = f'.{last}{leaf}'
+    return key
+
+
+def _is_float(
+        state_dict: Dict[str, Any], model: nn.Module, own: Optional[Dict[str, torch.Tensor]] = None) -> Optional[str]:
+    """The first key that only the float host has, None if there is no such key."""
+    own = model.state_dict() if own is None else own
+    units = (path for path, place in _moved(model).items() if place == f'{path}.conv')
+    return next((f'{path}.weight' for path in units
+                 if f'{path}.weight' in state_dict and f'{path}.weight' not in own), None)
+
+
+def float_to_latent(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Rename the tensors of a model's float host; those of the model itself pass through, packed ones are unpacked.
+
+    The signature is that of timm's `pretrained_filter_fn`. What the host does not have (gammas, new norms) gets the
+    model's own value, and so do the running statistics of norms whose activation moved in front of them. Shortcuts
+    without average pooling (conv, norm) are read into ones with it (pool, conv, norm).
+
+    Args:
+        state_dict: Checkpoint of the float host (timm's or torchvision's names) or of the model.
+        model: The binarized model.
+
+    Returns:
+        A state dict with the model's keys.
+    """
+    state_dict = state_dict.get('state_dict', state_dict)
+    if is_packed(state_dict):
+        return unpack_state_dict(state_dict, model)
+    if _is_float(state_dict, model) is None:
+        return state_dict
+    own, moved = model.state_dict(), _moved(model)
+    renamed = OrderedDict()
+    for key, tensor in state_dict.items():
+        name = _new_name(key, moved)
+        if name is not None:
+            renamed[name] = tensor
+    # A plain shortcut has its convolution at 0 and its norm at 1, one with average pooling at 1 and 2.
+    plain = [k[:-len('0.weight')] for k in renamed if k.endswith('.0.weight') and k not in own]
+    for prefix in plain:
+        for index in (1, 0):
+            for key in [k for k in renamed if k.startswith(f'{prefix}{index}.')]:
+                renamed[f'{prefix}{index + 1}.{key[len(prefix) + 2:]}'] = renamed.pop(key)
+    new = _new_keys(model)
+    for key, value in own.items():
+        if key not in renamed and key in new:
+            renamed[key] = value
+        weight = f'{key[:-len("levels")]}weight' if key.endswith('.conv.levels') else None
+        if weight in renamed:
+            renamed[key] = ttq_levels(renamed[weight])
+    for row in model.binarize_report.rows:
+        # The host's statistics are those of another tensor.
+        if row.act == 'in branch' and row.norm and f'{moved[row.norm]}.running_mean' in own:
+            conv_path, norm_path = moved.get(row.path, row.path), moved[row.norm]
+            conv, act = model.get_submodule(conv_path), model.get_submodule(norm_path.rpartition('.')[0]).act
+            weight = renamed[f'{conv_path}.weight']
+            if getattr(conv, 'weight_quantizer', None) is not None:
+                weight = sign(weight) * weight_scale(weight).reshape(-1, 1, 1, 1)
+            mean, var = expected_statistics(weight, act)
+            renamed[f'{norm_path}.running_mean'], renamed[f'{norm_path}.running_var'] = mean, var
+    fit_counters(renamed, own)
+    return renamed
+
+
+def _new_keys(model: nn.Module) -> Set[str]:
+    """Tensors that the recipe added to the host."""
+    keys = {key for key in model.state_dict() if '.new_norm.' in key or '.new_act.' in key}
+    for path, unit in model.named_modules():
+        if isinstance(unit, BinaryUnit):
+            for slot in ('pre', 'scale', 'post', 'act'):
+                module = getattr(unit, slot)
+                keys.update(f'{path}.{slot}.{key}' for key in (module.state_dict() if module is not None else ()))
+            keys.update(f'{path}.{key}' for key in ('link.gamma', 'conv.shift', 'conv.beta'))
+    return keys
+
+
+def load_float(model: nn.Module, checkpoint: Union[str, Dict[str, torch.Tensor]]) -> nn.Module:
+    """Load a checkpoint of a binarized model's float host: its weights become the latent initialisation.
+
+        model = timm_el.load_float(timm.create_model("el_resnet50"), "resnet50.safetensors")
+
+    Args:
+        model: The binarized model.
+        checkpoint: State dict, or path of a file that timm reads.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: A key is missing or unknown, or a shape differs. Nothing was loaded.
+        ValueError: The model is not binarized.
+        TypeError: The checkpoint is neither a dict nor a path.
+    """
+    if not _moved(model):
+        raise ValueError('model: it is not binarized, its own load_state_dict takes the checkpoint')
+    if isinstance(checkpoint, dict):
+        for key in ('state_dict', 'model'):
+            checkpoint = checkpoint.get(key, checkpoint)
+        checkpoint = clean_state_dict(checkpoint)
+    elif isinstance(checkpoint, (str, os.PathLike)):
+        checkpoint = load_state_dict(str(checkpoint))
+    else:
+        raise TypeError(f'checkpoint: found a {type(checkpoint).__name__}, expected a state dict or the path of a file')
+    if is_packed(checkpoint):
+        raise CheckpointError('checkpoint: found a packed file, expected one of the float host; load_packed takes it')
+    checkpoint = float_to_latent(checkpoint, model)
+    check_state_dict(model, checkpoint)
+    model.load_state_dict(checkpoint, strict=True)
+    return model
+
+
+def load_packed(model: nn.Module, path: Union[str, os.PathLike], assign: bool = False) -> nn.Module:
+    """Load a packed file (`save_packed`): each binary weight becomes +-alpha, and can be trained on.
+
+    Args:
+        model: The model that was packed, or one built like it.
+        path: The file.
+        assign: Take the file's tensors in place of the model's own, as for `load_state_dict`: for a model on the meta
+            device.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: The file is damaged, newer, not packed, or of another model or recipe. Nothing was loaded.
+        FileNotFoundError: There is no such file.
+        ValueError: The model is not binarized.
+    """
+    some_binary_layers(model)
+    state_dict, signs = take_signs(read_packed(path, model), model, os.fspath(path))
+    # Until all has been checked the own weights stand for themselves; to copy a tensor to itself costs nothing.
+    state_dict.update((key, weight) for key, (_, _, weight) in signs.items())
+    if assign:
+        state_dict.update((key, torch.empty_like(weight, device='cpu')) for key, (_, _, weight) in signs.items())
+    try:
+        check_state_dict(model, state_dict)
+    except CheckpointError as e:
+        raise CheckpointError(f'{os.fspath(path)}: {e}') from None
+    nn.Module.load_state_dict(model, state_dict, strict=True, assign=assign)  # checked already
+    for key, (bits, alpha, _) in signs.items():
+        write_signs(bits, alpha, model.get_parameter(key).data)
+    return model
+
+
+def check_state_dict(module: nn.Module, state_dict: Dict[str, Any], strict: bool = True, prefix: str = '') -> None:
+    """Raise unless a state dict fits a model.
+
+    Args:
+        module: The model.
+        state_dict: What is about to be loaded.
+        strict: Missing and unknown keys count too; a float checkpoint and wrong shapes always do.
+        prefix: Where the model's keys stand in the state dict.
+
+    Raises:
+        CheckpointError: It does not fit.
+    """
+    given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    own = module.state_dict()
+    fit_counters(given, own)
+    float_key = _is_float(given, module, own)
+    if float_key is not None:
+        raise CheckpointError(
+            f'{prefix}{float_key}: this is a checkpoint of the float host, expected '
+            f'{prefix}{_new_name(float_key, _moved(module))}; '
+            f'timm_el.load_float(model, checkpoint) takes it as the latent initialisation')
+    missing = [k for k in own if k not in given and not k.endswith(RECIPE_CODE)]
+    unknown = [k for k in given if k not in own]
+    if strict and (missing or unknown):
+        _raise_mismatch(module, missing, unknown, prefix)
+    report = getattr(module, 'binarize_report', None)
+    code = given.get(RECIPE_CODE)
+    known = report is not None and code is not None and not code.is_meta and code.numel() == 1
+    if known and int(code) != report.recipe.code:
+        raise CheckpointError(
+            f'{prefix}{RECIPE_CODE}: found {int(code)}, expected {report.recipe.code}: this is a checkpoint of another '
+            f'recipe than {report.recipe.name!r}; create the model with the recipe of the checkpoint (recipe=...)')
+    for key, value in own.items():
+        if key in given and tuple(given[key].shape) != tuple(value.shape):
+            hint = _shape_hint(key, tuple(given[key].shape), tuple(value.shape), module)
+            raise CheckpointError(
+                f'{prefix}{key}: found shape {tuple(given[key].shape)}, expected {tuple(value.shape)}{hint}')
+
+
+def _raise_mismatch(module: nn.Module, missing: List[str], unknown: List[str], prefix: str) -> None:
+    parts = [f'{name} {prefix}{keys[0]}' + (f' and {len(keys) - 1} more' if len(keys) > 1 else '')
+             for name, keys in (('missing', missing), ('unknown', unknown)) if keys]
+    first = prefix + (missing + unknown)[0]
+    computed = next((key for key in missing + unknown if COMPUTED.search(key)), None)
+    if computed is not None:
+        raise CheckpointError(
+            f'{prefix}{computed}: {"the model" if computed in missing else "the checkpoint"} is pruned or parametrized '
+            f"there, and the other is not ({'; '.join(parts)}); call torch.nn.utils.prune.remove(module, 'weight') or "
+            f'torch.nn.utils.parametrize.remove_parametrizations before loading or saving')
+    if all(_in_classifier(key, module) for key in missing + unknown):
+        whose, remedy = ('checkpoint', '0') if missing else ('model', ' of the checkpoint')
+        raise CheckpointError(
+            f'{first}: the {whose} has no classifier ({"; ".join(parts)}); create the model with num_classes={remedy}, '
+            f'or load what fits by {LOOSELY}')
+    report = getattr(module, 'binarize_report', None)
+    if report is not None and all(_belongs_to_recipe(key) for key in missing + unknown):
+        raise CheckpointError(
+            f'{first}: this is a checkpoint of another recipe than {report.recipe.name!r} ({"; ".join(parts)}); '
+            f'create the model with the recipe that it was trained with (recipe=...)')
+    raise CheckpointError(
+        f'{first}: this is a checkpoint of another model ({"; ".join(parts)}); '
+        f'create the model that it was saved from, or load what fits by {LOOSELY}')
+
+
+def _in_classifier(key: str, model: nn.Module) -> bool:
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or 'fc'
+    return key.startswith(tuple(f'{name}.' for name in ([names] if isinstance(names, str) else names)))
+
+
+def _belongs_to_recipe(key: str) -> bool:
+    """True for tensors that some recipes have and others have not."""
+    return re.search(r'(^|\.)(link|pre|post|conv|norm|downsample|bn\d*|scale|act|new_norm|new_act)\.', key) is not None
+
+
+def _shape_hint(key: str, found: Tuple[int, ...], expected: Tuple[int, ...], model: nn.Module) -> str:
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    if _in_classifier(key, model) and found[1:] == expected[1:]:
+        return '; create the model with num_classes= of the checkpoint'
+    if key.startswith(f'{cfg.get("first_conv", "conv1")}.') and found[2:] == expected[2:]:
+        return '; create the model with in_chans= of the checkpoint'
+    return '; this is a checkpoint of another model'
