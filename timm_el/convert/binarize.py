@@ -1,17 +1,34 @@
-"""binarize(): swap the conv-norm-act chains of a network for `BinaryUnit`s, in place, all or nothing.
+"""The verb `binarize`: swap the conv-norm-act chains of a network for `BinaryUnit`s, in place, all or nothing.
 
-Three steps: *find* the chains (blocks.py), *plan* what replaces which module (nothing is changed yet, every error comes
-from here), and *apply* the plan. The host's class and forward stay as they are: a unit stands where the convolution
-stood, and Identity where its norm and activation stood.
+    find_sites -> decide -> build -> apply          see sites.py for what each stage gives to the next
+
+Nothing is changed before `apply`, and every error but those of a foreign forward comes from before it. The host's class
+and forward stay as they are: a unit stands where the convolution stood, and Identity where its norm and activation
+stood. In a network that no table describes, signs that would be the same everywhere are found by running the converted
+network, and decided, built and applied in a second pass.
 """
-from typing import Any, Dict, Optional, Sequence, Union
+import fnmatch
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn as nn
 
-from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_tensors
+from ..dry_run import WEIGHTED, own_input_size, run_layers
+from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_tensors, guard_input
 from ..recipes import Recipe, get_recipe
-from .plan import Plan
+from ..weights.loading import RECIPE_CODE, guard_loading
+from ..weights.parameter_map import ParameterMap, RenewedNorm, tensors_of
+from .apply import apply
+from .build_unit import shift_before_pool
+from .dead_signs import Verdict, judge_signs
+from .decide import Question, decide, decide_dead_signs
+from .edits import build, build_units
+from .find import find_sites
+from .report import find_failures, make_report, starts_anew
+from .sites import Act, Convert, Decision, Network
 
 __all__ = ['binarize']
 
@@ -43,13 +60,13 @@ def _is_separable(model: nn.Module) -> bool:
 
 def binarize(
         model: nn.Module,
-        recipe: Union[str, Recipe, Dict[str, Any]] = 'el',
+        recipe: Union[str, Recipe, dict[str, Any]] = 'el',
         *,
         keep: Sequence[str] = (),
         example_input: Optional[torch.Tensor] = None,
         real_weights: bool = False,
         strict: bool = False,
-        like: Optional[Dict[str, Any]] = None,
+        like: Optional[dict[str, Any]] = None,
 ) -> nn.Module:
     """Binarize a network in place: every conv-norm-act chain becomes one `BinaryUnit`.
 
@@ -98,22 +115,151 @@ def binarize(
     _refuse_unfit(model)
     if like is not None:
         recipe, keep = Recipe.from_dict(like['recipe']), like['keep']
-    chosen = get_recipe(recipe)
-    note = None
-    if isinstance(recipe, str) and recipe == 'el' and _is_separable(model):
-        chosen = get_recipe('el_mobilenet')
-        note = "recipe 'el' on a depthwise-separable host is 'el_mobilenet': activations in the branches, no K"
-    plan = Plan(
-        model, chosen.with_real_weights() if real_weights else chosen, keep,
-        None if example_input is None else tuple(example_input.shape[1:]), like)
-    impossible = [row for row in plan.report().rows if not row.possible]
-    if strict and impossible:
-        row = impossible[0]
-        raise ValueError(
-            f'{row.path}: {row.kind} {tuple(model.get_submodule(row.path).weight.shape)} cannot be binarized '
-            f'({row.reason}), nor can {len(impossible) - 1} others; pass keep=({row.path!r}, ...) to keep them float')
-    found_out = plan.apply(example_input)
-    report = plan.report()
-    report.notes += [note] * bool(note) + found_out
-    model.binarize_report = report
+    chosen, notes = _choose_recipe(model, recipe)
+    size = (like or {}).get('input_size') if example_input is None else example_input.shape[1:]
+    question, not_run = _ask(
+        model, chosen.with_real_weights() if real_weights else chosen, keep, tuple(size or own_input_size(model)))
+    before = tensors_of(model)
+    networks = find_sites(model, question.runs)
+    decisions, edits = [], {}
+    for network in networks:
+        decided = decide(network, question)
+        edits.update(build(network, decided, question))
+        decisions += decided
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, WEIGHTED)}
+    if strict:
+        _refuse_impossible(layers, networks, decisions, question)
+    notes = [*not_run, *(note for network in networks for note in network.notes), *notes]
+    if not any(isinstance(decision, Convert) for decision in decisions):
+        notes.append('no convolution was converted, the model is as it was')
+        decisions = [replace(d, act=Act.KEPT if d.act else None) for d in decisions]
+        model.binarize_report = make_report(layers, networks, decisions, {}, question, notes)
+        return model
+    stem_norms = _norms_before_max_pool(networks, question.recipe)
+    with ExitStack() as undo:
+        apply(model, edits.values(), undo)
+        verdict = _judge(model, networks, question, example_input, like)
+        changed = {d.site.path: d for d in decide_dead_signs(decisions, verdict.revived, verdict.constant)}
+        second = build_units(changed.values(), question)
+        apply(model, second.values(), undo)
+        _finish(model, networks, question.recipe, stem_norms, undo)
+        decisions = [changed.get(d.site.path, d) for d in decisions]
+        model.binarize_report = make_report(
+            layers, networks, decisions, {**edits, **second}, question, [*notes, *verdict.notes],
+            revived=verdict.revived, hopeless=verdict.constant)
+        model.parameter_map = ParameterMap.between(before, model, _renewed_norms(decisions))
+        undo.pop_all()
     return model
+
+
+def _choose_recipe(model: nn.Module, recipe: Union[str, Recipe, dict[str, Any]]) -> tuple[Recipe, list[str]]:
+    """Return the recipe, and a note where it is not the one that was named."""
+    chosen = get_recipe(recipe)
+    if isinstance(recipe, str) and recipe == 'el' and _is_separable(model):
+        return get_recipe('el_mobilenet'), [
+            "recipe 'el' on a depthwise-separable host is 'el_mobilenet': activations in the branches, no K"]
+    return chosen, []
+
+
+def _ask(
+        model: nn.Module, recipe: Recipe, keep: Sequence[str], size: tuple[int, int, int],
+) -> tuple[Question, list[str]]:
+    """Return the question of a conversion, and a note if the host does not run on an image of this size.
+
+    Raises:
+        TypeError: `keep` has the wrong type.
+        ValueError: `keep` matches nothing.
+    """
+    asked, shared = _match(model, keep), _shared_weights(model)
+    try:
+        return Question(recipe, asked, shared, run_layers(model, size, compute=True), size, tuple(keep)), []
+    except Exception as e:  # whatever a foreign forward raises for an image that it does not want
+        note = (f'operations were not counted: the model does not run on an image of {"x".join(map(str, size))} '
+                f'({type(e).__name__}: {e}); pass example_input')
+        return Question(recipe, asked, shared, {}, None, tuple(keep)), [note]
+
+
+def _match(model: nn.Module, keep: Sequence[str]) -> dict[str, str]:
+    """Return the paths to keep float, each with the pattern that says so."""
+    if isinstance(keep, str) or not isinstance(keep, Sequence) or not all(isinstance(k, str) for k in keep):
+        raise TypeError(f'keep: found {keep!r}, expected a sequence of module paths or patterns')
+    layers = [p for p, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    kept = {}
+    for pattern in keep:
+        hits = [p for p in layers if fnmatch.fnmatch(p, pattern) or p.startswith(pattern + '.')]
+        if not hits:
+            raise ValueError(f'keep: {pattern!r} matches no convolution or linear layer of the model')
+        kept.update({p: pattern for p in hits})
+    return kept
+
+
+def _shared_weights(model: nn.Module) -> dict[str, str]:
+    """Return the layers that share their weight, or themselves, with another place: path and the other place."""
+    places: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and 'weight' in module._parameters:  # else it is computed
+            places.setdefault(id(module.weight), []).append(path)
+    return {path: next(p for p in paths if p != path)
+            for paths in places.values() if len(paths) > 1 for path in paths}
+
+
+def _refuse_impossible(
+        layers: dict[str, nn.Module], networks: Sequence[Network], decisions: Sequence[Decision], question: Question,
+) -> None:
+    """Raise if some convolution stays float because it could not be converted."""
+    failures = find_failures(layers, networks, decisions, question)
+    if failures:
+        path, why = failures[0]
+        raise ValueError(
+            f'{path}: {type(layers[path]).__name__} {tuple(layers[path].weight.shape)} cannot be binarized ({why}), '
+            f'nor can {len(failures) - 1} others; pass keep=({path!r}, ...) to keep them float')
+
+
+def _judge(
+        model: nn.Module,
+        networks: Sequence[Network],
+        question: Question,
+        example_input: Optional[torch.Tensor],
+        like: Optional[dict[str, Any]],
+) -> Verdict:
+    """Return which signs are dead: as another conversion found, or by running the network that no table describes."""
+    if question.recipe.act == 'keep' or not any(network.is_traced for network in networks):
+        return Verdict()
+    if like is not None:
+        return Verdict(list(like['revived']), list(like['hopeless']))
+    verdict = judge_signs(model, example_input)
+    if verdict.revived:
+        verdict.notes.insert(0, f'a new norm shifts the input of the sign at {", ".join(verdict.revived)}')
+    return verdict
+
+
+def _finish(
+        model: nn.Module, networks: Sequence[Network], recipe: Recipe, stem_norms: Sequence[nn.Module], undo: ExitStack,
+) -> None:
+    """Set up what the whole network needs beside its units: guards of images and loading, norms before a max-pool."""
+    for network in networks:
+        if recipe.binarizes and network.image_conv is not None:
+            undo.callback(guard_input(network.image_conv.module, network.stride).remove)
+    for norm in stem_norms:
+        undo.callback(norm.bias.data.copy_, norm.bias.detach().clone())
+        shift_before_pool(norm)
+    undo.callback(model._buffers.pop, RECIPE_CODE, None)
+    undo.callback(guard_loading(model, recipe.code).remove)
+
+
+def _renewed_norms(decisions: Sequence[Decision]) -> tuple[RenewedNorm, ...]:
+    """Return the norms whose activation moved in front of them."""
+    return tuple(
+        RenewedNorm(f'{d.site.path}.norm', f'{d.site.path}.act', f'{d.site.path}.conv') if isinstance(d, Convert) else
+        RenewedNorm(f'{d.site.norm.path}.norm', f'{d.site.norm.path}.act', d.site.path)
+        for d in decisions if starts_anew(d))
+
+
+def _norms_before_max_pool(networks: Sequence[Network], recipe: Recipe) -> list[nn.Module]:
+    """Return the norms of stems whose activation goes and behind which the host takes a maximum."""
+    if not recipe.input_quantizer or recipe.act not in ('drop', 'prelu', 'rprelu'):
+        return []
+    pools = [(network.stem, network.stem_pool.module) for network in networks if network.stem_pool]
+    norms = [stem.norm.module for stem, pool in pools if stem.norm and pool is not None and any(
+        isinstance(m, nn.MaxPool2d) for m in pool.modules())]
+    return [norm for norm in norms if getattr(norm, 'bias', None) is not None]

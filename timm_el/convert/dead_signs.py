@@ -1,77 +1,95 @@
-"""No sign may be the same everywhere: find those that are, on a batch, and put a norm in front of them."""
-from typing import Dict, List, Optional, Tuple
+"""Dead signs: find the units whose sign would be the same everywhere, on a batch of images."""
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from ..dry_run import own_input_size, undisturbed
-from ..layers import BinaryUnit
+from ..layers import BinaryUnit, real_weights
+from .build_unit import new_norm
 
-__all__ = ['new_norm', 'revive_signs']
+__all__ = ['Verdict', 'judge_signs']
 
 ALIVE = (0.03, 0.97)  # share of +1 that leaves room for other images than those of the batch
 NEW_NORMS = (nn.GroupNorm, nn.LayerNorm)  # a shift, or a BatchNorm that has yet to see data, makes room for one
 NEVER = (0.002, 0.998)  # outside of it, behind a norm, there is nothing to take the sign of
 
 
-def new_norm(layer: nn.Module, frozen: bool = False) -> nn.Module:
-    """A norm for the input of a layer, over all of an image, or over the channels of a pixel for a linear layer.
-
-    It centres whatever comes, in training and in eval mode alike; its bias is the learnable shift of the sign.
-    """
-    dd = {'device': layer.weight.device, 'dtype': layer.weight.dtype}
-    linear = isinstance(layer, nn.Linear)
-    norm = nn.LayerNorm(layer.in_features, **dd) if linear else nn.GroupNorm(1, layer.in_channels, **dd)
-    return norm.train(layer.training).requires_grad_(not frozen)
-
-
-def revive_signs(
-        model: nn.Module, images: Optional[torch.Tensor] = None) -> Tuple[List[str], List[str], List[str]]:
-    """Run images through a converted network and give a norm to each unit whose sign they leave (almost) constant.
-
-    They pass in training and in eval mode, until a pass finds nothing. A new norm acts at once, so that what comes
-    after it is judged with it in place.
+@dataclass
+class Verdict:
+    """What a batch of images tells about the signs of a network.
 
     Args:
-        model: The converted network. It only gets new norms.
-        images: The batch; noise of the model's own size, or less where that will do, if None.
+        revived: Paths of units that need a norm in front of their sign.
+        constant: Paths of units that no norm can help, because their input does not vary.
+        notes: What the user shall know.
+    """
+    revived: list[str] = field(default_factory=list)
+    constant: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-    Returns:
-        Paths of the units that got a norm, of those that no norm can help (their input does not vary), and what to tell
-        the user.
+
+def judge_signs(model: nn.Module, images: Optional[torch.Tensor] = None) -> Verdict:
+    """Run images through a converted network and judge each sign by its share of +1.
+
+    They pass in training and in eval mode, until a pass finds nothing. What is found dead gets a norm for the rest of
+    the passes, so that what comes after it is judged with it in place. The network is as before afterwards.
+
+    Args:
+        model: The converted network.
+        images: The batch (N, C, H, W); noise of the model's own size, or less where that will do, if None.
     """
     units = {m.conv: (path, m) for path, m in model.named_modules()
              if isinstance(m, BinaryUnit) and getattr(m.conv, 'input_quantizer', None) is not None}
     if not units or next(iter(units)).weight.device.type == 'meta':
-        return [], [], []
-    revived: List[str] = []
-    hopeless: List[str] = []
+        return Verdict()
     batches = [images] if images is not None else _noise(model)
-    for layer in units:
-        # Real weights spread their outputs about as their signs do. To compute those would be most of the time here.
-        layer.quantized_weight = layer.latent_weight
+    for batch in batches:
+        try:
+            # Real weights spread their outputs about as their signs do, which would take most of the time here.
+            with real_weights(model), _own_pre(unit for _, unit in units.values()):
+                return _judge_on(model, batch, units)
+        except Exception as e:  # the network may want other images
+            error = f'{type(e).__name__}: {e}'
+    return Verdict(notes=[
+        f'the signs could not be checked on a batch of shape {tuple(batches[-1].shape)} ({error}); pass example_input'])
+
+
+@contextmanager
+def _own_pre(units: Iterable[BinaryUnit]) -> Iterator[None]:
+    """Put back what units have in front of their signs."""
+    before = [(unit, unit.pre) for unit in units]
     try:
-        for batch in batches:
-            try:
-                for i, training in enumerate((True, False, True, False)):
-                    hopeless.clear()
-                    found = _pass(model, batch, training, units, hopeless)
-                    revived += found
-                    if i and not found:
-                        break
-                return [path for path in revived if path not in hopeless], hopeless, []
-            except Exception as e:  # the network may want other images
-                error = f'{type(e).__name__}: {e}'
+        yield
     finally:
-        for layer in units:
-            del layer.quantized_weight
-    return revived, [], [
-        f'the signs could not be checked on a batch of shape {tuple(batches[-1].shape)} ({error}); pass example_input']
+        for unit, pre in before:
+            unit.pre = pre
 
 
-def _noise(model: nn.Module) -> List[torch.Tensor]:
-    """Batches to try, small images first, then the model's own size. Half of each is white noise, half is smooth."""
+def _judge_on(
+        model: nn.Module, batch: torch.Tensor, units: dict[nn.Module, tuple[str, BinaryUnit]]) -> Verdict:
+    """Return what one batch tells.
+
+    Raises:
+        Exception: Whatever the network raises for it.
+    """
+    revived: list[str] = []
+    constant: list[str] = []
+    for i, training in enumerate((True, False, True, False)):
+        constant.clear()
+        found = _pass(model, batch, training, units, constant)
+        revived += found
+        if i and not found:
+            break
+    return Verdict([path for path in revived if path not in constant], constant)
+
+
+def _noise(model: nn.Module) -> list[torch.Tensor]:
+    """Return batches to try, small images first, then the model's own size; half is white noise, half is smooth."""
     weight = next(p for p in model.parameters() if p.is_floating_point())
     size = own_input_size(model)
     generator = torch.Generator().manual_seed(0)
@@ -91,20 +109,20 @@ def _pass(
         model: nn.Module,
         x: torch.Tensor,
         training: bool,
-        units: Dict[nn.Module, Tuple[str, BinaryUnit]],
-        hopeless: List[str],
-) -> List[str]:
-    """One batch in one mode; gives the units that got a norm. Modes and buffers are as before afterwards."""
-    revived: List[str] = []
+        units: dict[nn.Module, tuple[str, BinaryUnit]],
+        constant: list[str],
+) -> list[str]:
+    """Run one batch in one mode and return the units that got a norm. Modes and buffers are as before afterwards."""
+    revived: list[str] = []
 
-    def judge(layer: nn.Module, args: Tuple[torch.Tensor]) -> Optional[Tuple[torch.Tensor]]:
+    def judge(layer: nn.Module, args: tuple[torch.Tensor]) -> Optional[tuple[torch.Tensor]]:
         shares = [(half >= 0).to(torch.float32).mean().item() for half in args[0].chunk(2)]
         if all(ALIVE[0] < share < ALIVE[1] for share in shares):
             return None
         path, unit = units[layer]
         if isinstance(unit.pre, NEW_NORMS):
             if not all(NEVER[0] <= share <= NEVER[1] for share in shares):
-                hopeless.append(path)
+                constant.append(path)
             return None
         unit.pre = new_norm(layer, not layer.weight.requires_grad)
         revived.append(path)

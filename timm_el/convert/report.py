@@ -1,14 +1,20 @@
-"""What `binarize` did to each layer."""
-from dataclasses import asdict, dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+"""Report of a conversion: what `binarize` did to each layer, made once from the decisions."""
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional
 
+import torch.nn as nn
+
+from ..dry_run import WEIGHTED, undisturbed
+from ..layers import ElasticLink
+from ..quantizers import BITS
 from ..recipes import Recipe
+from ..tables import table
+from .build_unit import drops_norm, has_statistics
+from .decide import Question, ends_of, splits_shortcut
+from .sites import EXEMPT, FAILURES, Act, Conv, Convert, Decision, Edit, Keep, Network, Reason, Why
 
-__all__ = ['Report', 'ReportRow']
-
-# Layers that no method binarizes: their operations are not counted as missed.
-EXEMPT = (
-    'first convolution', 'classifier', 'residual downsample', 'linear layer on vectors', 'one-dimensional convolution')
+__all__ = ['Report', 'ReportRow', 'find_failures', 'make_report', 'starts_anew']
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class ReportRow:
         status: 'binarized' (weights and inputs; also as several bases, or with ternary inputs), 'binary inputs',
             'binary weights' or 'ternary weights' (only these), 'real' (in a unit, but float), 'omitted' (left out, its
             link stands alone), 'removed' (with the shortcut that it was on), 'kept' (float, outside any unit).
-        reason: Why, where it was not binarized or got no link.
+        why: Why it was not binarized or got no link, None where it was and did.
         role: Its role (`recipes.ROLES`), None if kept.
         link: What goes around it: 'identity', 'squeeze', 'expand', 'host shortcut', or None.
         scale_input: True if it has K.
@@ -31,25 +37,45 @@ class ReportRow:
         params: Number of its weights.
         macs: Its multiply-accumulates for one image; None if they could not be counted, 0 if it does not run in eval
             mode.
-        possible: False if it was kept because it could not be done, which `strict=True` makes an error.
     """
     path: str
     kind: str
     status: str
-    reason: str = ''
+    why: Optional[Why] = None
     role: Optional[str] = None
     link: Optional[str] = None
     scale_input: bool = False
     norm: Optional[str] = None
-    act: Optional[str] = None
+    act: Optional[Act] = None
     params: int = 0
     macs: Optional[int] = None
-    possible: bool = True
+
+    @property
+    def reason(self) -> str:
+        """Why it was not binarized or got no link, in words."""
+        return '' if self.why is None else str(self.why)
+
+    @property
+    def possible(self) -> bool:
+        """False if it stays float because it could not be converted, which `strict=True` makes an error."""
+        return self.why is None or self.why.reason not in FAILURES
 
     @property
     def stays(self) -> bool:
         """False if the layer is no longer there."""
         return self.status not in ('omitted', 'removed')
+
+    @property
+    def exempt(self) -> bool:
+        """True for a layer that no method binarizes."""
+        return self.status == 'kept' and self.why.reason in EXEMPT
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        act = None if self.act is None else self.act.value
+        facts = {name: getattr(self, name) for name in (
+            'path', 'kind', 'status', 'reason', 'role', 'link', 'scale_input', 'norm')}
+        return {**facts, 'act': act, 'params': self.params, 'macs': self.macs, 'possible': self.possible}
 
 
 @dataclass
@@ -67,15 +93,15 @@ class Report:
         hopeless: Units whose layer stays float because its input does not vary.
     """
     recipe: Recipe
-    rows: List[ReportRow] = field(default_factory=list)
-    notes: List[str] = field(default_factory=list)
-    moved: Dict[str, str] = field(default_factory=dict)
-    input_size: Optional[Tuple[int, int, int]] = None
-    keep: Tuple[str, ...] = ()
-    revived: Tuple[str, ...] = ()
-    hopeless: Tuple[str, ...] = ()
+    rows: list[ReportRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
+    input_size: Optional[tuple[int, int, int]] = None
+    keep: tuple[str, ...] = ()
+    revived: tuple[str, ...] = ()
+    hopeless: tuple[str, ...] = ()
 
-    def plan(self) -> Dict[str, Any]:
+    def plan(self) -> dict[str, Any]:
         """What `binarize` needs, beside the host, to build the same network again (`like`), as plain data."""
         return {
             'recipe': self.recipe.to_dict(), 'keep': list(self.keep), 'revived': list(self.revived),
@@ -94,20 +120,20 @@ class Report:
     @property
     def macs_share(self) -> Optional[float]:
         """Share of the multiply-accumulates of all layers that are binary, 0 to 1; None if they were not counted."""
-        return self._macs_share(exempt=())
+        return self._macs_share(self.rows)
 
     @property
     def eligible_macs_share(self) -> Optional[float]:
         """The same among layers that are neither first convolution, classifier, residual downsample nor on vectors."""
-        return self._macs_share(EXEMPT)
+        return self._macs_share([row for row in self.rows if not row.exempt])
 
-    def _macs_share(self, exempt: Tuple[str, ...]) -> Optional[float]:
-        rows = [row for row in self.rows if row.stays and not (row.status == 'kept' and row.reason in exempt)]
+    def _macs_share(self, rows: Sequence[ReportRow]) -> Optional[float]:
+        rows = [row for row in rows if row.stays]
         if self.input_size is None:
             return None
         return sum(row.macs for row in rows if row.status == 'binarized') / max(sum(row.macs for row in rows), 1)
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
             'recipe': self.recipe.to_dict(),
@@ -116,20 +142,14 @@ class Report:
                 'layers': len(self.rows), 'binarized': self.count('binarized'),
                 'binarized_share': self.binarized_share, 'macs_share': self.macs_share,
                 'eligible_macs_share': self.eligible_macs_share},
-            'rows': [asdict(row) for row in self.rows], 'notes': list(self.notes), 'moved': dict(self.moved)}
+            'rows': [row.to_dict() for row in self.rows], 'notes': list(self.notes), 'moved': dict(self.moved)}
 
     def __str__(self) -> str:
-        width = max([len(row.path) for row in self.rows] + [5])
-        norms = max([len(row.norm or '') for row in self.rows] + [4])
-        lines = [
-            f'{"layer":{width}} {"role":10} {"status":15} {"link":14} {"K":1} {"act":9} {"norm":{norms}} '
-            f'{"weights":>11} {"MACs":>14}  reason']
-        for row in self.rows:
-            macs = '-' if row.macs is None else f'{row.macs:,}'
-            lines.append(
-                f'{row.path:{width}} {row.role or "-":10} {row.status:15} {row.link or "-":14} '
-                f'{"K" if row.scale_input else "-":1} {row.act or "-":9} {row.norm or "-":{norms}} '
-                f'{row.params:>11,} {macs:>14}  {row.reason}'.rstrip())
+        lines = [table(
+            ('layer', 'role', 'status', 'link', 'K', 'act', 'norm', 'weights', 'MACs', 'reason'),
+            [(row.path, row.role, row.status, row.link, 'K' if row.scale_input else None, row.act, row.norm,
+              f'{row.params:,}', None if row.macs is None else f'{row.macs:,}', row.reason) for row in self.rows],
+            '<<<<<<<>><')]
         total = (
             f'recipe {self.recipe.name}: {self.count("binarized")} of {len(self.rows)} layers binarized, '
             f'{100 * self.binarized_share:.1f} % of their weights')
@@ -138,3 +158,156 @@ class Report:
                 f', {100 * self.macs_share:.1f} % of their MACs at {"x".join(map(str, self.input_size))} '
                 f'({100 * self.eligible_macs_share:.1f} % without first convolution, classifier and downsampling)')
         return '\n'.join([*lines, total, *self.notes])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Projection of the decisions
+
+
+def make_report(
+        layers: dict[str, nn.Module],
+        networks: Sequence[Network],
+        decisions: Sequence[Decision],
+        edits: dict[str, Edit],
+        question: Question,
+        notes: Sequence[str],
+        **signs: Sequence[str],
+) -> Report:
+    """Return the report of a conversion.
+
+    Args:
+        layers: Convolutions and linear layers of the host by path.
+        networks: What the host is made of.
+        decisions: What becomes of their sites.
+        edits: By path.
+        question: What was asked for.
+        notes: What does not belong to one layer.
+        signs: `revived` and `hopeless`, as in `Report`.
+    """
+    rows = {row.path: row for row in _rows(layers, networks, decisions, edits, question)}
+    converted = any(isinstance(decision, Convert) for decision in decisions)
+    found = [*notes, *(_notes_of_recipe(networks, decisions, rows, question) if converted else ())]
+    return Report(
+        question.recipe, [rows[path] for path in layers if path in rows], found,
+        {edit.path: edit.moved_to for edit in edits.values() if edit.moved_to is not None}, question.input_size,
+        tuple(question.keep), **{name: tuple(paths) for name, paths in signs.items()})
+
+
+def _rows(
+        layers: dict[str, nn.Module],
+        networks: Sequence[Network],
+        decisions: Sequence[Decision],
+        edits: dict[str, Edit],
+        question: Question,
+) -> Iterator[ReportRow]:
+    """Yield a row for each layer: those of sites, of shortcuts that are gone, and all others."""
+    def row(path: str, status: str, why: Optional[Why], **facts: Any) -> ReportRow:
+        run = question.runs.get(path)
+        macs = (run.macs if run else 0) if question.input_size else None
+        with undisturbed(layers[path]):  # a weight that is computed may change buffers
+            params = layers[path].weight.numel()
+        return ReportRow(path, type(layers[path]).__name__, status, why, params=params, macs=macs, **facts)
+
+    of_sites = {decision.site.path: decision for decision in decisions}
+    gone = _gone_shortcuts(networks, decisions, question)
+    for path, layer in layers.items():
+        if path in of_sites:
+            decision = of_sites[path]
+            yield row(path, *_facts(decision, edits), role=decision.site.role, act=decision.act,
+                      norm=decision.site.norm and decision.site.norm.path, **_link_facts(decision, edits))
+        elif path.startswith(gone) and isinstance(layer, nn.Conv2d):
+            yield row(path, 'removed', Reason.SHORTCUT_GONE.why())
+        elif isinstance(layer, WEIGHTED):
+            yield row(path, 'kept', _why_outside(path, layer, networks, question))
+
+
+def find_failures(
+        layers: dict[str, nn.Module], networks: Sequence[Network], decisions: Sequence[Decision], question: Question,
+) -> list[tuple[str, Why]]:
+    """Return the layers that stay float because they could not be converted, with the reasons."""
+    of_sites = {decision.site.path: decision.why for decision in decisions}
+    whys = ((path, of_sites[path] if path in of_sites else _why_outside(path, layer, networks, question))
+            for path, layer in layers.items())
+    return [(path, why) for path, why in whys if why is not None and why.reason in FAILURES]
+
+
+def _facts(decision: Decision, edits: dict[str, Edit]) -> tuple[str, Optional[Why]]:
+    """Return status and reason of a site's layer."""
+    if isinstance(decision, Keep):
+        return 'kept', decision.why
+    if decision.conv is not Conv.BINARY:
+        return ('omitted' if decision.conv is Conv.OMITTED else 'real'), decision.why
+    conv = edits[decision.site.path].module.conv
+    if conv.binary_products:
+        return 'binarized', decision.why
+    quantizer, what = (conv.input_quantizer, 'inputs') if conv.input_quantizer else (conv.weight_quantizer, 'weights')
+    kinds = {1: 'binary', 2: 'ternary'}
+    return f'{kinds.get(BITS.get(quantizer), quantizer)} {what}', decision.why
+
+
+def _link_facts(decision: Decision, edits: dict[str, Edit]) -> dict[str, Any]:
+    if isinstance(decision, Keep):
+        return {}
+    link = decision.link
+    kind = None if link is None else link.kind if isinstance(link, ElasticLink) else 'host shortcut'
+    conv = edits[decision.site.path].module.conv
+    return {'link': kind, 'scale_input': bool(getattr(conv, 'scale_input', False))}
+
+
+def _gone_shortcuts(
+        networks: Sequence[Network], decisions: Sequence[Decision], question: Question) -> tuple[str, ...]:
+    """Return the prefixes of the paths on shortcuts that the recipe takes away."""
+    if question.recipe.residual or not any(isinstance(decision, Convert) for decision in decisions):
+        return ()
+    whys = {d.site.path: d.why if isinstance(d, Keep) else None for d in decisions}
+    return tuple(
+        f'{group.shortcut.path}.' for network in networks for group in network.groups
+        if group.shortcut and not splits_shortcut(group, whys, question.recipe))
+
+
+def _why_outside(path: str, layer: nn.Module, networks: Sequence[Network], question: Question) -> Why:
+    """Return why a layer stays float that is in no site."""
+    shortcuts = tuple(f'{group.shortcut.path}.' for n in networks for group in n.groups if group.shortcut)
+    if path in question.asked:
+        return Reason.ASKED.why(question.asked[path])
+    if path.startswith(shortcuts):
+        return Reason.DOWNSAMPLE.why()
+    if path.startswith(tuple(side for network in networks for side in network.side_paths)):
+        return Reason.SQUEEZE_EXCITE.why()
+    if isinstance(layer, nn.Linear):
+        last = next(reversed(question.runs), None)
+        return Reason.CLASSIFIER.why() if path == last else Reason.ON_VECTORS.why()
+    if isinstance(layer, nn.Conv2d):
+        return Reason.UNKNOWN_BLOCK.why()
+    return Reason.ONE_DIMENSIONAL.why() if isinstance(layer, nn.Conv1d) else Reason.NO_BINARY.why(type(layer).__name__)
+
+
+def _notes_of_recipe(
+        networks: Sequence[Network],
+        decisions: Sequence[Decision],
+        rows: dict[str, ReportRow],
+        question: Question,
+) -> Iterator[str]:
+    """Yield what the recipe did to the host as a whole."""
+    recipe, roles = question.recipe, {row.role for row in rows.values()}
+    for name in ('scale_input', 'link', 'real', 'omit'):
+        absent = [role for role in getattr(recipe, name) if role not in roles]
+        if absent:
+            yield f'recipe.{name}: the host has no convolution of role {", ".join(absent)}'
+    renewed = sum(starts_anew(decision) for decision in decisions)
+    if renewed:
+        yield f'running statistics of {renewed} norms start anew, because their activation moved in front'
+    dropped = sum(isinstance(decision, Convert) and drops_norm(decision, recipe) for decision in decisions)
+    if dropped:
+        yield f'{dropped} norms of the host are gone: the recipe normalizes in front of the sign'
+    if recipe.scale_output == 'rank1':
+        yield (f'factors of rows and columns are for images of {"x".join(map(str, question.input_size))} and '
+               f"interpolated at other sizes; pass example_input for one of them, or scale_output='channel' for none")
+    if recipe.act == 'ends' and not any(ends_of(network, recipe) for network in networks):
+        yield "act='ends': the stem of this host is not known, all activations are dropped"
+
+
+def starts_anew(decision: Decision) -> bool:
+    """Return whether the running statistics of a site's norm describe another tensor than the host's did."""
+    site, omitted = decision.site, isinstance(decision, Convert) and decision.conv is Conv.OMITTED
+    return decision.act is Act.IN_BRANCH and not omitted and bool(site.norm) and has_statistics(site.norm.module)

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.hooks import RemovableHandle
 
 from ..quantizers import is_symbolic
 
@@ -108,17 +109,20 @@ def check_own_tensors(module: nn.Module, path: str) -> None:
         f'{path}: the {name} of the {type(module).__name__} is {how}, expected a parameter; call {remedy} first')
 
 
-def guard_input(conv: nn.Conv2d, min_size: int) -> None:
+def guard_input(conv: nn.Conv2d, min_size: int) -> RemovableHandle:
     """Make a network's first convolution refuse what its network cannot take, before anything is computed.
 
     The guard is a forward pre-hook, because the first convolution is the host's own; it also runs in TorchScript.
 
     Args:
         conv: The convolution that sees the images.
-        min_size: Smallest height and width, the stride of the whole network.
+        min_size: Smallest height and width in pixels, the stride of the whole network.
+
+    Returns:
+        The hook's handle, to take the guard away again.
     """
     conv.min_input_size = min_size
-    conv.register_forward_pre_hook(_guard_input)
+    return conv.register_forward_pre_hook(_guard_input)
 
 
 def _guard_input(self, input: Tuple[torch.Tensor]) -> None:

@@ -1,4 +1,7 @@
 """The quantizers and scales that `BinaryConv2d` and `BinaryLinear` share."""
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Optional
 
 import torch
@@ -7,6 +10,8 @@ import torch.nn as nn
 
 from ..quantizers import BITS, ESTIMATORS, WEIGHT_QUANTIZERS, get_quantizer
 from .scales import weight_scale
+
+__all__ = ['real_weights']
 
 
 class _Quantized(nn.Module):
@@ -68,6 +73,16 @@ class _Quantized(nn.Module):
             weight = weight * self.alpha().reshape(self.scale_shape)
         return weight
 
+    def quantized_form_of(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight in use if `weight` were the latent one."""
+        twin = copy.copy(self)
+        twin.__dict__['_parameters'] = {**self._parameters, 'weight': nn.Parameter(weight, requires_grad=False)}
+        return twin.quantized_weight()
+
+    def derived_state(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the other tensors of the layer, by name, that start from the latent weight."""
+        return {}
+
     def _share_parameters(self, source: nn.Module):
         self.weight, self.bias = source.weight, source.bias
         return self.train(source.training)
@@ -77,3 +92,24 @@ class _Quantized(nn.Module):
         return (
             f'{super().extra_repr()}, input={self.input_quantizer}, weight={self.weight_quantizer}, '
             f'scales={"+".join(scales) or None}')
+
+
+@contextmanager
+def real_weights(model: nn.Module) -> Iterator[None]:
+    """Let the binary layers of a model compute with their latent weights; inputs are signed as ever.
+
+        with real_weights(model):
+            model(images)
+
+    Args:
+        model: The model; it is as before afterwards.
+    """
+    layers = [(module, module.has_lean_form) for module in model.modules() if isinstance(module, _Quantized)]
+    try:
+        for layer, _ in layers:
+            layer.quantized_weight, layer.has_lean_form = layer.latent_weight, False  # the lean form has its own weight
+        yield
+    finally:
+        for layer, lean in layers:
+            layer.has_lean_form = lean
+            vars(layer).pop('quantized_weight', None)

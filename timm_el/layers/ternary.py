@@ -36,3 +36,6 @@ class TrainedTernaryConv2d(BinaryConv2d):
 
     def quantized_weight(self) -> torch.Tensor:
         return ttq(self.weight, self.levels)
+
+    def derived_state(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {'levels': ttq_levels(weight)}

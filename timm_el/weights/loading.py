@@ -5,15 +5,13 @@ converted one or of a model inside another by the hook of `guard_loading`, `pret
 """
 import os
 import re
-from collections import OrderedDict
-from typing import Any, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.models import clean_state_dict, load_state_dict
+from torch.utils.hooks import RemovableHandle
 
-from ..layers import BinaryUnit, expected_statistics, weight_scale
-from ..quantizers import sign, ttq_levels
 from .packed import (
     CheckpointError,
     fit_counters,
@@ -24,6 +22,7 @@ from .packed import (
     unpack_state_dict,
     write_signs,
 )
+from .parameter_map import ParameterMap
 
 __all__ = [
     'CheckpointError', 'CheckedLoading', 'check_state_dict', 'float_to_latent', 'load_float', 'load_packed',
@@ -51,18 +50,21 @@ LOOSELY = (
 COMPUTED = re.compile(r'(^|\.)parametrizations\.|_(orig|mask|[guv])$')
 
 
-def guard_loading(model: nn.Module, recipe_code: Optional[int] = None) -> None:
+def guard_loading(model: nn.Module, recipe_code: Optional[int] = None) -> RemovableHandle:
     """Make a model take packed tensors, and refuse float checkpoints, other recipes and wrong shapes, before the first
     tensor is copied.
 
     The recipe travels with the state dict as a 0-D buffer, because recipes with the same keys compute different
     things. A state dict without it is taken as it is. A hook is not told whether the call is strict, so what is missing
     or unknown in a state dict of floats stays torch's business, or `CheckedLoading`'s; a packed one is always whole.
+
+    Returns:
+        The hook's handle.
     """
     if recipe_code is not None:
         device = next(model.parameters()).device
         model.register_buffer(RECIPE_CODE, torch.tensor(recipe_code, dtype=torch.int32, device=device))
-    model.register_load_state_dict_pre_hook(_before_loading)
+    return model.register_load_state_dict_pre_hook(_before_loading)
 
 
 def _before_loading(module: nn.Module, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
@@ -81,93 +83,31 @@ def _before_loading(module: nn.Module, state_dict: Dict[str, Any], prefix: str, 
         state_dict.setdefault(prefix + RECIPE_CODE, getattr(module, RECIPE_CODE))
 
 
-def _moved(model: nn.Module) -> Dict[str, str]:
-    report = getattr(model, 'binarize_report', None)
-    return report.moved if report is not None else {}
-
-
-def _new_name(key: str, moved: Dict[str, str]) -> Optional[str]:
-    """Name of a host's tensor in the binarized model; None if it has no place there."""
-    path, leaf = key, ''
-    while path:
-        if path in moved:
-            return moved[path] + leaf if moved[path] else None
-        path, _, last = path.rpartition('.')
-        leaf = f'.{last}{leaf}'
-    return key
-
-
-def _is_float(
-        state_dict: Dict[str, Any], model: nn.Module, own: Optional[Dict[str, torch.Tensor]] = None) -> Optional[str]:
-    """The first key that only the float host has, None if there is no such key."""
-    own = model.state_dict() if own is None else own
-    units = (path for path, place in _moved(model).items() if place == f'{path}.conv')
-    return next((f'{path}.weight' for path in units
-                 if f'{path}.weight' in state_dict and f'{path}.weight' not in own), None)
+def _map_of(model: nn.Module) -> Optional[ParameterMap]:
+    return getattr(model, 'parameter_map', None)
 
 
 def float_to_latent(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Rename the tensors of a model's float host; those of the model itself pass through, packed ones are unpacked.
+    """Return the tensors of a model's float host under the model's own keys.
 
-    The signature is that of timm's `pretrained_filter_fn`. What the host does not have (gammas, new norms) gets the
-    model's own value, and so do the running statistics of norms whose activation moved in front of them. Shortcuts
-    without average pooling (conv, norm) are read into ones with it (pool, conv, norm).
+    Those of the model itself pass through, packed ones are unpacked. The signature is that of timm's
+    `pretrained_filter_fn`. What the host does not have (gammas, new norms) gets the model's own value, and the running
+    statistics of norms whose activation moved in front of them follow from the weights. Shortcuts without average
+    pooling (conv, norm) are read into ones with it (pool, conv, norm).
 
     Args:
         state_dict: Checkpoint of the float host (timm's or torchvision's names) or of the model.
         model: The binarized model.
-
-    Returns:
-        A state dict with the model's keys.
     """
     state_dict = state_dict.get('state_dict', state_dict)
     if is_packed(state_dict):
         return unpack_state_dict(state_dict, model)
-    if _is_float(state_dict, model) is None:
+    own, moves = model.state_dict(), _map_of(model)
+    if moves is None or moves.host_only(state_dict, own) is None:
         return state_dict
-    own, moved = model.state_dict(), _moved(model)
-    renamed = OrderedDict()
-    for key, tensor in state_dict.items():
-        name = _new_name(key, moved)
-        if name is not None:
-            renamed[name] = tensor
-    # A plain shortcut has its convolution at 0 and its norm at 1, one with average pooling at 1 and 2.
-    plain = [k[:-len('0.weight')] for k in renamed if k.endswith('.0.weight') and k not in own]
-    for prefix in plain:
-        for index in (1, 0):
-            for key in [k for k in renamed if k.startswith(f'{prefix}{index}.')]:
-                renamed[f'{prefix}{index + 1}.{key[len(prefix) + 2:]}'] = renamed.pop(key)
-    new = _new_keys(model)
-    for key, value in own.items():
-        if key not in renamed and key in new:
-            renamed[key] = value
-        weight = f'{key[:-len("levels")]}weight' if key.endswith('.conv.levels') else None
-        if weight in renamed:
-            renamed[key] = ttq_levels(renamed[weight])
-    for row in model.binarize_report.rows:
-        # The host's statistics are those of another tensor.
-        if row.act == 'in branch' and row.norm and f'{moved[row.norm]}.running_mean' in own:
-            conv_path, norm_path = moved.get(row.path, row.path), moved[row.norm]
-            conv, act = model.get_submodule(conv_path), model.get_submodule(norm_path.rpartition('.')[0]).act
-            weight = renamed[f'{conv_path}.weight']
-            if getattr(conv, 'weight_quantizer', None) is not None:
-                weight = sign(weight) * weight_scale(weight).reshape(-1, 1, 1, 1)
-            mean, var = expected_statistics(weight, act)
-            renamed[f'{norm_path}.running_mean'], renamed[f'{norm_path}.running_var'] = mean, var
-    fit_counters(renamed, own)
-    return renamed
-
-
-def _new_keys(model: nn.Module) -> Set[str]:
-    """Tensors that the recipe added to the host."""
-    keys = {key for key in model.state_dict() if '.new_norm.' in key or '.new_act.' in key}
-    for path, unit in model.named_modules():
-        if isinstance(unit, BinaryUnit):
-            for slot in ('pre', 'scale', 'post', 'act'):
-                module = getattr(unit, slot)
-                keys.update(f'{path}.{slot}.{key}' for key in (module.state_dict() if module is not None else ()))
-            keys.update(f'{path}.{key}' for key in ('link.gamma', 'conv.shift', 'conv.beta'))
-    return keys
+    latent = moves.to_latent(state_dict, model)
+    fit_counters(latent, own)
+    return latent
 
 
 def load_float(model: nn.Module, checkpoint: Union[str, Dict[str, torch.Tensor]]) -> nn.Module:
@@ -187,7 +127,7 @@ def load_float(model: nn.Module, checkpoint: Union[str, Dict[str, torch.Tensor]]
         ValueError: The model is not binarized.
         TypeError: The checkpoint is neither a dict nor a path.
     """
-    if not _moved(model):
+    if _map_of(model) is None:
         raise ValueError('model: it is not binarized, its own load_state_dict takes the checkpoint')
     if isinstance(checkpoint, dict):
         for key in ('state_dict', 'model'):
@@ -253,11 +193,12 @@ def check_state_dict(module: nn.Module, state_dict: Dict[str, Any], strict: bool
     given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
     own = module.state_dict()
     fit_counters(given, own)
-    float_key = _is_float(given, module, own)
+    moves = _map_of(module)
+    float_key = moves.host_only(given, own) if moves is not None else None
     if float_key is not None:
         raise CheckpointError(
             f'{prefix}{float_key}: this is a checkpoint of the float host, expected '
-            f'{prefix}{_new_name(float_key, _moved(module))}; '
+            f'{prefix}{moves.new_key(float_key)}; '
             f'timm_el.load_float(model, checkpoint) takes it as the latent initialisation')
     missing = [k for k in own if k not in given and not k.endswith(RECIPE_CODE)]
     unknown = [k for k in given if k not in own]

@@ -1,1 +1,0 @@
-"""Benchmarks: inference and training, beside peers, in one run."""

@@ -1,0 +1,147 @@
+"""Build the edits of a conversion: which module goes where. The model is not changed yet."""
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Optional
+
+import torch.nn as nn
+
+from ..dry_run import HOOKS
+from ..kinds import fused_act
+from ..layers import ZeroShortcut, check_own_tensors
+from .build_unit import (
+    act_for_branch,
+    build_unit,
+    drops_norm,
+    name_of_place,
+    new_beside,
+    norm_after_act,
+    present,
+    split_norm_act,
+    takes_tail,
+)
+from .decide import Question, ends_of, splits_shortcut
+from .sites import Act, Conv, Convert, Decision, Edit, Group, Keep, Network, Site, channels_of
+
+__all__ = ['build', 'build_units']
+
+
+def build(network: Network, decisions: Sequence[Decision], question: Question) -> dict[str, Edit]:
+    """Return the edits of a network by path, in the order in which they are made.
+
+    Raises:
+        ValueError: A site's modules carry hooks, or a unit cannot be built.
+    """
+    for site in network.sites:
+        _refuse_hooks(site)
+    edits = build_units(decisions, question)
+    whys = {d.site.path: d.why if isinstance(d, Keep) else None for d in decisions}
+    for group in network.groups:
+        edits.update((edit.path, edit) for edit in _edit_shortcut(group, splits_shortcut(
+            group, whys, question.recipe), question))
+    if ends_of(network, question.recipe):
+        edits.update((edit.path, edit) for edit in _edit_stem(network, edits))
+    for place in network.loose_acts if question.recipe.act != 'keep' else ():
+        refuse_hooks(place.path, place.module)
+        bare = nn.Identity() if fused_act(place.module) is None else split_norm_act(place.module)
+        edits.setdefault(place.path, Edit(place.path, bare))
+    return edits
+
+
+def build_units(decisions: Sequence[Decision], question: Question) -> dict[str, Edit]:
+    """Return the edits of single sites by path."""
+    edits: dict[str, Edit] = {}
+    for decision in decisions:
+        made = _edit_unit(decision, question) if isinstance(decision, Convert) else _edit_kept(decision, question)
+        edits.update((edit.path, edit) for edit in made)
+    return edits
+
+
+def _edit_act(site: Site, act: Optional[Act]) -> Iterator[Edit]:
+    """Yield what takes an activation away that is a module of its own."""
+    separate = site.act is not None and not isinstance(site.act.module, nn.Identity)
+    if act not in (None, Act.KEPT) and separate and (site.norm is None or fused_act(site.norm.module) is None):
+        yield Edit(site.act.path, nn.Identity())
+
+
+def _edit_kept(decision: Keep, question: Question) -> Iterator[Edit]:
+    """Yield the edits of a layer that stays float: only its activation may move to its norm."""
+    site, act = decision.site, decision.act
+    yield from _edit_act(site, act)
+    if site.norm is None or act in (None, Act.KEPT):
+        return
+    norm, moved_to = split_norm_act(site.norm.module), None
+    if act is Act.IN_BRANCH:
+        own = act_for_branch(site)
+        norm = nn.Sequential(OrderedDict(act=own, norm=norm_after_act(norm, own, site.conv.module)))
+    elif act is Act.REPLACED:
+        own = new_beside(nn.PReLU, channels_of(site.conv.module)[1], site.conv.module)
+        norm = nn.Sequential(OrderedDict(norm=norm, new_act=own))
+    if isinstance(norm, nn.Sequential):
+        moved_to = f'{site.norm.path}.norm'
+    if norm is not site.norm.module:
+        yield Edit(site.norm.path, norm, moved_to)
+
+
+def _edit_unit(decision: Convert, question: Question) -> Iterator[Edit]:
+    """Yield the edits of a converted site: the unit, and Identity where its other modules stood."""
+    site, recipe = decision.site, question.recipe
+    image = 'x'.join(map(str, question.input_size)) if question.input_size else 'that it was tried on'
+    yield from _edit_act(site, decision.act)
+    omitted = decision.conv is Conv.OMITTED
+    unit = build_unit(decision, recipe, question.runs.get(site.path), image)
+    if takes_tail(decision):
+        places = present(site.tail)
+        for place in places:
+            inner = f'.{name_of_place(place)}' if len(places) > 1 else ''
+            yield Edit(place.path, nn.Identity(), f'{site.path}.tail{inner}')
+    yield Edit(site.path, unit, '' if omitted else f'{site.path}.conv')
+    if site.norm:
+        gone = omitted or drops_norm(decision, recipe)
+        yield Edit(site.norm.path, nn.Identity(), '' if gone else f'{site.path}.norm')
+
+
+def _edit_shortcut(group: Group, splits: bool, question: Question) -> Iterator[Edit]:
+    """Yield what takes a host's shortcut away: it goes around one convolution, or the recipe keeps none."""
+    shortcut = group.shortcut
+    if splits:
+        moved_to = None if shortcut.module is None else f'{group.sites[0].path}.link'
+        yield Edit(shortcut.path, ZeroShortcut(), moved_to)
+    elif shortcut is not None and not question.recipe.residual:
+        yield Edit(shortcut.path, ZeroShortcut(), '')
+
+
+def _edit_stem(network: Network, edits: dict[str, Edit]) -> Iterator[Edit]:
+    """Yield a new norm behind the stem's activation and pool, in front of the first sign."""
+    stem, pool = network.stem, network.stem_pool
+    if pool is not None and pool.module is not None and not stem.path.startswith(pool.path):
+        place, name = pool, 'pool'
+    else:
+        place, name = stem.act or stem.norm, 'act'
+    if place is None:
+        return
+    host = edits[place.path].module if place.path in edits else place.module
+    norm = new_beside(nn.BatchNorm2d, stem.conv.module.out_channels, stem.conv.module)
+    yield Edit(place.path, nn.Sequential(OrderedDict([(name, host), ('new_norm', norm)])), f'{place.path}.{name}')
+
+
+def _refuse_hooks(site: Site) -> None:
+    for place in (site.conv, site.norm, site.act):
+        if place is not None and place.module is not None:
+            refuse_hooks(place.path, place.module)
+
+
+def refuse_hooks(path: str, module: nn.Module) -> None:
+    """Raise if a module that would be taken apart, or a part of it, carries hooks.
+
+    Those that compute a tensor in each pass are named as what they are.
+
+    Raises:
+        ValueError: It does.
+    """
+    for part, holder in module.named_modules(prefix=path):
+        check_own_tensors(holder, part)
+        for name in HOOKS:
+            if getattr(holder, name):
+                raise ValueError(
+                    f'{part}: the {type(holder).__name__} carries hooks ({name}), which would be lost in the '
+                    f'conversion; remove them first and register them again on the unit that takes its place')

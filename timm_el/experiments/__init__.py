@@ -1,1 +1,0 @@
-"""Experiments: the library behind the verbs that train, compare and evaluate networks."""
