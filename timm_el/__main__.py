@@ -1,0 +1,35 @@
+"""The shell verbs, one module of `timm_el.cli` each: timm-el VERB, or python -m timm_el VERB."""
+import importlib
+import os
+import sys
+from typing import Optional
+
+from .cli import VERBS
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Run a verb; without one, print which there are. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ('-h', '--help'):
+        print('usage: timm-el VERB [-h] ...\n\nverbs:')
+        for verb, line in VERBS.items():
+            print(f'  {verb:10} {line}')
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        print(f'timm_el: unknown verb {verb!r}, expected one of {", ".join(VERBS)}', file=sys.stderr)
+        return 2
+    command = importlib.import_module(f'timm_el.cli.{verb}')
+    if verb == 'run':  # the script's own errors keep their tracebacks
+        return command.main(rest) or 0
+    try:
+        return command.main(rest) or 0
+    except (TypeError, ValueError, RuntimeError) as e:  # timm raises RuntimeError for a model that it does not know
+        if os.environ.get('TIMM_EL_TRACEBACK'):
+            raise
+        print(f'timm_el {verb}: {e}', file=sys.stderr)
+        return 2
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Benchmarks: inference and training, beside peers, in one run."""

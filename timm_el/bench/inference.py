@@ -1,0 +1,205 @@
+"""What inference of a deployed model costs, beside its float host, its latent original and the engines of others."""
+import copy
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+
+from .. import engine
+from ..dry_run import own_input_size, run_layers
+from ..engine import deploy
+from ..models.factory import create
+from .layer_times import layer_table
+from .machine import describe
+from .nets import host_name, settle_norms
+from .peers import PACKAGES, PEERS, Setting, build_all, choose
+from .turns import Spread, ratios, take_turns
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What takes part in the rounds.
+
+    Args:
+        run: One inference; returns the logits.
+        of: What it computes: the name of a model, with a recipe if one is given.
+        original: Logits of the same net in torch.
+        note: What else there is to know.
+    """
+    run: Callable[[], Any]
+    of: str
+    original: torch.Tensor
+    note: str = ''
+
+    def difference(self) -> Tuple[float, float]:
+        """Largest difference of a logit from the original's, relative to the largest logit, and top-1 agreement."""
+        found = torch.as_tensor(self.run()).float()
+        difference = (found - self.original).abs().max() / self.original.abs().max()
+        return difference.item(), (found.argmax(1) == self.original.argmax(1)).float().mean().item()
+
+
+def check_engine(allow_reference: bool) -> None:
+    """Raise if a deployed time would be one of the reference.
+
+    Raises:
+        RuntimeError: The native path is not active and `allow_reference` is False.
+    """
+    info = engine.info()
+    if not info['native'] and not allow_reference:
+        raise RuntimeError(
+            f'deploy: found the body {info["body"]!r} ({info["reason"]}), expected a native one: a time of the '
+            f'reference says nothing about a deployed model; make the native path work, or pass --allow-reference')
+
+
+def runner(net: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A function that runs a net once without gradients."""
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        return net(x)
+
+    return run
+
+
+def measure_inference(
+        model: str,
+        host: Optional[str] = None,
+        recipe: Optional[str] = None,
+        batch: int = 1,
+        size: Optional[int] = None,
+        pairs: int = 21,
+        warmup: int = 2,
+        peers: str = 'all',
+        also: Sequence[str] = (),
+        float_dtype: Optional[str] = None,
+        allow_reference: bool = False,
+) -> Dict[str, Any]:
+    """Measure all contestants in turns, and the layers of the deployed model.
+
+    Args:
+        model: Name of a timm model.
+        host: The float net to compare with; None: that of a registered model.
+        recipe: Binarize the model with this recipe; None: its own.
+        batch: Images.
+        size: Pixels; None: the model's own.
+        pairs: Rounds that count.
+        warmup: Rounds before them.
+        peers: 'all', 'none', or names separated by commas.
+        also: Recipes to deploy the net with too.
+        float_dtype: Name of a torch dtype: deploy once more with float parts of it.
+        allow_reference: Report times of the plain torch reference as deployed.
+
+    Raises:
+        RuntimeError: The native path of the engine is not active, and that is not allowed.
+        ValueError: No float host is known, or a name of a recipe or peer is not.
+    """
+    host_of = host_name(model, host, recipe)
+    chosen = choose(peers)
+    check_engine(allow_reference)
+    torch.manual_seed(0)
+    latent = create(model, recipe)
+    channels, *own = own_input_size(latent)
+    pixels = [size, size] if size else own
+    x = torch.randn(batch, channels, *pixels)
+    batch_of_norms = torch.randn(4, channels, *pixels)
+
+    def prepare(net: nn.Module) -> Tuple[nn.Module, torch.Tensor]:
+        """A net with norms that suit its values, and its logits."""
+        net = settle_norms(net, batch_of_norms)
+        return net, runner(net, x)().clone()
+
+    latent, of_latent = prepare(latent)
+    net_of_host, of_host = prepare(timm.create_model(host_of))
+    others = {other: prepare(create(model, other)) for other in also}
+    deployed = deploy(copy.deepcopy(latent))
+    channels_last = copy.deepcopy(net_of_host).to(memory_format=torch.channels_last)
+    name = model if recipe is None else f'{model}, {recipe}'
+    contestants = {
+        'host': Contestant(runner(net_of_host, x), host_of, of_host),
+        'host channels_last': Contestant(runner(channels_last, x), host_of, of_host),
+        'latent': Contestant(runner(latent, x), name, of_latent),
+        'deployed': Contestant(runner(deployed, x), name, of_latent),
+    }
+    if float_dtype:
+        net = deploy(copy.deepcopy(latent), float_dtype=getattr(torch, float_dtype))
+        contestants[f'deployed {float_dtype}'] = Contestant(runner(net, x), name, of_latent)
+    for other, (net, logits) in others.items():
+        run = runner(deploy(copy.deepcopy(net)), x)
+        contestants[f'deployed {other}'] = Contestant(run, f'{model}, {other}', logits)
+
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(net_of_host, latent, x, torch.get_num_threads(), Path(folder))
+        built, absent = build_all(chosen, setting)
+        for peer, (run, note) in built.items():
+            of, logits = (name, of_latent) if PEERS[peer].binary else (host_of, of_host)
+            contestants[peer] = Contestant(run, of, logits, note)
+        rows = _race(contestants, pairs, warmup)
+    alone = deploy(copy.deepcopy(latent), fuse_blocks=False)  # each unit an operator of its own
+    table = layer_table(alone, latent, x, pairs)
+    return {
+        'model': model, 'recipe': recipe, 'host': host_of, 'batch': batch, 'size': list(pixels),
+        'pairs': pairs, 'machine': describe(PACKAGES), 'engine': engine.info(),
+        'contestants': rows, 'absent': absent, **table,
+        'binary': _binary_rates(table['kinds'], alone, latent, x),
+    }
+
+
+def _race(contestants: Dict[str, Contestant], rounds: int, warmup: int) -> List[Dict[str, Any]]:
+    differences = {name: contestant.difference() for name, contestant in contestants.items()}
+    seconds = take_turns({name: c.run for name, c in contestants.items()}, rounds, warmup, settle=True)
+    ratio = ratios(seconds, 'deployed')
+    rows = []
+    for name, contestant in contestants.items():
+        ms = Spread.of([1e3 * s for s in seconds[name]])
+        rows.append({
+            'name': name, 'of': contestant.of, 'ms': ms._asdict(), 'ratio': ratio[name]._asdict(),
+            'difference': differences[name][0], 'top1_agreement': differences[name][1], 'note': contestant.note})
+    return rows
+
+
+def _binary_rates(
+        kinds: Dict[str, Dict[str, float]],
+        alone: nn.Module,
+        latent: nn.Module,
+        x: torch.Tensor,
+) -> Optional[Dict[str, float]]:
+    """Rates of the binary layers beside what the chip can do, in binary MAC/s of one core; None without binary layers.
+
+    'macs_per_s' is that of whole units, signs, packing, products, scale and shift and link together. 'gemm_macs_per_s'
+    is that of the products of all full and grouped convolutions alone, on data in cache. 'chip_macs_per_s' is what xor,
+    popcount and add (or the look-ups of a body that has no popcount) reach on registers.
+    """
+    binary = [kinds[kind] for kind in ('binary conv', 'binary linear') if kind in kinds]
+    if not binary:
+        return None
+    macs, ms = (sum(total[key] for total in binary) for key in ('binary_macs', 'ms'))
+    rates = {'macs': macs, 'ms': ms, 'macs_per_s': macs / (ms * 1e-3)}
+    if not engine.info()['native']:
+        return rates
+    chip = max(engine.chip_rate() for _ in range(5))
+    gemm = _gemm_rate(alone, latent, x)
+    rates.update({'chip_macs_per_s': chip, 'share_of_chip': rates['macs_per_s'] / chip})
+    if gemm is not None:
+        rates.update({'gemm_macs_per_s': gemm, 'gemm_share_of_chip': gemm / chip})
+    return rates
+
+
+def _gemm_rate(alone: nn.Module, latent: nn.Module, x: torch.Tensor) -> Optional[float]:
+    """Binary MAC/s of the kernel over all full and grouped binary convolutions of a net, one after the other."""
+    runs = run_layers(latent, tuple(x.shape[1:]))
+    macs = seconds = 0.
+    for path, unit in alone.named_modules():
+        if not isinstance(unit, engine.DeployedUnit) or not hasattr(unit, 'bits') or unit.spec.is_depthwise:
+            continue
+        spec, out = unit.spec, runs[f'{path}.conv'].output
+        pixels = len(x) * math.prod(out[2:] if len(out) == 4 and not unit.linear else out[1:-1])
+        channels, outputs = spec.c_in // spec.groups, spec.c_out // spec.groups
+        words = spec.taps * -(-channels // 64)
+        rate = engine.count_rate(words, outputs, pixels)
+        macs += spec.groups * spec.taps * channels * outputs * pixels
+        seconds += spec.groups * 64 * words * outputs * pixels / rate
+    return macs / seconds if macs else None

@@ -1,0 +1,44 @@
+"""What a number must be read with: processor, instruction sets, threads, versions, forced settings."""
+import importlib.metadata
+import os
+import platform
+from typing import Any, Dict, Iterable, Optional
+
+import torch
+
+# Environment variables that decide which kernels run, in this package and in its peers.
+SETTINGS = ('TIMM_EL_ISA', 'ONEDNN_MAX_CPU_ISA', 'OMP_NUM_THREADS', 'OMP_WAIT_POLICY')
+
+
+def _cpuinfo(field: str) -> Optional[str]:
+    """First value of a field of Linux's /proc/cpuinfo; None elsewhere."""
+    try:
+        with open('/proc/cpuinfo') as f:
+            return next(line.split(':', 1)[1].strip() for line in f if line.startswith(field))
+    except (OSError, StopIteration):
+        return None
+
+
+def cpu_name() -> str:
+    """Name of the processor."""
+    return _cpuinfo('model name') or platform.processor() or platform.machine()
+
+
+def has_amx() -> Optional[bool]:
+    """True if the processor has AMX tiles, which int8 and bfloat16 kernels use; None where it cannot be known."""
+    flags = _cpuinfo('flags')
+    return None if flags is None else 'amx_tile' in flags.split()
+
+
+def describe(packages: Iterable[str] = ()) -> Dict[str, Any]:
+    """Processor, AMX, versions of torch and of those given packages that are installed, and settings in force."""
+    versions = {}
+    for package in ('torch', 'timm', *packages):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return {
+        'cpu': cpu_name(), 'amx': has_amx(), 'threads': torch.get_num_threads(), 'versions': versions,
+        'settings': {name: os.environ[name] for name in SETTINGS if name in os.environ},
+    }

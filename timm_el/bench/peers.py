@@ -1,0 +1,204 @@
+"""The engines of others, each at its best: what a deployed model must be compared with.
+
+They are an extra, `pip install "timm-el[bench]"`; nothing else in this package needs them. Every peer gets the images,
+the batch and the number of threads of the deployed model.
+"""
+import importlib.util
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+INSTALL = 'pip install "timm-el[bench]"'
+CALIBRATION_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all peers share.
+
+    Args:
+        host: The float net, in eval mode.
+        latent: The binarized net, in eval mode.
+        x: Images (N, C, H, W), contiguous.
+        threads: Threads that one inference may use.
+        folder: Where exported files are kept, so that each is written once.
+    """
+    host: nn.Module
+    latent: nn.Module
+    x: torch.Tensor
+    threads: int
+    folder: Path
+
+
+class Built(NamedTuple):
+    """A peer that is ready to run.
+
+    Args:
+        run: One inference of the setting's images; returns the logits.
+        note: Which kernels it uses, or what was done to the net.
+    """
+    run: Callable[[], np.ndarray]
+    note: str
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One engine in one precision.
+
+    Args:
+        packages: What it imports.
+        build: Makes it ready to run.
+        binary: It runs the binarized net, not its float host.
+    """
+    packages: Tuple[str, ...]
+    build: Callable[[Setting], Built]
+    binary: bool = False
+
+    def missing(self) -> List[str]:
+        """Packages that are not installed."""
+        return [name for name in self.packages if importlib.util.find_spec(name) is None]
+
+
+def export_float(setting: Setting) -> Path:
+    """The float host as ONNX, batch norms folded."""
+    path = setting.folder / 'host.onnx'
+    if not path.exists():
+        torch.onnx.export(
+            setting.host, (setting.x,), path, input_names=['x'], output_names=['y'], dynamo=True, verbose=False,
+            external_data=False)
+    return path
+
+
+def export_int8(setting: Setting) -> Path:
+    """The float host in 8 bits: static QDQ, weights int8 per channel, activations uint8.
+
+    Signed activations are 2.5 times slower in onnxruntime (no VNNI path), and keep OpenVINO from its AMX kernels.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Batches(CalibrationDataReader):
+        def __init__(self) -> None:
+            generator = torch.Generator().manual_seed(0)
+            self.batches = iter([
+                {'x': torch.randn(setting.x.shape, generator=generator).numpy()} for _ in range(CALIBRATION_BATCHES)])
+
+        def get_next(self) -> Optional[Dict[str, np.ndarray]]:
+            return next(self.batches, None)
+
+    path = setting.folder / 'host_int8.onnx'
+    if not path.exists():
+        quantize_static(
+            export_float(setting), path, Batches(), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+    return path
+
+
+def onnxruntime(export: Callable[[Setting], Path]) -> Callable[[Setting], Built]:
+    """onnxruntime on an exported file."""
+    def build(setting: Setting) -> Built:
+        import onnxruntime as ort
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = setting.threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry('session.force_spinning_stop', '1')  # or it would slow the next contestant
+        session = ort.InferenceSession(str(export(setting)), options, providers=['CPUExecutionProvider'])
+        inputs = {'x': setting.x.numpy()}
+        return Built(lambda: session.run(None, inputs)[0], '')
+
+    return build
+
+
+def openvino(export: Callable[[Setting], Any], precision: str) -> Callable[[Setting], Built]:
+    """OpenVINO on an exported file, or on a model of its own (whose note is kept).
+
+    Args:
+        export: Setting -> path, or (openvino.Model, note).
+        precision: Of what is not quantized. It must be said: by itself OpenVINO takes bfloat16 where the chip has it.
+    """
+    def build(setting: Setting) -> Built:
+        import openvino as ov
+        source = export(setting)
+        model, note = source if isinstance(source, tuple) else (source, '')
+        compiled = ov.Core().compile_model(model, 'CPU', {
+            'INFERENCE_PRECISION_HINT': precision, 'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': 1,
+            'INFERENCE_NUM_THREADS': setting.threads})
+        request = compiled.create_infer_request()
+        inputs = {0: setting.x.numpy()}
+        note = ', '.join(filter(None, [note, convolution_kernels(compiled)]))
+        return Built(lambda: request.infer(inputs, share_inputs=True, share_outputs=True)[0], note)
+
+    return build
+
+
+def convolution_kernels(compiled: Any) -> str:
+    """Which kernels the convolutions of a compiled OpenVINO model run, such as '36 brgconv_avx512_1x1_f32'."""
+    counts: Dict[str, int] = {}
+    for op in compiled.get_runtime_model().get_ordered_ops():
+        facts = op.get_rt_info()
+        if facts['layerType'].astype(str) in ('Convolution', 'GroupConvolution', 'BinaryConvolution'):
+            kernel = facts['primitiveType'].astype(str)
+            counts[kernel] = counts.get(kernel, 0) + 1
+    return ' + '.join(f'{n} {kernel}' for kernel, n in counts.items())
+
+
+def _binary_model(setting: Setting) -> Tuple[Any, str]:
+    from .openvino_binary import binary_model
+    return binary_model(setting.latent, setting.x)
+
+
+ONNX = ('onnx', 'onnxscript')
+PEERS: Dict[str, Peer] = {
+    'onnxruntime-f32': Peer((*ONNX, 'onnxruntime'), onnxruntime(export_float)),
+    'onnxruntime-int8': Peer((*ONNX, 'onnxruntime'), onnxruntime(export_int8)),
+    'openvino-f32': Peer((*ONNX, 'openvino'), openvino(export_float, 'f32')),
+    'openvino-bf16': Peer((*ONNX, 'openvino'), openvino(export_float, 'bf16')),
+    'openvino-int8': Peer((*ONNX, 'onnxruntime', 'openvino'), openvino(export_int8, 'f32')),
+    'openvino-binary': Peer(('openvino',), openvino(_binary_model, 'f32'), binary=True),
+}
+PACKAGES = tuple(dict.fromkeys(name for peer in PEERS.values() for name in peer.packages))
+
+
+def choose(names: str) -> Dict[str, Peer]:
+    """Peers from 'all', 'none', or names separated by commas.
+
+    Raises:
+        ValueError: A name is unknown.
+    """
+    if names in ('all', 'none'):
+        return dict(PEERS) if names == 'all' else {}
+    chosen = names.split(',')
+    for name in chosen:
+        if name not in PEERS:
+            raise ValueError(f"peers: unknown name {name!r}, expected 'all', 'none', or some of {', '.join(PEERS)}")
+    return {name: PEERS[name] for name in chosen}
+
+
+def build_all(peers: Dict[str, Peer], setting: Setting) -> Tuple[Dict[str, Built], Dict[str, str]]:
+    """Make peers ready to run.
+
+    Returns:
+        Those that run, and for each of the others why it does not, with the remedy.
+    """
+    built: Dict[str, Built] = {}
+    absent: Dict[str, str] = {}
+    for name, peer in peers.items():
+        missing = peer.missing()
+        if missing:
+            absent[name] = f'not installed: {", ".join(missing)}; {INSTALL}'
+            continue
+        try:
+            with warnings.catch_warnings():  # exporters and converters warn of their own inner affairs
+                warnings.simplefilter('ignore')
+                logging.disable(logging.WARNING)
+                built[name] = peer.build(setting)
+        except Exception as e:  # whatever goes wrong in another engine is a line in the report, not its end
+            absent[name] = f'failed: {type(e).__name__}: {(str(e).strip() or "no message").splitlines()[0]}'
+        finally:
+            logging.disable(logging.NOTSET)
+    return built, absent

@@ -1,0 +1,51 @@
+"""Paired runs: all contestants take turns, so that whatever else the machine does hits all of them alike."""
+import statistics
+import time
+from typing import Any, Callable, Dict, List, NamedTuple
+
+
+class Spread(NamedTuple):
+    """Median, smallest and largest of some values."""
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: List[float]) -> 'Spread':
+        """Of at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+def take_turns(
+        contestants: Dict[str, Callable[[], Any]],
+        rounds: int,
+        warmup: int = 2,
+        settle: bool = False,
+) -> Dict[str, List[float]]:
+    """Run all contestants in each round, one after the other.
+
+    Args:
+        contestants: Name -> a function that runs once.
+        rounds: How many rounds count.
+        warmup: How many rounds before them do not.
+        settle: Run each contestant once more, untimed, before each timed run: nobody pays for caches that the one
+            before it filled, or for threads of that one that still spin.
+
+    Returns:
+        Name -> seconds, one value a round.
+    """
+    seconds: Dict[str, List[float]] = {name: [] for name in contestants}
+    for i in range(warmup + rounds):
+        for name, run in contestants.items():
+            if settle:
+                run()
+            start = time.perf_counter()
+            run()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: Dict[str, List[float]], base: str) -> Dict[str, Spread]:
+    """Of each contestant to `base`, from the pairs of each round: above 1 it is slower than `base`."""
+    return {name: Spread.of([a / b for a, b in zip(values, seconds[base])]) for name, values in seconds.items()}

@@ -1,0 +1,65 @@
+"""Write a Hub folder of packed weights, check it, and upload it."""
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ..hub import file_facts, push_to_hub, save_for_hub
+from ._arguments import parser_of
+
+FLOATS = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
+
+
+def metric(text: str) -> dict[str, float]:
+    """Return NAME=NUMBER as a dict; the type of an argument."""
+    name, _, value = text.partition('=')
+    return {name: float(value)}
+
+
+def main(argv: list[str]) -> None:
+    """Write, check, upload."""
+    parser = parser_of('push', __doc__)
+    parser.add_argument('repo', help='user/repo on the Hub')
+    parser.add_argument('--model', required=True,
+                        help='registered model, a timm model that --recipe converts, or the folder of a run')
+    parser.add_argument('--recipe', help='how it is binarized; its own recipe for a registered model if not given')
+    parser.add_argument('--checkpoint', help='weights: what train.py wrote, or a packed file; fresh ones if not given')
+    parser.add_argument('--model-kwargs', type=json.loads, default={}, metavar='JSON', help='e.g. {"num_classes": 10}')
+    parser.add_argument('--pretrained-cfg', type=json.loads, default={}, metavar='JSON',
+                        help="changes to timm's config: input_size, mean, std, crop_pct, ...")
+    parser.add_argument('--float-dtype', choices=FLOATS, help='dtype of all float tensors; their own if not given')
+    parser.add_argument('--metric', type=metric, action='append', default=[], metavar='NAME=NUMBER', help='for a card')
+    parser.add_argument('--dataset', help='for the card')
+    parser.add_argument('--details', type=Path, metavar='FILE', help='Markdown for the card: how it was trained')
+    parser.add_argument('--folder', type=Path, help='where to write; a temporary folder if not given')
+    parser.add_argument('--private', action='store_true')
+    parser.add_argument('--dry-run', action='store_true', help='stop before the upload')
+    args = parser.parse_args(argv)
+
+    import timm
+    from timm.models import load_checkpoint
+
+    from ..experiments.runs import is_run, load_run, training_log
+    from ..models.factory import create
+    details = args.details.read_text() if args.details else ''
+    if is_run(args.model):
+        model = load_run(args.model)
+        details = details or training_log(args.model)
+    else:
+        model = create(args.model, args.recipe, **args.model_kwargs)
+    if args.checkpoint:
+        load_checkpoint(model, args.checkpoint)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_for_hub(
+            model, args.folder or temporary, float_dtype=FLOATS.get(args.float_dtype), repo_id=args.repo,
+            metrics={k: v for m in args.metric for k, v in m.items()}, dataset=args.dataset, details=details,
+            pretrained_cfg=args.pretrained_cfg)
+        facts = {path.name: file_facts(path) for path in sorted(folder.iterdir())}
+        for name, fact in facts.items():
+            print(f'{name}: {fact["size"]:,} bytes, sha256 {fact["sha256"]}')
+        print(f'{folder}: loads back to the same outputs (timm {timm.__version__})')
+        if args.dry_run:
+            print('dry run: nothing was uploaded')
+        else:
+            print(push_to_hub(folder, args.repo, private=args.private))

@@ -1,0 +1,1 @@
+"""Experiments: the library behind the verbs that train, compare and evaluate networks."""

@@ -1,0 +1,187 @@
+"""Tables of ablations: runs of many recipes with the same seeds, compared in pairs, beside the paper's figures.
+
+A table is a config of `fit` with `rows`, and `contrasts` that are named before anything runs. A row is the name of a
+recipe, or a mapping with a `name`, the fields that it changes, and perhaps `paper`, the paper's figure (if it is left
+out, that of the table, or else the recipe's own). `published` maps the names of other works to their figures. All rows
+of one seed start from the same weights of the host and see the same images in the same order, so that rows are compared
+in pairs. Seeds run one after another, within a seed the rows as they are listed.
+
+Each finished run is a line of OUTPUT/results.jsonl, and is not run again. `--report` prints such a file as Markdown.
+"""
+import glob
+import json
+import math
+import os
+import shlex
+import statistics
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import timm
+import torch
+
+from ..bench.machine import cpu_name
+from ..recipes import RECIPES
+from ..training.telemetry import JsonLines
+from .config import FitConfig, merge
+from .fit import check_resumable, fit
+
+TRAINS = 1.5  # times chance
+OF_THE_TABLE = ('rows', 'contrasts', 'published')
+
+
+def plan_rows(data: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
+    """Row name -> plain data of its run, with 'paper' beside the fields of `fit.FitConfig`.
+
+    Raises:
+        ValueError: There are no rows, a name is missing or taken, a contrast names no row, or a published figure is no
+            number.
+    """
+    if not data.get('rows'):
+        raise ValueError("rows: found none, expected a list of recipes; a single run is started by 'fit'")
+    base = {k: v for k, v in data.items() if k not in OF_THE_TABLE}
+    rows: Dict[str, Dict[str, Any]] = {}
+    for row in data['rows']:
+        changes = dict(name=row, recipe=row) if isinstance(row, str) else dict(row)
+        name = changes.pop('name', None)
+        if not isinstance(name, str) or name in rows:
+            raise ValueError(f'rows: found the name {name!r}, expected one of its own for each row')
+        recipe = changes.get('recipe', base.get('recipe'))
+        if 'paper' not in base:
+            known = RECIPES.get(recipe) if isinstance(recipe, str) else None
+            changes.setdefault('paper', known.paper_top1 if known else None)
+        rows[name] = merge(base, changes)
+    for contrast in data.get('contrasts', []):
+        for name in contrast:
+            if name not in rows:
+                raise ValueError(f'contrasts: found {name!r}, expected names of rows: {", ".join(rows)}')
+    for name, top1 in data.get('published', {}).items():
+        if not isinstance(top1, (int, float)):
+            raise ValueError(f'published: found {top1!r} for {name!r}, expected its top-1 in percent')
+    return rows
+
+
+def run_table(
+        table: str,
+        data: Dict[str, Any],
+        seeds: Sequence[int],
+        output: str,
+        data_dir: str,
+        cache: Optional[str] = None,
+        changes: Sequence[str] = (),
+        **places,
+) -> None:
+    """Run what is not in OUTPUT/results.jsonl yet, or go on with it; `changes` have been made to `data` already."""
+    name = os.path.splitext(os.path.basename(table))[0]
+    changed = f' --set {shlex.join(changes)}' if changes else ''
+    rows = plan_rows(data)
+    configs = {  # all of them, before any time is spent
+        (seed, row): FitConfig.from_dict({**{k: v for k, v in fields.items() if k != 'paper'}, 'seed': seed})
+        for seed in seeds for row, fields in rows.items()}
+    path = os.path.join(output, 'results.jsonl')
+    os.makedirs(output, exist_ok=True)
+    done = {(line['seed'], line['row']) for line in JsonLines.read(path)}
+    for (seed, row), config in configs.items():
+        folder = os.path.join(output, row, f'seed_{seed}')
+        if (seed, row) in done:
+            check_resumable(config, folder)  # or runs of several budgets would stand in one table
+            continue
+        result = fit(config, folder, data_dir, cache=cache or output, **places)
+        line = dict(
+            table=name, row=row, seed=seed, top1=result['top1'], loss=result['loss'],
+            train_loss=result['train_loss'], epochs=result['epoch'] + 1, seconds=result['seconds'],
+            command=f'timm-el ablate train_cfgs/fit/{name}.yaml --rows {row} --seeds {seed + 1}{changed}',
+            hardware=cpu_name(), threads=torch.get_num_threads(), torch=torch.__version__, timm=timm.__version__)
+        with open(path, 'a') as f:
+            f.write(json.dumps(line) + '\n')
+        for checkpoint in glob.glob(os.path.join(folder, '*.pth.tar')):  # the table needs them no more
+            os.remove(checkpoint)
+
+
+def paired(differences: Sequence[float]) -> Tuple[float, float, float, Tuple[float, float]]:
+    """Return mean, standard deviation, t statistic and 95 % confidence interval of paired differences.
+
+    The interval is that of Student's t with n - 1 degrees of freedom.
+
+    Raises:
+        ValueError: There are fewer than two.
+        SystemExit: scipy is not installed.
+    """
+    n = len(differences)
+    if n < 2:
+        raise ValueError(f'differences: found {n}, expected at least 2 for a standard deviation; run more seeds')
+    try:
+        from scipy.stats import ttest_1samp
+    except ImportError as e:
+        raise SystemExit('intervals need scipy: pip install "timm-el[ablate]"') from e
+    mean, sd = statistics.fmean(differences), statistics.stdev(differences)
+    if sd == 0:
+        return mean, sd, math.copysign(math.inf, mean), (mean, mean)
+    test = ttest_1samp(differences, 0)
+    interval = test.confidence_interval(0.95)
+    return mean, sd, float(test.statistic), (float(interval.low), float(interval.high))
+
+
+def verdict(interval: Tuple[float, float]) -> str:
+    """What an interval of (better - worse, as the paper has them) says."""
+    return 'agrees' if interval[0] > 0 else 'disagrees' if interval[1] < 0 else 'open'
+
+
+def _number(value: Optional[float], form: str = '.1f') -> str:
+    return '' if value is None else f'{value:{form}}'
+
+
+def report(data: Dict[str, Any], lines: List[Dict[str, Any]]) -> str:
+    """A table of results, one of contrasts, and one of what others published, in Markdown."""
+    rows = plan_rows(data)
+    chance = 100 / data.get('num_classes', 10)
+    top1: Dict[str, Dict[int, float]] = {row: {} for row in rows}
+    for line in lines:
+        if line['row'] in top1:
+            top1[line['row']][line['seed']] = line['top1']
+    out = ['| row | top-1 | sd | seeds | trains | the paper, ImageNet |', '|---|---|---|---|---|---|']
+    for row, fields in rows.items():
+        values = list(top1[row].values())
+        if not values:
+            out.append(f'| `{row}` | not run | | 0 | | {_number(fields["paper"])} |')
+            continue
+        mean, sd = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+        trains = 'yes' if mean > TRAINS * chance else 'does not converge'
+        out.append(
+            f'| `{row}` | {mean:.2f} | {_number(sd, ".2f")} | {len(values)} | {trains} | {_number(fields["paper"])} |')
+    if data.get('contrasts'):
+        out += ['', '| contrast | the paper | here | sd | t | 95 % interval | pairs | the named order |',
+                '|---|---|---|---|---|---|---|---|']
+    for better, worse in data.get('contrasts', []):
+        papers = rows[better]['paper'], rows[worse]['paper']
+        claimed = '' if None in papers else f'{papers[0] - papers[1]:+.1f}'
+        seeds = sorted(top1[better].keys() & top1[worse].keys())
+        differences = [top1[better][seed] - top1[worse][seed] for seed in seeds]
+        label = f'| `{better}` - `{worse}` | {claimed} |'
+        if len(differences) < 2:
+            only = _number(differences[0], '+.2f') if differences else ''
+            out.append(f'{label} {only} | | | | {len(seeds)} | open |')
+            continue
+        mean, sd, t, interval = paired(differences)
+        out.append(
+            f'{label} {mean:+.2f} | {sd:.2f} | {t:+.1f} | {interval[0]:+.2f} to {interval[1]:+.2f} | {len(seeds)} | '
+            f'{verdict(interval)} |')
+    if data.get('published'):
+        out += ['', '| published, as recalled, after trainings of their own | top-1 |', '|---|---|']
+        out += [f'| {name} | {top1:.1f} |' for name, top1 in data['published'].items()]
+    return '\n'.join(out)
+
+
+def picked(data: Dict[str, Any], names: Optional[Sequence[str]]) -> Dict[str, Any]:
+    """Return a table with some of its rows, and without contrasts; all of it if `names` is None.
+
+    Raises:
+        ValueError: A name is none of a row.
+    """
+    if names is None:
+        return data
+    known = plan_rows(data)
+    for row in names:
+        if row not in known:
+            raise ValueError(f'--rows: found {row!r}, expected some of {", ".join(known)}')
+    rows = [row for row in data['rows'] if (row if isinstance(row, str) else row['name']) in names]
+    return {**data, 'rows': rows, 'contrasts': []}

@@ -1,0 +1,178 @@
+"""What a run of `fit` is: the fields of its YAML, checked, and the stages that it may have."""
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+import yaml
+
+from ..fields import check_fields
+
+Recipe = Union[str, Dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """All that decides the result of a run. Names and meanings are train.py's where it has them.
+
+    Args:
+        recipe: Name or dict of a recipe; None for the model as it is.
+        pad_crop: Decode the images once into a tensor, and augment by crops out of images padded by so many pixels and
+            by mirrors. None: timm's loader and transforms (`train_crop_mode`, `scale`, `hflip`, ...).
+        teacher: Name of a timm model; with `teacher_recipe`, `teacher_kwargs`, and a `teacher_checkpoint`, without
+            which its pretrained weights are used.
+        kd_loss_type, attention_loss_weight, match_layers, attention_norm: As for `training.DistillationTask`.
+        distill_loss_weight: Weight of the logit term; used if there is a teacher.
+        amp, amp_dtype: Train under autocast, in bfloat16, where gradients need no scaling; validation is in float32.
+        torchcompile: Backend of `torch.compile` for training, as 'inductor'; validation runs the model as it is.
+        clip_latent: Clip latent weights to +- this after each step, None not to.
+        telemetry_interval: Steps between two records of `training.Telemetry`, beside that at the end of each epoch.
+
+    Raises:
+        ValueError: An unknown field, a value of the wrong type, or a count that is not positive.
+    """
+    model: str = 'el_resnet26'
+    recipe: Optional[Recipe] = None
+    model_kwargs: Dict[str, Any] = field(default_factory=dict)
+    num_classes: int = 10
+    input_size: Sequence[int] = (3, 32, 32)
+    mean: Sequence[float] = (0.4914, 0.4822, 0.4465)
+    std: Sequence[float] = (0.2470, 0.2435, 0.2616)
+    initial_checkpoint: Optional[str] = None
+    seed: int = 0
+    # images
+    train_split: str = 'train'
+    val_split: str = 'validation'
+    batch_size: int = 64
+    pad_crop: Optional[int] = None
+    train_crop_mode: Optional[str] = None
+    scale: Sequence[float] = (0.08, 1.0)
+    hflip: float = 0.5
+    color_jitter: float = 0.0
+    crop_pct: float = 1.0
+    interpolation: str = 'bilinear'
+    # optimization
+    epochs: int = 10
+    opt: str = 'adam'
+    opt_kwargs: Dict[str, Any] = field(default_factory=dict)
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    sched: str = 'cosine'
+    sched_on_updates: bool = True
+    min_lr: float = 0.0
+    warmup_epochs: int = 0
+    warmup_lr: float = 1e-5
+    decay_milestones: Sequence[int] = (90, 180, 270)
+    decay_rate: float = 0.1
+    smoothing: float = 0.0
+    amp: bool = False
+    amp_dtype: str = 'bfloat16'
+    torchcompile: Optional[str] = None
+    clip_latent: Optional[float] = None
+    model_ema: bool = False
+    model_ema_decay: float = 0.9998
+    # teaching
+    teacher: Optional[str] = None
+    teacher_recipe: Optional[Recipe] = None
+    teacher_kwargs: Dict[str, Any] = field(default_factory=dict)
+    teacher_checkpoint: Optional[str] = None
+    task_loss_weight: float = 1.0
+    distill_loss_weight: float = 1.0
+    kd_loss_type: str = 'kl'
+    kd_temperature: float = 1.0
+    attention_loss_weight: float = 0.0
+    match_layers: Optional[Sequence[str]] = None
+    attention_norm: str = 'l2'
+    # records
+    telemetry_interval: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, '; YAML takes 1e-3 for text, write 0.001 or 1.0e-3')
+        for name in ('epochs', 'batch_size', 'num_classes', 'pad_crop', 'telemetry_interval'):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f'{name}: found {value}, expected a positive integer')
+        for name in ('teacher_recipe', 'teacher_kwargs', 'teacher_checkpoint'):
+            if getattr(self, name) and (self.teacher is None or self.teacher_checkpoint is None):
+                raise ValueError(
+                    f'{name}: found {getattr(self, name)!r}, expected teacher and teacher_checkpoint beside it; the '
+                    f'name of a pretrained model in teacher stands alone')
+        if self.amp_dtype != 'bfloat16':
+            raise ValueError(f"amp_dtype: found {self.amp_dtype!r}, expected 'bfloat16'; train.py has float16")
+        if self.torchcompile is not None and self.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+            raise ValueError(
+                f'torchcompile: found {self.torchcompile!r}, expected a backend of torch.compile: '
+                f'{", ".join(torch.compiler.list_backends())}')
+        if self.sched in ('plateau', 'none'):  # it depends on what was measured; there is none
+            raise ValueError(f"sched: found {self.sched!r}, expected another of timm's schedulers, such as 'constant'")
+
+    @classmethod
+    def from_dict(cls, data: Dict[str, Any]) -> 'FitConfig':
+        """From the plain data of a YAML."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in data:
+            if key not in known:
+                raise ValueError(f'{key}: no such field, expected some of {", ".join(known)}')
+        return cls(**data)
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Plain data, as in a YAML."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def merge(base: Dict[str, Any], changes: Dict[str, Any]) -> Dict[str, Any]:
+    """Fields of `base` with changes; dicts (model_kwargs, opt_kwargs, ...) are merged key by key."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = {**base[key], **value} if both else value
+    return merged
+
+
+def load_config(path: str, changes: Sequence[str] = ()) -> Dict[str, Any]:
+    """A YAML as plain data, with changes to its fields, each as FIELD=VALUE."""
+    with open(path) as f:
+        data = yaml.safe_load(f)
+    if not isinstance(data, dict):
+        raise ValueError(f'{path}: found a {type(data).__name__}, expected the fields of a run')
+    for change in changes:
+        key, equals, value = change.partition('=')
+        if not equals:
+            raise ValueError(f'--set: found {change!r}, expected FIELD=VALUE')
+        data = merge(data, {key: yaml.safe_load(value)})
+    return data
+
+
+def plan_stages(data: Dict[str, Any], output: str) -> List[Tuple[str, FitConfig]]:
+    """(folder, FitConfig) of each stage, in order; a config without `stages` is one stage in `output` itself.
+
+    Raises:
+        ValueError: A stage has no name or one that is taken, or refers to a stage that does not come before it.
+    """
+    base = {k: v for k, v in data.items() if k != 'stages'}
+    if 'stages' not in data:
+        return [(output, FitConfig.from_dict(base))]
+    plan: Dict[str, Tuple[str, FitConfig]] = {}
+    for stage in data['stages']:
+        changes = dict(stage)
+        name = changes.pop('name', None)
+        if not isinstance(name, str) or name in plan:
+            raise ValueError(f'stages: found the name {name!r}, expected one of its own for each stage')
+        fields = merge(base, changes)
+        for key in ('initial_stage', 'teacher_stage'):
+            earlier = fields.pop(key, None)
+            if earlier is None:
+                continue
+            if earlier not in plan:
+                raise ValueError(f'{key}: found {earlier!r}, expected an earlier stage than {name!r}: {list(plan)}')
+            folder, config = plan[earlier]
+            checkpoint = os.path.join(folder, 'last.pth.tar')
+            if key == 'initial_stage':
+                fields['initial_checkpoint'] = checkpoint
+            else:
+                fields.update(
+                    teacher=config.model, teacher_recipe=config.recipe, teacher_kwargs=config.model_kwargs,
+                    teacher_checkpoint=checkpoint)
+        plan[name] = os.path.join(output, name), FitConfig.from_dict(fields)
+    return list(plan.values())

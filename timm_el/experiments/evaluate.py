@@ -1,0 +1,123 @@
+"""Evaluation of a network as it is, packed, and deployed, on the same images."""
+import copy
+import math
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, List, Optional
+
+import torch
+import torch.nn as nn
+from torch.utils.data import DataLoader, Subset
+
+from ..bench.machine import describe
+from ..engine import deploy, info
+from ..weights.loading import load_packed
+from ..weights.packed import binary_layers, save_packed
+from .nets import PRETRAINED, Net
+
+
+def as_packed(model: nn.Module) -> nn.Module:
+    """What comes back from the packed file of a model."""
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():  # all that it computes with shall come from the file
+        parameter.data.fill_(math.nan)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'model.safetensors'
+        save_packed(model, path)
+        return load_packed(twin, path).eval()
+
+
+# What is made of the latent model, and by how many points its top-1 may differ from what was recorded.
+FORMS: Dict[str, Callable[[nn.Module], nn.Module]] = {
+    'latent': lambda model: model, 'packed': as_packed, 'deployed': deploy}
+TOLERANCE = {'latent': 0.1, 'packed': 0.1, 'deployed': 0.3}
+
+
+def load_images(
+        model: nn.Module,
+        data_dir: str,
+        split: str = 'validation',
+        img_size: Optional[int] = None,
+        limit: Optional[int] = None,
+        batch_size: int = 64,
+        workers: int = 0,
+        dataset: str = '',
+        download: bool = False,
+) -> DataLoader:
+    """Images of a folder, prepared as the model's config says.
+
+    Args:
+        model: The network that they are for.
+        data_dir: A folder that timm's `create_dataset` reads.
+        split: Name of the folder in it, where there is one.
+        img_size: Pixels; None: the model's own.
+        limit: How many images, spread evenly over all; None: all of them.
+        batch_size: Images in a batch.
+        workers: Processes that read.
+        dataset: Kind and name, as for train.py; '' is a folder of images.
+        download: Fetch it first, where timm can.
+
+    Raises:
+        ValueError: There is no such folder, there are no images, or their classes are not as many as the model's.
+    """
+    from timm.data import create_dataset, create_transform, resolve_data_config
+    if not download and not Path(data_dir).is_dir():
+        raise ValueError(f'data-dir: found no folder {data_dir!r}, expected one with a folder of images per class')
+    config = resolve_data_config({'img_size': img_size}, model=model)
+    data = create_dataset(
+        dataset, root=data_dir, split=split, download=download, transform=create_transform(**config))
+    classes = len(getattr(data, 'reader', data).class_to_idx)
+    if classes != model.num_classes:
+        raise ValueError(
+            f'data-dir: found {classes} classes in {data_dir!r}, expected the {model.num_classes} that the model knows')
+    chosen = range(len(data)) if limit is None else [i * len(data) // limit for i in range(min(limit, len(data)))]
+    return DataLoader(Subset(data, chosen), batch_size, num_workers=workers)
+
+
+def count_right(nets: Dict[str, nn.Module], images: Iterable) -> Dict[str, Any]:
+    """Top-1 and top-5 of several nets on the same images, and how often two of them agree, in percent."""
+    seen = 0
+    right = {name: [0, 0] for name in nets}
+    pairs = [(a, b) for i, a in enumerate(nets) for b in list(nets)[i + 1:]]
+    same = {f'{a} = {b}': 0 for a, b in pairs}
+    with torch.inference_mode():
+        for x, y in images:
+            best = {name: net(x).topk(min(5, net.num_classes)).indices for name, net in nets.items()}
+            seen += len(y)
+            for name, guess in best.items():
+                hit = guess == y[:, None]
+                right[name][0] += hit[:, 0].sum().item()
+                right[name][1] += hit.sum().item()
+            for a, b in pairs:
+                same[f'{a} = {b}'] += (best[a][:, 0] == best[b][:, 0]).sum().item()
+    return {
+        'images': seen,
+        'forms': {name: {'top1': 100 * one / seen, 'top5': 100 * five / seen} for name, (one, five) in right.items()},
+        'same_top1': {pair: 100 * n / seen for pair, n in same.items()}}
+
+
+def evaluate_net(
+        text: str,
+        data_dir: str,
+        names: Optional[List[str]] = None,
+        limit: Optional[int] = None,
+        img_size: Optional[int] = None,
+        **images: Any,
+) -> Dict[str, Any]:
+    """Return top-1 and top-5 of a network in several forms, and how often they agree.
+
+    Args:
+        text: The network, as `Net` reads it; its pretrained weights if it names none.
+        data_dir, limit, img_size, images: As for `load_images`.
+        names: Some of `FORMS`; all of them, and latent alone of a float net, if None.
+    """
+    from tqdm import tqdm
+    net = Net.parse(text, PRETRAINED)
+    model = net.build()
+    loader = load_images(model, data_dir, limit=limit, img_size=img_size, **images)
+    possible = list(FORMS) if any(True for _ in binary_layers(model)) else ['latent']
+    nets = {name: FORMS[name](model) for name in names or possible}
+    return {
+        'net': text, 'size': img_size or model.pretrained_cfg['input_size'][-1], 'limit': limit,
+        **count_right(nets, tqdm(loader, disable=None)), 'recorded': net.recorded(model),
+        'engine': info(), 'machine': describe()}

@@ -1,0 +1,86 @@
+"""NET on the command line: MODEL, MODEL:RECIPE, either with @WEIGHTS behind it, or a folder."""
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import timm
+import torch.nn as nn
+
+from ..hub import from_hub, read_metrics
+from ..models.factory import create
+from .runs import is_run, load_run, read_log
+
+PRETRAINED = 'pretrained'
+HELP = (
+    'MODEL[:RECIPE][@WEIGHTS]: a timm model, el_resnet26 or el_resnet26.cifar10; a recipe to binarize it with; a file '
+    f'of weights (packed, or what train.py wrote) or the word {PRETRAINED}. Or a folder that train.py, `fit` or `push` '
+    'wrote')
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network that was named on the command line.
+
+    Args:
+        text: As it was named.
+        model: Name of a timm model, or a folder.
+        recipe: What it is binarized with; None: its own.
+        weights: A file, 'pretrained', or None for fresh ones.
+    """
+    text: str
+    model: str
+    recipe: Optional[str] = None
+    weights: Optional[str] = None
+
+    @classmethod
+    def parse(cls, text: str, weights: Optional[str] = None) -> 'Net':
+        """From text; `weights` are those of a text that names none.
+
+        Raises:
+            ValueError: There is no such file of weights.
+        """
+        if os.path.isdir(text):
+            return cls(text, text)
+        name, _, named = text.partition('@')
+        model, _, recipe = name.partition(':')
+        if named not in ('', PRETRAINED) and not os.path.isfile(named):
+            raise ValueError(f'{text}: found no file {named!r}, expected weights behind @, or the word {PRETRAINED}')
+        return cls(text, model, recipe or None, named or weights)
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and pictures."""
+        stem = os.path.basename(os.path.normpath(self.model))
+        return stem if self.recipe is None else f'{stem}, {self.recipe}'
+
+    def build(self) -> nn.Module:
+        """The network in eval mode.
+
+        Raises:
+            RuntimeError: Of timm: pretrained weights were asked for, and there are none.
+        """
+        if os.path.isdir(self.model):
+            return (load_run if is_run(self.model) else from_hub)(self.model).eval()
+        if self.weights is None:
+            return create(self.model, self.recipe).eval()
+        if self.weights == PRETRAINED:
+            return create(self.model, self.recipe, pretrained=True).eval()
+        from timm.models import load_checkpoint
+        model = create(self.model, self.recipe, **self._classes())
+        load_checkpoint(model, self.weights)
+        return model.eval()
+
+    def _classes(self) -> Dict[str, Any]:
+        """num_classes of the weights' own classifier, where it can be found."""
+        from timm.models import load_state_dict
+        cfg = timm.get_pretrained_cfg(self.model)
+        weight = load_state_dict(self.weights).get(f'{cfg.classifier}.weight') if cfg is not None else None
+        return {} if weight is None else {'num_classes': weight.shape[0]}
+
+    def recorded(self, model: nn.Module) -> Dict[str, float]:
+        """Metrics by name that the log of a run, or the model card beside the weights of `model`, gives; else empty."""
+        if os.path.isdir(self.model):
+            return {'top1': read_log(self.model)['eval_top1'][-1]} if is_run(self.model) else read_metrics(self.model)
+        file = model.pretrained_cfg.get('file') if self.weights == PRETRAINED else self.weights
+        return read_metrics(Path(file).parent) if file else {}

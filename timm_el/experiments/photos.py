@@ -1,0 +1,79 @@
+"""Photographs: those that scikit-learn carries, and any that a user names, as a model wants to see them."""
+from pathlib import Path
+from typing import TYPE_CHECKING, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from timm.data import create_transform, resolve_data_config
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SAMPLES = ('china.jpg', 'flower.jpg')  # scikit-learn's
+
+
+def read(name: str) -> 'Image':
+    """An image from a path, or a sample of scikit-learn by its name.
+
+    Raises:
+        ValueError: There is no such file, or it is no image.
+    """
+    from PIL import Image, UnidentifiedImageError
+    if not Path(name).is_file() and name in SAMPLES:
+        try:
+            from sklearn.datasets import load_sample_image
+        except ImportError as e:
+            raise SystemExit(f'{name} comes with scikit-learn: pip install "timm-el[demo]"') from e
+        return Image.fromarray(load_sample_image(name))
+    try:
+        return Image.open(name).convert('RGB')
+    except FileNotFoundError:
+        raise ValueError(f'{name}: found no such file, expected an image or a folder of images') from None
+    except UnidentifiedImageError:
+        raise ValueError(f'{name}: this is no image that Pillow can read') from None
+
+
+def find(paths: List[str]) -> List[str]:
+    """Images by path: files as they are, and those anywhere in a folder; scikit-learn's samples for no path.
+
+    Raises:
+        ValueError: There is no image in a folder.
+    """
+    from PIL import Image
+    known = Image.registered_extensions()
+    names: List[str] = []
+    for path in paths or SAMPLES:
+        inside = [path]
+        if Path(path).is_dir():
+            inside = sorted(str(p) for p in Path(path).rglob('*') if p.suffix.lower() in known)
+            if not inside:
+                raise ValueError(f'{path}: found no image in this folder')
+        names += inside
+    return names
+
+
+def prepare(model: nn.Module, image: 'Image', img_size: Optional[int] = None) -> torch.Tensor:
+    """An image (C, H, W) as the config of the model says, at the model's own size if none is given."""
+    config = resolve_data_config({'img_size': img_size}, model=model)
+    return create_transform(**config)(image)
+
+
+def label_names(model: nn.Module) -> List[str]:
+    """Names of the model's classes: its config's, ImageNet's for a head of that size, or numbers."""
+    names = model.pretrained_cfg.get('label_names')
+    if names and len(names) == model.num_classes:
+        return list(names)
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+    subset = infer_imagenet_subset(model)
+    if subset is None:
+        return [f'class {i}' for i in range(model.num_classes)]
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i) for i in range(model.num_classes)]
+
+
+def classify(model: nn.Module, x: torch.Tensor, top: int = 3) -> List[Tuple[str, float]]:
+    """Names and probabilities of the most probable classes of one image (C, H, W)."""
+    names = label_names(model)
+    with torch.inference_mode():
+        best = model(x[None]).softmax(1)[0].topk(min(top, len(names)))
+    return [(names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]

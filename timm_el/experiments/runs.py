@@ -1,0 +1,90 @@
+"""What a run of train.py or `fit` leaves in its folder: args.yaml, the weights, and summary.csv or log.jsonl."""
+import csv
+import math
+from pathlib import Path
+from typing import Any, Dict, List, Union
+
+import torch.nn as nn
+import yaml
+from timm.data import resolve_data_config
+from timm.models import load_checkpoint
+
+from ..models.factory import create
+from ..training.telemetry import JsonLines
+
+ARGS, LAST = 'args.yaml', 'last.pth.tar'
+COLUMNS = ('epoch', 'train_loss', 'eval_loss', 'eval_top1')
+# What the columns are called in each log.
+LOGS = {'summary.csv': COLUMNS, 'log.jsonl': ('epoch', 'train_loss', 'loss', 'top1')}
+
+
+def is_run(folder: Union[str, Path]) -> bool:
+    """train.py or `fit` wrote this folder."""
+    return (Path(folder) / ARGS).is_file()
+
+
+def read_args(folder: Union[str, Path]) -> Dict[str, Any]:
+    """The arguments of a run, by name; those of `fit` have a 'recipe'."""
+    return yaml.safe_load((Path(folder) / ARGS).read_text())
+
+
+def load_run(folder: Union[str, Path]) -> nn.Module:
+    """The model of a run with the weights of its last epoch; its config says how the run prepared its images.
+
+    Not those of the best epoch: they were chosen on the validation images, and among those since the last resume only.
+
+    Raises:
+        ValueError: There are no weights yet.
+    """
+    args, file = read_args(folder), Path(folder) / LAST
+    if not file.is_file():
+        raise ValueError(f'{folder}: found no {LAST}, expected a run of at least one epoch')
+    classes = {} if args['num_classes'] is None else {'num_classes': args['num_classes']}
+    model = create(args['model'], **classes, **{'recipe': args.get('recipe'), **args['model_kwargs']})
+    load_checkpoint(model, str(file))
+    # As train.py does it for its validation images.
+    config = resolve_data_config(args, model=model)
+    if config['input_size'] != model.pretrained_cfg['input_size']:
+        config['pool_size'] = None
+    cfg = {**model.pretrained_cfg, **config, 'num_classes': model.num_classes}
+    model.pretrained_cfg = model.default_cfg = cfg
+    return model
+
+
+def read_log(run: Union[str, Path]) -> Dict[str, List[float]]:
+    """`COLUMNS` of a run's log by name; of an epoch that was run twice, because a job was resumed, the last run counts.
+
+    Args:
+        run: The folder, or the file.
+
+    Raises:
+        ValueError: There is no log, or it is none that train.py or `fit` wrote.
+    """
+    file = next((path for path in (Path(run) / name for name in LOGS) if path.is_file()), Path(run))
+    if not file.is_file():
+        raise ValueError(f'{run}: found no {" or ".join(LOGS)}, expected the folder of a run, or one of these files')
+    if file.suffix == '.jsonl':
+        names, lines = LOGS['log.jsonl'], JsonLines.read(str(file))
+        lines = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
+    else:
+        with open(file, newline='') as f:
+            names, lines = COLUMNS, list(csv.DictReader(f))
+    rows = {str(line.get('epoch')): line for line in lines}
+    rows.pop('epoch', None)  # the head once more, as a resumed job writes it
+    if not rows or any(row.get(name) is None for row in rows.values() for name in names):
+        raise ValueError(f'{file}: expected the columns {", ".join(names)} and at least one epoch')
+    return {column: [float(row[name]) for row in rows.values()] for column, name in zip(COLUMNS, names)}
+
+
+def training_log(folder: Union[str, Path]) -> str:
+    """Markdown for a model card: the arguments that matter, and loss and top-1 by epoch."""
+    args, run = read_args(folder), read_log(folder)
+    names = ('model', 'recipe', 'model_kwargs', 'epochs', 'batch_size', 'world_size', 'opt', 'lr', 'sched',
+             'weight_decay', 'amp', 'amp_dtype', 'seed')
+    said = ', '.join(f'{name} {args[name]}' for name in names if args.get(name) not in (None, {}, ''))
+    trainer = '`timm-el fit`' if 'recipe' in args else "timm's `train.py`"
+    epochs = zip(*(run[name] for name in COLUMNS))
+    rows = [f'| {epoch:.0f} | {train:.3f} | {loss:.3f} | {top1:.2f} |' for epoch, train, loss, top1 in epochs]
+    return '\n'.join([
+        '## Training', '', f'{trainer}: {said}.', '',
+        '| epoch | training loss | loss | top-1 |', '|---|---|---|---|', *rows])
