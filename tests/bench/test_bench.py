@@ -1,0 +1,217 @@
+"""The bench verb: what it reports and refuses. No test looks at how long anything took."""
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import randomise
+
+import timm_el
+from timm_el.__main__ import main
+from timm_el.bench import peers
+from timm_el.bench.layer_times import layer_table, layer_times
+from timm_el.bench.nets import settle_norms
+from timm_el.bench.turns import Spread, ratios, take_turns
+from timm_el.layers import BinaryConv2d, BinaryUnit, ElasticLink, StandardizedBinaryConv2d
+
+SMALL = ['el_resnet18', '--size', '32', '--pairs', '3', '--warmup', '0']
+
+
+@pytest.fixture
+def engine():
+    """The engine, as it was afterwards."""
+    yield timm_el.engine
+    timm_el.engine.use_isa(None)
+
+
+
+def bench(capsys, *argv: str) -> dict:
+    assert main(['bench', 'infer', *argv, '--json']) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_inference_report(engine, capsys):
+    r = bench(capsys, *SMALL, '--peers', 'none', '--also', 'bireal', '--float-dtype', 'bfloat16', '--batch', '2')
+    rows = {row['name']: row for row in r['contestants']}
+    assert list(rows) == [
+        'host', 'host channels_last', 'latent', 'deployed', 'deployed bfloat16', 'deployed bireal']
+    assert rows['host']['of'] == 'resnet18' and rows['deployed bireal']['of'] == 'el_resnet18, bireal'
+    assert rows['deployed']['ratio'] == {'median': 1, 'min': 1, 'max': 1}
+    assert all(row['ms']['min'] <= row['ms']['median'] <= row['ms']['max'] for row in rows.values())
+    exact = [row for name, row in rows.items() if not name.startswith('deployed')]  # a flipped sign avalanches
+    assert all(row['difference'] < 1e-5 and row['top1_agreement'] == 1 for row in exact)
+    assert (r['batch'], r['size'], r['pairs'], r['absent']) == (2, [32, 32], 3, {})
+    assert r['engine']['body'] == engine.info()['body'] and r['machine']['threads'] == torch.get_num_threads()
+    total = timm_el.summarize(settled('el_resnet18'), (3, 32, 32))
+    assert r['binary']['macs'] == 2 * total.binary_macs == sum(row['binary_macs'] for row in r['layers'])
+    assert 2 * total.real_macs == sum(row['real_macs'] for row in r['layers'])
+    assert sum(kind['share'] for kind in r['kinds'].values()) == pytest.approx(1)
+    assert {row['path']: row['kind'] for row in r['layers']}['layer1.0.conv1'] == 'binary conv'
+    assert {row['path']: row['kind'] for row in r['layers']}['fc'] == 'linear'
+
+
+def test_inference_prints_a_table(engine, capsys, monkeypatch):
+    monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', 'AVX2')
+    assert main(['bench', 'infer', 'resnet18', '--recipe', 'el', *SMALL[1:], '--peers', 'none']) == 0
+    out = capsys.readouterr().out
+    body = engine.info()['body']
+    for text in (f'body {body} (native)', 'AMX', 'ONEDNN_MAX_CPU_ISA=AVX2', 'resnet18, el', 'layer4.1.conv2',
+                 'binary conv', 'T binary MAC/s', 'host channels_last'):
+        assert text in out, text
+
+
+def test_the_reference_is_no_deployed_time(engine, capsys):
+    engine.use_isa('reference')
+    assert main(['bench', 'infer', *SMALL]) == 2
+    err = capsys.readouterr().err
+    assert 'reference was asked for' in err and '--allow-reference' in err and err.count('\n') == 1
+    r = bench(capsys, *SMALL, '--peers', 'none', '--allow-reference')
+    assert r['engine']['native'] is False
+    assert main(['bench', 'infer', *SMALL, '--peers', 'none', '--allow-reference']) == 0
+    assert 'NOT native: reference was asked for' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['el_resnet18', '--peers', 'larq'], "peers: unknown name 'larq', expected 'all', 'none', or some of "),
+    (['resnet18'], 'host: no float host of resnet18 is known'),
+    (['el_resnet20', '--recipe', 'bireal'], r'host: no float host of el_resnet20 is known, name a model of timm'),
+    (['el_resnet18', '--recipe', 'foo'], "recipe: unknown name 'foo'"),
+])
+def test_errors_are_one_line(engine, argv, message, capsys):
+    assert main(['bench', 'infer', *argv]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count('\n') == 1 and captured.out == ''
+
+
+@pytest.mark.parametrize('argv, message', [
+    ([], 'the following arguments are required: infer | train'),
+    (['infer', 'el_resnet18', '--compile'], 'unrecognized arguments: --compile'),
+    (['train', 'el_resnet18', '--peers', 'all'], 'unrecognized arguments: --peers all'),
+    (['infer', 'el_resnet18', '--pairs', '0'], "argument --pairs: found '0', expected a positive integer"),
+])
+def test_options_of_the_other_measurement_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(['bench', *argv])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_training_report(capsys):
+    assert main(['bench', 'train', 'el_resnet18', '--batch', '2', '--size', '32', '--pairs', '1', '--warmup', '0',
+                 '--amp', '--json']) == 0
+    r = json.loads(capsys.readouterr().out)
+    assert (r['host'], r['batch'], r['size'], r['mode'], r['amp']) == ('resnet18', 2, 32, 'eager', True)
+    assert r['time_ratio_min'] <= r['time_ratio'] <= r['time_ratio_max']
+    assert r['memory_ratio'] == pytest.approx(r['model_saved_mb'] / r['host_saved_mb'])
+
+
+def test_everybody_runs_in_every_round():
+    calls = []
+    runs = {name: (lambda name=name: calls.append(name)) for name in 'ab'}
+    seconds = take_turns(runs, rounds=2, warmup=1, settle=True)
+    assert calls == ['a', 'a', 'b', 'b'] * 3 and {name: len(s) for name, s in seconds.items()} == {'a': 2, 'b': 2}
+
+
+def test_ratios_are_taken_in_pairs():
+    assert ratios({'a': [2., 30., 4.], 'b': [1., 10., 4.]}, 'b') == {'a': Spread(2, 1, 3), 'b': Spread(1, 1, 1)}
+
+
+def test_layer_times_add_up_calls():
+    shared = nn.Conv2d(3, 3, 1)
+    net = nn.Sequential(shared, nn.Identity(), nn.BatchNorm2d(3), shared, nn.AdaptiveAvgPool2d(1), nn.ReLU()).eval()
+    table = layer_table(net, net, torch.zeros(2, 3, 8, 8), repeats=2)
+    assert [(row['path'], row['kind'], row['real_macs']) for row in table['layers']] == [
+        ('0', 'float conv', 2 * 2 * 9 * 64), ('2', 'norm', 0), ('4', 'pooling', 0), ('5', 'other', 0)]
+    assert not net[0]._forward_hooks and not net[0]._forward_pre_hooks
+    ms, whole = layer_times(net, torch.zeros(2, 3, 8, 8), repeats=3)
+    assert 0 < sum(ms.values()) < whole
+
+
+def test_missing_peers_are_listed(engine, capsys, monkeypatch):
+    monkeypatch.setattr(
+        peers, 'PEERS', {'p-int8': peers.Peer(('json', 'no_such_engine'), build=None),
+                         'p-bad': peers.Peer(('json',), build=lambda setting: 1 // 0)})
+    r = bench(capsys, *SMALL)
+    assert r['absent'] == {
+        'p-int8': 'not installed: no_such_engine; pip install "timm-el[bench]"',
+        'p-bad': 'failed: ZeroDivisionError: integer division or modulo by zero'}
+    assert not [row for row in r['contestants'] if row['name'].startswith('p-')]
+    assert main(['bench', 'infer', *SMALL]) == 0
+    assert 'no_such_engine' in capsys.readouterr().out
+
+
+def settled(name: str, **kwargs) -> nn.Module:
+    import timm
+    torch.manual_seed(0)
+    return settle_norms(timm.create_model(name, **kwargs), torch.randn(4, 3, 32, 32))
+
+
+@pytest.fixture
+def setting(tmp_path):
+    torch.manual_seed(0)
+    return peers.Setting(settled('resnet18'), settled('el_resnet18'), torch.randn(2, 3, 32, 32), 1, tmp_path)
+
+
+@pytest.mark.parametrize('name, tolerance, kernel', [
+    ('onnxruntime-f32', 1e-4, ''), ('onnxruntime-int8', 0.1, ''), ('openvino-f32', 1e-4, 'f32'),
+    ('openvino-bf16', 0.1, ''), ('openvino-int8', 0.1, 'i8'), ('openvino-binary', None, 'u1'),
+])
+def test_peer_computes_the_net(setting, name, tolerance, kernel):
+    peer = peers.PEERS[name]
+    for package in peer.packages:
+        pytest.importorskip(package)
+    built, absent = peers.build_all({name: peer}, setting)
+    assert absent == {}
+    y = torch.as_tensor(built[name].run())
+    with torch.inference_mode():
+        original = (setting.latent if peer.binary else setting.host)(setting.x)
+    assert y.shape == original.shape and y.isfinite().all() and kernel in built[name].note.lower()
+    if tolerance is not None:  # flipped signs avalanche in the whole net: see the tests of its units
+        assert (y - original).abs().max() < tolerance * original.abs().max()
+
+
+def unit(conv: nn.Module, **kwargs) -> BinaryUnit:
+    torch.nn.init.normal_(conv.weight)
+    gamma = kwargs.pop('gamma', 'learnable')
+    return BinaryUnit(conv, nn.BatchNorm2d(conv.out_channels), link=ElasticLink.for_conv(conv, gamma), **kwargs)
+
+
+UNITS = {
+    'reduce with K': (1, lambda: unit(BinaryConv2d(64, 16, 1, bias=False, scale_input=True))),
+    'strided with K': (1, lambda: unit(BinaryConv2d(64, 16, 1, 2, bias=False, scale_input=True))),
+    'spatial': (1, lambda: unit(BinaryConv2d(16, 16, 3, padding=1, bias=False))),
+    'strided': (1, lambda: unit(BinaryConv2d(16, 16, 3, 2, 1))),
+    'dilated': (1, lambda: unit(BinaryConv2d(16, 16, 3, padding=2, dilation=2, bias=False))),
+    'spatial with K': (1, lambda: unit(BinaryConv2d(16, 24, 3, padding=1, scale_input=True))),
+    'expand': (1, lambda: unit(BinaryConv2d(16, 64, 1, bias=False))),
+    'no alpha': (1, lambda: unit(BinaryConv2d(8, 16, 1, scale_weight=False), gamma=None)),
+    'standardized': (1, lambda: unit(StandardizedBinaryConv2d(16, 16, 3, padding=1, has_gain=True, scale=0.5))),
+    '12 channels': (0, lambda: unit(BinaryConv2d(12, 16, 3, padding=1))),
+    'depthwise': (0, lambda: unit(BinaryConv2d(16, 16, 3, padding=1, groups=16))),
+    'padded with +1': (0, lambda: unit(BinaryConv2d(16, 16, 3, padding=1, pad_value=1))),
+    'behind a sum': (2, lambda: nn.Sequential(
+        unit(BinaryConv2d(16, 16, 3, padding=1)), unit(BinaryConv2d(16, 32, 1)))),
+    'behind a norm': (2, lambda: nn.Sequential(
+        BinaryUnit(BinaryConv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)), unit(BinaryConv2d(16, 32, 1)))),
+}
+
+
+@pytest.mark.parametrize('name', UNITS)
+def test_openvino_computes_the_unit(name):
+    """Exact signs, also of planted zeros; a negated convolution is seen."""
+    ov = pytest.importorskip('openvino')
+    from timm_el.bench.openvino_binary import binary_model
+    torch.manual_seed(0)
+    count, make = UNITS[name]
+    net = randomise(make()).eval()
+    first = next(m for m in net.modules() if isinstance(m, BinaryConv2d))
+    x = torch.randn(2, first.in_channels, 9, 9)
+    x[:, :, 2:4] = 0
+    model, note = binary_model(net, x)
+    kinds = [op.get_type_name() for op in model.get_ordered_ops()]
+    assert kinds.count('BinaryConvolution') == count and ('no op for them' in note) == (count == 0)
+    run = ov.Core().compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': 1})
+    y = torch.from_numpy(run(x.numpy())[0].copy())
+    with torch.inference_mode():
+        assert (y - net(x)).abs().max() < 1e-4
+        first.weight.data.neg_()
+        assert (y - net(x)).abs().max() > 1

@@ -1,0 +1,1324 @@
+"""deploy(): every unit gives what the latent unit gives, in every model, recipe and converted net."""
+import contextlib
+import copy
+import functools
+import io
+import itertools
+import types
+from collections import OrderedDict
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from conftest import EACH_MODEL, randomise, with_slow
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import timm_el
+from timm_el import engine
+from timm_el.engine import DeployedBlock, DeployedConv, DeployedStage, DeployedUnit
+from timm_el.layers import BinaryConv2d, BinaryLinear, BinaryUnit, ElasticLink, RPReLU, Shift
+
+REFUSED = ['abc', 'abc_5_5', 'tbn']
+RECIPES = [name for name in timm_el.RECIPES if name not in ('host', *REFUSED)]
+CONVERTED = [
+    'regnety_002', 'mobilenetv3_small_050', 'densenet121', 'convnext_atto', 'resnext26ts', 'nf_regnet_b0',
+    'resnetv2_50', 'inception_v3', 'tf_efficientnet_b0', 'resnetv2_50x1_bit', 'hrnet_w18_small', 'poolformerv2_s12']
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    engine.use_isa(None)
+
+
+def net(name: str, seed: int = 0, **kwargs) -> nn.Module:
+    torch.manual_seed(seed)
+    return randomise(timm.create_model(name, **kwargs), seed).eval()
+
+
+@torch.no_grad()
+def worst_unit(latent: nn.Module, deployed: nn.Module, x: torch.Tensor) -> float:
+    """Largest difference of any unit's output, each fed what the latent unit is fed, relative to its largest value."""
+    seen = {}
+    handles = [
+        m.register_forward_hook(lambda m, args, out, p=p: seen.setdefault(p, []).append((args[0].clone(), out.clone())))
+        for p, m in latent.named_modules() if isinstance(m, BinaryUnit)]
+    latent(x)
+    for handle in handles:
+        handle.remove()
+    assert seen
+    worst = 0.
+    for path, calls in seen.items():
+        for source, expected in calls:
+            error = (deployed.get_submodule(path)(source) - expected).abs().max() / expected.abs().max().clamp(min=1)
+            worst = max(worst, error.item())
+    return worst
+
+
+def check(latent: nn.Module, size: int = 64) -> nn.Module:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, size, size - 1, generator=g) if size < 128 else torch.randn(2, 3, size, size, generator=g)
+    deployed = timm_el.deploy(latent)
+    assert worst_unit(latent, deployed, x) < 1e-5
+    with torch.no_grad():
+        alone = timm_el.deploy(latent, fuse_blocks=False)
+        assert torch.equal(deployed(x), alone(x))
+    return deployed
+
+
+@pytest.mark.parametrize('name', EACH_MODEL)
+def test_each_unit_of_a_registered_model_gives_what_the_latent_gives(name):
+    deployed = check(net(name))
+    units = [m for m in deployed.modules() if isinstance(m, DeployedUnit)]
+    assert len(units) == sum(isinstance(m, BinaryUnit) for m in net(name).modules())
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_each_recipe_deploys(recipe):
+    check(net('el_resnet26', recipe=recipe, layers=[1, 1, 1, 1]))
+
+
+@pytest.mark.parametrize('recipe', REFUSED)
+def test_what_takes_more_than_one_product_is_refused_by_name(recipe):
+    with pytest.raises(ValueError, match='layer1.0.conv1: .*more than one xor.*bireal'):
+        timm_el.deploy(net('el_resnet26', recipe=recipe, layers=[1, 1, 1, 1]))
+
+
+@pytest.mark.parametrize('recipe', ['el', 'bireal', 's_resnet_k_sie', 'xnor', 'r2b', 'reactnet'])
+def test_basic_blocks_deploy(recipe):
+    check(net('el_resnet18', recipe=recipe))
+
+
+@pytest.mark.parametrize('name', with_slow(CONVERTED[:3], CONVERTED))
+def test_converted_nets_deploy(name):
+    torch.manual_seed(0)
+    latent = timm_el.binarize(timm.create_model(name))
+    check(randomise(latent).eval(), 96)
+
+
+def test_a_negated_convolution_is_seen():
+    """What the tests above measure changes when one layer's weight changes sign."""
+    latent = net('el_resnet26')
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        latent.layer3[0].conv2.conv.weight.neg_()
+    assert worst_unit(latent, deployed, torch.randn(1, 3, 64, 64)) > 1e-2
+
+
+def test_the_shipped_model_gives_the_same_top1(photos):
+    """Trained weights: whole-net agreement, on crops of photographs."""
+    latent = timm.create_model('el_resnet26', pretrained=True).eval()
+    deployed = timm_el.deploy(latent)
+    size = latent.pretrained_cfg['input_size'][1]
+    step = size // 4
+    crops = photos.unfold(2, size, step).unfold(3, size, step).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, size, size)
+    with torch.no_grad():
+        same = (latent(crops).argmax(1) == deployed(crops).argmax(1)).float().mean()
+    assert len(crops) >= 300 and same >= .995
+
+
+def unit_of(conv: nn.Module, **parts) -> BinaryUnit:
+    return randomise(BinaryUnit(conv, **parts)).eval()
+
+
+class Twice(nn.Identity):
+    """An identity by its class alone."""
+
+    def forward(self, x):
+        return 2 * x - 1
+
+
+UNITS = {
+    'pad -1': lambda: unit_of(BinaryConv2d(20, 30, 3, padding=1, pad_value=-1)),
+    'pad +1': lambda: unit_of(BinaryConv2d(20, 30, (3, 5), (2, 1), padding=(1, 2), pad_value=1, bias=False)),
+    'reflect': lambda: unit_of(BinaryConv2d(20, 30, 3, padding=1, padding_mode='reflect', scale_input=True)),
+    'circular': lambda: unit_of(BinaryConv2d(20, 20, 3, padding=2, padding_mode='circular'), act=nn.ReLU()),
+    'same': lambda: unit_of(BinaryConv2d(20, 20, 3, 2, same_pad=True, scale_input=True), link=ElasticLink(20, 20, 2)),
+    'uneven': lambda: unit_of(BinaryConv2d(20, 20, 4, padding='same')),
+    'valid': lambda: unit_of(BinaryConv2d(20, 20, 3, padding='valid', dilation=2)),
+    'grouped K': lambda: unit_of(
+        BinaryConv2d(20, 30, 3, padding=1, groups=5, scale_input=True), norm=nn.BatchNorm2d(30)),
+    'depthwise': lambda: unit_of(
+        BinaryConv2d(20, 20, 5, padding=2, groups=20), norm=nn.BatchNorm2d(20), act=nn.PReLU(20)),
+    'multiplier': lambda: unit_of(BinaryConv2d(20, 60, 3, padding=1, groups=20)),
+    'shift': lambda: unit_of(BinaryConv2d(20, 20, 1), pre=Shift(20), post=RPReLU(20)),
+    'shift, K': lambda: unit_of(BinaryConv2d(20, 20, 1, scale_input=True), pre=Shift(20)),
+    'norm first': lambda: unit_of(BinaryConv2d(20, 20, 3, padding=1), pre=negative_norm(20), post=nn.PReLU()),
+    'group norm': lambda: unit_of(
+        BinaryConv2d(20, 20, 3, padding=1), pre=nn.GroupNorm(1, 20), norm=nn.GroupNorm(4, 20)),
+    'silu': lambda: unit_of(BinaryConv2d(20, 40, 1), norm=nn.BatchNorm2d(40), act=nn.SiLU(), link=ElasticLink(20, 40)),
+    'act first': lambda: unit_of(
+        BinaryConv2d(20, 20, 1), norm=nn.BatchNorm2d(20), act=nn.ReLU6(), act_first=True, link=ElasticLink(20, 20)),
+    'tail': lambda: unit_of(
+        BinaryConv2d(20, 20, 1), norm=nn.BatchNorm2d(20), act=nn.LeakyReLU(.3), tail=nn.AvgPool2d(2, 1, ceil_mode=True),
+        link=nn.AvgPool2d(2, 1)),
+    'pool': lambda: unit_of(BinaryConv2d(20, 9, 2, 2), link=ElasticLink(20, 9, pool=nn.MaxPool2d(2, 2))),
+    'odd pool': lambda: unit_of(BinaryConv2d(20, 9, 3, 2, 1), link=ElasticLink(20, 9, pool=nn.AdaptiveMaxPool2d(5))),
+    'module link': lambda: unit_of(BinaryConv2d(20, 30, 1), link=nn.Conv2d(20, 30, 1), post=RPReLU(30)),
+    'real': lambda: unit_of(
+        nn.Conv2d(20, 20, 3, 1, 1, groups=20), norm=nn.BatchNorm2d(20), act=nn.ReLU(), act_first=True,
+        link=ElasticLink(20, 20)),
+    'real grouped': lambda: unit_of(nn.Conv2d(20, 20, 3, 1, 1, groups=4), norm=nn.BatchNorm2d(20), act=nn.ReLU()),
+    'identity link': lambda: unit_of(BinaryConv2d(20, 20, 1), norm=nn.BatchNorm2d(20), link=nn.Identity()),
+    'own identities': lambda: unit_of(
+        BinaryConv2d(20, 20, 1), norm=Twice(), act=Twice(), tail=Twice(), link=Twice(), pre=Twice(), post=Twice()),
+    'own pool': lambda: unit_of(BinaryConv2d(20, 9, 1), link=ElasticLink(20, 9, pool=Twice())),
+    'link only': lambda: unit_of(None, link=ElasticLink(20, 9)),
+    'weights only': lambda: unit_of(BinaryConv2d(20, 30, 3, padding=1, input_quantizer=None), norm=nn.BatchNorm2d(30)),
+    'weights only, same': lambda: unit_of(
+        BinaryConv2d(20, 30, 3, 2, same_pad=True, input_quantizer=None), norm=nn.BatchNorm2d(30)),
+    'standardized': lambda: unit_of(
+        timm_el.layers.StandardizedBinaryConv2d(20, 30, 3, padding=1, scale=.3, has_gain=True, scale_input=True)),
+}
+
+
+def negative_norm(channels: int) -> nn.BatchNorm2d:
+    """A norm half of whose factors are negative, and one 0."""
+    norm = randomise(nn.BatchNorm2d(channels))
+    with torch.no_grad():
+        norm.weight[::2] *= -1
+        norm.weight[3] = 0
+    return norm
+
+
+@pytest.mark.parametrize('native', [True, False])
+@pytest.mark.parametrize('kind', UNITS)
+def test_whatever_a_unit_can_hold_deploys(kind, native):
+    torch.manual_seed(0)
+    unit = UNITS[kind]()
+    if kind == 'norm first':
+        with torch.no_grad():
+            unit.pre.weight[::2] *= -1
+            unit.pre.weight[3] = 0
+    engine.use_isa(None if native else 'reference')
+    deployed = timm_el.deploy(nn.Sequential(unit).eval())
+    x = torch.randn(3, 20, 10, 9)
+    x[0, :, 0, 0] = torch.tensor([0., -0., 1e-42, -1e-42, *[0.] * 16])
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(x), unit(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('options', [{}, {'scale_input': True}, {'bias': False, 'scale_weight': False}])
+def test_linear_units_deploy(options):
+    torch.manual_seed(0)
+    unit = randomise(BinaryUnit(
+        BinaryLinear(50, 30, **options), norm=nn.LayerNorm(30), link=ElasticLink(50, 30, channels_last=True))).eval()
+    fused = BinaryUnit(BinaryLinear(50, 30, **options), link=ElasticLink(50, 30, channels_last=True)).eval()
+    for module in (unit, fused):
+        deployed = timm_el.deploy(nn.Sequential(module).eval())
+        for shape in ((4, 7, 50), (3, 50), (50,), (0, 50), (2, 3, 5, 50)):
+            x = torch.randn(shape)
+            with torch.no_grad():
+                torch.testing.assert_close(deployed(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_threshold_for_a_norm_is_the_norms_own():
+    """At, just below and just above each channel's threshold the signs are those of the norm."""
+    from timm_el.engine.epilogue import threshold_of
+    norm = negative_norm(16).eval()
+    threshold, flip = threshold_of(norm, 16)
+    up = torch.where(threshold.isnan(), torch.zeros(16), threshold)
+    for x in (up, torch.nextafter(up, torch.tensor(1e30)), torch.nextafter(up, torch.tensor(-1e30)), -up,
+              torch.full((16,), 1e20), torch.full((16,), -1e20), torch.full((16,), float('nan'))):
+        with torch.no_grad():
+            expected = norm(x.reshape(1, -1, 1, 1)).flatten() >= 0
+        assert torch.equal(torch.where(flip < 0, -x, x) >= threshold, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a deployed network is
+
+def test_the_model_is_not_changed_and_the_copy_is_its_own():
+    latent = net('el_resnet26')
+    before = {k: v.clone() for k, v in latent.state_dict().items()}
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = latent(x)
+        deployed = timm_el.deploy(latent)
+        found = deployed(x)
+        assert torch.equal(latent(x), expected)
+        for parameter in latent.parameters():
+            parameter.fill_(3.)
+        assert torch.equal(deployed(x), found)
+    assert list(before) == list(latent.state_dict()) and type(deployed) is type(latent)
+    assert not any(p.requires_grad for p in deployed.parameters())
+
+
+def test_no_float_convolution_runs_for_a_binary_unit():
+    deployed = timm_el.deploy(net('el_resnet26'))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        deployed(x)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert not any('conv' in key for key in counts if not key.startswith('timm_el::')), counts
+    assert counts['timm_el::chain'] == 6  # four stages, two pools
+    assert counts['timm_el::real_conv2d'] == 2  # stem and classifier
+    assert not any('pool' in key for key in counts if key.startswith('aten'))
+
+
+def test_hosts_ways_of_running_stay():
+    latent, x = net('el_resnet26'), torch.randn(2, 3, 96, 64)
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        features = deployed.forward_features(x)
+        assert features.shape == latent.forward_features(x).shape
+        assert torch.equal(deployed.forward_head(features), deployed(x))
+        for a, b in zip(deployed.forward_intermediates(x, intermediates_only=True),
+                        latent.forward_intermediates(x, intermediates_only=True)):
+            assert a.shape == b.shape
+        for size in ((33, 32), (64, 160)):
+            assert deployed(torch.randn(3, 3, *size)).shape == (3, 1000)
+        assert deployed(torch.randn(0, 3, 64, 64)).shape == (0, 1000)
+
+
+@pytest.mark.parametrize('name', ['el_resnet26', 'el_mobilenet_v1', 'el_reactnet_c'])
+def test_features_only_deploys(name):
+    latent, x = net(name, features_only=True), torch.randn(1, 3, 64, 64)
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        expected, found = latent(x), deployed(x)
+    assert [f.shape for f in found] == [f.shape for f in expected]
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_features_by_hooks_deploy():
+    latent = net('el_mobilenet_v1', features_only=True, feature_location='expansion')
+    deployed = timm_el.deploy(latent)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert [f.shape for f in deployed(x)] == [f.shape for f in latent(x)] != []
+
+
+@pytest.mark.parametrize('name', ['el_resnet26', 'el_mobilenet_v1'])
+def test_hooks_put_on_what_is_inside_a_fused_stage_see_it(name):
+    deployed, x = timm_el.deploy(net(name)), torch.randn(1, 3, 64, 64)
+    stages = [m for m in deployed.modules() if isinstance(m, (DeployedBlock, DeployedStage))]
+    seen = {}
+    with torch.no_grad():
+        expected = deployed(x)
+        handles = [m.register_forward_hook(lambda m, args, out: seen.setdefault(m, out))
+                   for stage in stages for m in stage.modules() if isinstance(m, (DeployedBlock, DeployedUnit))]
+        assert torch.equal(deployed(x), expected)
+        assert len(seen) == len({m for stage in stages for m in stage.modules()
+                                 if isinstance(m, (DeployedBlock, DeployedUnit))}) > 8
+        for handle in handles:
+            handle.remove()
+        seen.clear()
+        assert torch.equal(deployed(x), expected) and not seen
+
+
+def test_a_stage_is_one_operator_and_still_its_blocks():
+    deployed, x = timm_el.deploy(net('el_resnet26')), torch.randn(2, 256, 9, 11)
+    stage = deployed.layer2
+    assert isinstance(stage, DeployedStage) and len(stage) == 2 and len(stage.as_layers()) == 3 + 2 + 3
+    with torch.no_grad():
+        assert torch.equal(stage(x), stage[1](stage[0](x)))
+    assert [type(block) for block in stage] == [DeployedBlock] * 2 and stage[-1] is deployed.get_submodule('layer2.1')
+
+
+def unit(c_in=16, c_out=16, kernel=3, stride=1):
+    return BinaryUnit(BinaryConv2d(c_in, c_out, kernel, stride=stride, padding=kernel // 2), nn.BatchNorm2d(c_out))
+
+
+class Around(nn.Module):
+    """x + what is inside."""
+
+    def __init__(self, *inside):
+        super().__init__()
+        for i, module in enumerate(inside):
+            self.add_module(f'part{i}', module)
+
+    def forward(self, x):
+        y = x
+        for child in self.children():
+            y = child(y)
+        return x + y
+
+
+class Pooled(nn.Module):
+    """A shortcut that is declared first, and begins with a pool."""
+
+    def __init__(self):
+        super().__init__()
+        self.short = nn.Sequential(nn.AvgPool2d(2), unit())
+        self.a, self.b = unit(), unit(stride=2)
+
+    def forward(self, x):
+        return self.short(x) + self.b(self.a(x))
+
+
+class Two(nn.Module):
+    """It gives two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = unit(), unit()
+
+    def forward(self, x):
+        return self.b(self.a(x)), x
+
+
+class First(nn.Module):
+    """The first of two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.two = Two()
+
+    def forward(self, x):
+        return self.two(x)[0]
+
+
+class Scaled(nn.Module):
+    """It has a parameter of its own, which is 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.g = unit(), unit(), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.b(self.a(x)) * self.g
+
+
+class Wide(nn.Module):
+    """What it does depends on the size of the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = unit(), unit()
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        return y + 1 if x.shape[3] > 15 else y
+
+
+class Sliced(nn.Module):
+    """Its forward takes a part of its body."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(unit(), unit(), unit())
+
+    def forward(self, x):
+        return self.body[:2](x) + self.body[2](x)
+
+
+def deep(n):
+    """Shortcuts around shortcuts."""
+    return Around(unit(), deep(n - 1), unit()) if n else Around(unit(), unit())
+
+
+TWICE = unit()
+POOL = nn.MaxPool2d(2)
+ODD_HOSTS = {
+    'a unit twice': nn.Sequential(TWICE, unit(), TWICE), 'a pool twice': nn.Sequential(unit(), POOL, unit(), POOL),
+    'a sum of sums': Around(Around(unit(), unit()), Around(unit(), unit())), 'deep': deep(5), 'deeper': deep(18),
+    'a shortcut first': Pooled(), 'two tensors': First(), 'its own parameter': Scaled(), 'by size': Wide(),
+    'sliced': Sliced(),
+    'names': nn.Sequential(OrderedDict(as_layers=unit(), row=unit(), path=unit())), 'pools': nn.Sequential(
+        unit(), nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2)), unit()),
+}
+
+
+@pytest.mark.parametrize('name', ODD_HOSTS)
+def test_odd_hosts_give_the_same_bits_joined_or_not(name):
+    torch.manual_seed(0)
+    host = randomise(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), copy.deepcopy(ODD_HOSTS[name]), nn.Flatten())).eval()
+    joined, apart = timm_el.deploy(host), timm_el.deploy(host, fuse_blocks=False)
+    assert sorted(joined.state_dict()) == sorted(apart.state_dict())
+    with torch.no_grad():
+        for size in ((12, 16), (20, 24)):
+            x = torch.randn(2, 3, *size)
+            assert torch.equal(joined(x), apart(x))
+        for parameter in (m for m in (joined, apart) if name == 'its own parameter'):
+            parameter[1].g.fill_(3.)
+        assert torch.equal(joined(x), apart(x))
+
+
+def test_a_stage_is_a_sequential_that_sees_its_changes():
+    deployed, apart = (timm_el.deploy(net('el_resnet26'), fuse_blocks=fuse) for fuse in (True, False))
+    x = torch.randn(1, 64, 9, 11)
+
+    def same_now():
+        with torch.no_grad():
+            return torch.equal(deployed.layer1(x), apart.layer1(x))
+
+    assert isinstance(deployed.layer1, nn.Sequential) and same_now()
+    with torch.no_grad():
+        assert torch.equal(deployed.layer1[:1](x), apart.layer1[:1](x))
+    for model in (deployed, apart):
+        model.layer1.append(nn.Hardtanh(-.1, .1))
+    assert same_now()
+    for model in (deployed, apart):
+        model.layer1[1] = nn.Identity()
+    assert same_now()
+    for model in (deployed, apart):
+        model.layer1[0].conv3 = nn.Conv2d(64, 256, 1, bias=False, device='cpu')
+        nn.init.constant_(model.layer1[0].conv3.weight, .01)
+    assert same_now()
+    deployed, apart = (timm_el.deploy(net('el_mobilenet_v1'), fuse_blocks=fuse) for fuse in (True, False))
+    for model in (deployed, apart):
+        model.prune_intermediate_layers([0, 1])
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(deployed.forward_features(image), apart.forward_features(image))
+
+
+def test_global_hooks_see_what_is_inside():
+    deployed, x = timm_el.deploy(net('el_resnet26')), torch.randn(1, 3, 64, 64)
+    seen = []
+    with torch.no_grad():
+        expected = deployed(x)
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda m, args, out: seen.append(type(m)))
+        try:
+            assert torch.equal(deployed(x), expected)
+        finally:
+            handle.remove()
+    assert seen.count(DeployedUnit) == 3 * 8
+
+
+def test_outputs_are_nhwc_throughout():
+    deployed = timm_el.deploy(net('el_resnet26'))
+    layouts = []
+    for module in deployed.modules():
+        if isinstance(module, (DeployedBlock, DeployedConv)):
+            module.register_forward_hook(
+                lambda m, args, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last)))
+    with torch.no_grad():
+        deployed(torch.randn(2, 3, 64, 64))
+    assert len(layouts) > 10 and all(layouts)
+
+
+def test_a_deployed_net_copies_and_saves_whole():
+    deployed, x = timm_el.deploy(net('el_resnet26')), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = deployed(x)
+        assert torch.equal(copy.deepcopy(deployed)(x), expected)
+        file = io.BytesIO()
+        torch.save(deployed, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(x), expected)
+        twin = timm_el.deploy(net('el_resnet26', seed=1))
+        assert not torch.equal(twin(x), expected)
+        twin.load_state_dict(deployed.state_dict())
+        assert torch.equal(twin(x), expected)
+
+
+def test_a_net_without_the_library_gives_the_same_units():
+    latent, x = net('el_resnet26', layers=[1, 1, 1, 1]), torch.randn(1, 3, 64, 64)
+    engine.use_isa('reference')
+    slow = timm_el.deploy(latent)
+    assert worst_unit(latent, slow, x) < 1e-5
+    assert not any(isinstance(m, DeployedConv) for m in slow.modules())  # torch's own float convolutions are faster
+    engine.use_isa(None)
+    fast = timm_el.deploy(latent)
+    with torch.no_grad():
+        found = fast(x)
+        engine.use_isa('reference')
+        assert torch.equal(fast(x), found)
+
+
+def test_a_deployed_net_compiles():
+    deployed, x = timm_el.deploy(net('el_resnet26', layers=[1, 1, 1, 1])), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(deployed)(x), deployed(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_deployed_net_exports():
+    deployed, x = timm_el.deploy(net('el_resnet26', layers=[1, 1, 1, 1])), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        exported = torch.export.export(deployed, (x,)).module()
+        torch.testing.assert_close(exported(x), deployed(x), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_weights_deploy_to_what_they_are(tmp_path):
+    latent = net('el_resnet26')
+    timm_el.save_packed(latent, tmp_path / 'el.safetensors')
+    loaded = timm_el.load_packed(timm.create_model('el_resnet26'), tmp_path / 'el.safetensors').eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(timm_el.deploy(loaded)(x), timm_el.deploy(latent)(x))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_float_convolutions_may_have_another_dtype(dtype):
+    latent, x = net('el_resnet26'), torch.randn(1, 3, 64, 64)
+    deployed = timm_el.deploy(latent, float_dtype=dtype)
+    assert deployed.conv1.weight.dtype == dtype
+    assert worst_unit(latent, deployed, x) < 1e-5  # of units with binary convolutions alone
+    with torch.no_grad():
+        assert deployed(x).dtype == torch.float32
+
+
+def test_resident_weights_are_small():
+    latent = net('el_resnet50')
+    deployed = timm_el.deploy(latent)
+    size = sum(t.numel() * t.element_size() for t in (*deployed.parameters(), *deployed.buffers()))
+    host = timm.create_model('resnet50')
+    assert sum(p.numel() * 4 for p in host.parameters()) / size >= 4.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+@pytest.mark.parametrize('make, error, message', [
+    (lambda: timm.create_model('el_resnet26').train(), ValueError, 'training mode'),
+    (lambda: timm.create_model('el_resnet26', real_weights=True).eval(), ValueError, 'layer1.0.conv1: .*still real'),
+    (lambda: timm.create_model('el_resnet26').eval().half(), ValueError, 'conv1.weight: found torch.float16'),
+    (lambda: timm.create_model('el_resnet26').eval().to('meta'), ValueError, 'found device meta'),
+    (lambda: timm.create_model('resnet18').eval(), ValueError, 'no BinaryUnit'),
+    (lambda: timm_el.deploy(timm.create_model('el_resnet26').eval()), ValueError, 'already deployed'),
+    (lambda: torch.compile(timm.create_model('el_resnet26').eval()), ValueError, 'OptimizedModule'),
+    (lambda: {'a': 1}, TypeError, 'found a dict'),
+])
+def test_what_cannot_be_deployed_is_refused_by_name(make, error, message):
+    with pytest.raises(error, match=message):
+        timm_el.deploy(make())
+
+
+def test_one_module_in_training_mode_is_named():
+    latent = net('el_resnet26')
+    latent.layer2[0].conv1.norm.train()
+    with pytest.raises(ValueError, match='layer2.0.conv1.norm: found training mode'):
+        timm_el.deploy(latent)
+
+
+def test_an_unknown_float_dtype_is_refused():
+    with pytest.raises(ValueError, match='float_dtype'):
+        timm_el.deploy(net('el_resnet26'), float_dtype=torch.int8)
+
+
+def test_inputs_that_do_not_fit_are_refused_by_name():
+    deployed = timm_el.deploy(net('el_resnet26'))
+    unit = timm_el.deploy(net('el_resnet26'), fuse_blocks=False).layer1[0].conv1
+    for x, error, message in (
+            (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), TypeError, 'float'),
+            (torch.zeros(1, 3, 64, 64, dtype=torch.float64), TypeError, 'float32'),
+            (torch.zeros(3, 64, 64), ValueError, 'shape'), (torch.zeros(1, 4, 64, 64), ValueError, 'shape'),
+            (torch.zeros(1, 3, 16, 16), ValueError, 'pixels'), (torch.zeros(1, 3, 64, 64, device='meta'), None, '')):
+        if error is not None:
+            with pytest.raises(error, match=message), torch.no_grad():
+                deployed(x)
+    with pytest.raises(TypeError, match='layer1.0.conv1'):
+        unit(torch.zeros(1, 64, 8, 8, dtype=torch.float16))
+    with pytest.raises(ValueError, match='expected'):
+        unit(torch.zeros(1, 63, 8, 8))
+    with pytest.raises(TypeError, match='another dtype'):
+        deployed.half()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a review found
+
+def small_unit(**parts) -> BinaryUnit:
+    return randomise(BinaryUnit(BinaryConv2d(16, 16, 3, padding=1), norm=nn.BatchNorm2d(16), **parts)).eval()
+
+
+class Clamping(nn.Module):
+    """Changes its input in place before it uses it twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.down = nn.ReLU6(inplace=True), nn.Conv2d(16, 16, 1)
+        self.conv1, self.conv2 = small_unit(), small_unit()
+
+    def forward(self, x):
+        x = self.act(x)
+        shortcut = self.down(x)
+        return self.conv2(self.conv1(x)) + shortcut
+
+
+def test_a_block_that_changes_its_input_stays_as_it_is():
+    torch.manual_seed(0)
+    latent = nn.Sequential(Clamping()).eval()
+    deployed, x = timm_el.deploy(latent), torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        assert not any(isinstance(m, DeployedBlock) for m in deployed.modules())
+        torch.testing.assert_close(deployed[0].conv1(x), latent[0].conv1(x), rtol=1e-5, atol=1e-5)
+
+
+class Listed(nn.Module):
+    """Goes through its units one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(small_unit(), small_unit(), small_unit())
+
+    def forward(self, x):
+        for layer in self.body:
+            x = layer(x)
+        return self.body[len(self.body) - 1](x)
+
+
+def test_a_row_of_units_can_still_be_listed():
+    torch.manual_seed(0)
+    latent, x = Listed().eval(), torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(timm_el.deploy(latent)(x), latent(x), rtol=1e-4, atol=1e-4)
+
+
+class OddNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).abs()
+
+
+class OddPReLU(nn.PReLU):
+    def forward(self, x):
+        return super().forward(x) + 3
+
+
+def test_a_forward_of_ones_own_is_not_folded():
+    torch.manual_seed(0)
+    latent = nn.Sequential(nn.Conv2d(3, 16, 1), randomise(OddNorm(16)), small_unit(act=OddPReLU())).eval()
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(timm_el.deploy(latent)(x), latent(x), rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_inside_a_unit_are_refused_by_name():
+    unit = small_unit()
+    unit.norm.register_forward_hook(lambda m, args, out: out + 1)
+    with pytest.raises(ValueError, match='0.norm: .*hooks'):
+        timm_el.deploy(nn.Sequential(unit).eval())
+
+
+def test_a_convolution_with_a_forward_of_its_own_is_refused_by_name():
+    class Own(BinaryConv2d):
+        def forward(self, x):
+            return super().forward(x) + 1
+    with pytest.raises(ValueError, match='0.conv: Own'):
+        timm_el.deploy(nn.Sequential(BinaryUnit(Own(16, 16, 1))).eval())
+
+
+def test_a_refused_conversion_leaves_the_network_as_it_was():
+    latent, x = net('el_resnet26'), torch.randn(1, 3, 64, 64)
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        expected = deployed(x)
+        with pytest.raises(TypeError):
+            deployed.to(torch.bfloat16)
+        assert torch.equal(deployed(x), expected)
+
+
+@pytest.mark.parametrize('fuse', [True, False])
+def test_weights_that_change_are_noticed_however_they_change(fuse):
+    first, second, x = net('el_resnet26'), net('el_resnet26', seed=1), torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        a, b = timm_el.deploy(first, fuse_blocks=fuse), timm_el.deploy(second, fuse_blocks=fuse)
+        expected = b(x).clone()
+        a(x)
+        a.load_state_dict(b.state_dict())
+        assert torch.equal(a(x), expected)
+    with torch.no_grad():
+        for module in a.modules():
+            if isinstance(module, DeployedUnit):
+                module.bits.data = torch.zeros_like(module.bits)
+        found = a(x)
+        engine.use_isa('reference')
+        assert torch.equal(a(x), found)
+
+
+def test_weights_loaded_into_a_part_of_a_block_are_noticed():
+    latent, x = net('el_resnet26'), torch.randn(1, 3, 64, 64)
+    other = copy.deepcopy(latent)
+    other.layer2[1].conv1.norm.bias.data.add_(3)
+    other.layer2[1].conv1.link.gamma.data.mul_(3)  # no tensor of the deployed unit
+    with torch.inference_mode():
+        a, b = timm_el.deploy(latent), timm_el.deploy(other)
+        assert not torch.equal(a(x), b(x))
+        part = a.get_submodule('layer2.1.conv1')
+        part.load_state_dict(b.get_submodule('layer2.1.conv1').state_dict())
+        assert torch.equal(a(x), b(x))
+
+
+def tensors_of(network: nn.Module) -> dict:
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+
+def test_tensors_that_are_swapped_for_one_call_are_used():
+    latent, x = net('el_resnet26'), torch.randn(1, 3, 64, 64)
+    other = copy.deepcopy(latent)
+    other.layer2[1].conv2.norm.bias.data.add_(3)
+    a, b = timm_el.deploy(latent), timm_el.deploy(other)
+    with torch.no_grad():
+        before, expected = a(x), b(x)
+        assert torch.equal(torch.func.functional_call(a, tensors_of(b), (x,)), expected)
+        assert torch.equal(a(x), before) and not torch.equal(before, expected)
+
+
+def test_what_is_watched_goes_through_torchs_operators():
+    deployed, x = timm_el.deploy(net('el_resnet26', layers=[1, 1, 1, 1])), torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = deployed(x)
+        with torch.profiler.profile() as profile:
+            assert torch.equal(deployed(x), expected)
+        assert {'timm_el::chain', 'timm_el::real_conv2d'} <= {event.key for event in profile.key_averages()}
+
+
+def test_another_default_dtype_is_no_matter():
+    latent, x = net('el_resnet26', layers=[1, 1, 1, 1]), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = timm_el.deploy(latent)(x)
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert torch.equal(timm_el.deploy(latent)(x), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What other programs do with a network
+
+# Stems with and without the engine's convolution, blocks that are joined and blocks that are not, norms that fold and
+# norms that do not, dropout, shortcuts that pool, convolutions whose padding depends on the image.
+HOSTS = ['el_resnet26', 'el_mobilenet_v1', 'test_resnet', 'test_efficientnet_ln', 'test_convnext']
+MORE_HOSTS = [
+    'el_resnet18', 'el_reactnet_c', 'resnet18', 'efficientnet_b0', 'tf_efficientnetv2_b0', 'regnetx_002',
+    'convnext_atto', 'densenet121', 'test_byobnet', 'test_efficientnet', 'test_efficientnet_evos', 'test_mambaout',
+    'test_nfnet']
+EACH_HOST = with_slow(HOSTS, MORE_HOSTS)
+SMALL = {'el_resnet26': dict(layers=[1, 1, 1, 1], channels=[16, 16, 32, 32])}
+
+
+def host(name: str, **kwargs) -> nn.Module:
+    """A latent network: a registered model, or one of timm's, converted."""
+    kwargs = {**SMALL.get(name, {}), **kwargs}
+    if name.startswith('el_'):
+        return net(name, **kwargs)
+    torch.manual_seed(0)
+    return randomise(timm_el.binarize(timm.create_model(name, **kwargs))).eval()
+
+
+def image(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(1, 3, *(size or (64, 64)), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize('name', EACH_HOST)
+def test_a_memory_format_and_the_dtype_and_device_that_it_has_are_no_matter(name):
+    deployed, x = timm_el.deploy(host(name)), image()
+    state = copy.deepcopy(deployed.state_dict())
+    with torch.no_grad():
+        expected = deployed(x)
+        for arguments, options in (
+                ((), dict(memory_format=torch.channels_last)), (('cpu',), dict(memory_format=torch.channels_last)),
+                ((torch.float32,), {}), ((), dict(memory_format=torch.contiguous_format)),
+                (('cpu', torch.float32), dict(memory_format=torch.channels_last))):
+            assert deployed.to(*arguments, **options) is deployed
+            found = deployed(x.to(memory_format=torch.channels_last))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(deployed.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(num_classes=0), dict(features_only=True)], ids=str)
+@pytest.mark.parametrize('name', EACH_HOST)
+def test_parameters_tell_the_device_and_dtype_of_the_input(name, kwargs):
+    deployed = timm_el.deploy(host(name, **kwargs))
+    first = next(deployed.parameters())
+    assert (first.device.type, first.dtype) == ('cpu', torch.float32)
+    assert not any(p.requires_grad for p in deployed.parameters())
+    for module in deployed.modules():
+        if isinstance(module, DeployedUnit):
+            assert next(module.parameters()).dtype == torch.float32
+
+
+def test_a_units_state_is_named_by_what_it_holds():
+    unit = BinaryUnit(BinaryConv2d(16, 16, 3), pre=negative_norm(16), post=RPReLU(16))
+    deployed = timm_el.deploy(nn.Sequential(unit).eval())
+    assert set(deployed.state_dict()) == {'0.bits', '0.table', '0.threshold', '0.flip', '0._extra_state'}
+    assert {name for name, _ in deployed.named_buffers()} == {'0.bits', '0.flip'}
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_parameters_that_are_asked_for_gradients_do_no_harm(name):
+    deployed, x = timm_el.deploy(host(name, num_classes=0)), image()
+    expected = deployed(x).detach()
+    probe = nn.Sequential(deployed, nn.Linear(expected.shape[1], 2)).requires_grad_(True)
+    optimizer = torch.optim.SGD(probe.parameters(), lr=1., weight_decay=.1)
+    before = probe[1].weight.detach().clone()
+    probe(x).square().sum().backward()
+    for parameter in deployed.parameters():
+        parameter.grad = None
+    optimizer.step()
+    assert not torch.equal(probe[1].weight, before)
+    assert torch.equal(deployed(x), expected)
+    for parameter in deployed.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # writes in place
+    assert torch.equal(deployed(x), copy.deepcopy(deployed)(x)) and not torch.equal(deployed(x), expected)
+
+
+def test_the_copy_does_not_share_the_models_tensors():
+    """Not even where a bias stays outside of the operator."""
+    conv = BinaryConv2d(16, 16, 3, padding=1, groups=4, scale_input=True)
+    latent, x = nn.Sequential(BinaryUnit(conv, nn.BatchNorm2d(16))).eval(), torch.randn(1, 16, 5, 5)
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        expected = deployed(x)
+        for tensor in latent.state_dict().values():
+            tensor.fill_(3)
+        assert torch.equal(deployed(x), expected)
+
+
+class Noisy(nn.Module):
+    """Everything whose output depends on the mode: dropout of modules and of functions, a norm that does not fold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.unit = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), unit()
+        self.drop, self.path, self.free = nn.Dropout2d(.5), timm.layers.DropPath(.5), nn.RReLU()
+        self.alpha, self.batch = nn.AlphaDropout(.5), nn.BatchNorm2d(16, track_running_stats=False)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x).abs())
+        x = self.unit(x) + self.path(self.alpha(self.drop(x)))
+        return nn.functional.dropout(self.free(x), .5, self.training).mean((2, 3))
+
+
+def modes(network: nn.Module) -> set:
+    return {m.training for m in network.modules()}
+
+
+TRAINED = {
+    'it': lambda d: d.train() is d, 'a network around it': lambda d: nn.Sequential(nn.Sequential(d)).train(),
+    'each module': lambda d: [m.train(True) for m in d.modules()], 'a copy': lambda d: copy.deepcopy(d).train(),
+    'its children': lambda d: [m.train() for m in d.children()], 'eval': lambda d: d.eval() is d,
+}
+
+
+@pytest.mark.parametrize('name', [*EACH_HOST, 'noisy'])
+def test_a_deployed_network_stays_in_eval_mode(name):
+    latent = Noisy().eval() if name == 'noisy' else host(
+        name, num_classes=0, drop_rate=.5, **({} if 'convnext' not in name else dict(drop_path_rate=.5)))
+    deployed, x = timm_el.deploy(latent), torch.cat([image(seed=1), image(seed=2)])
+    state = copy.deepcopy(deployed.state_dict())
+    with torch.no_grad():
+        expected = deployed(x)
+        for who, train in TRAINED.items():
+            assert train(deployed), who
+            assert modes(deployed) == {False}, who
+            assert torch.equal(deployed(x), expected), who
+    torch.testing.assert_close(deployed.state_dict(), state, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_probe_trains_on_a_deployed_network_that_stays_as_it_is():
+    deployed, x = timm_el.deploy(host('test_resnet', num_classes=0)), torch.cat([image(seed=1), image(seed=2)])
+    expected = deployed(x)
+    probe = nn.Sequential(deployed, nn.Dropout(.5), nn.Linear(expected.shape[1], 5)).train()
+    assert modes(probe[1]) == modes(probe[2]) == {True}
+    probe(x).sum().backward()
+    assert torch.equal(deployed(x), expected) and probe[2].weight.grad is not None
+
+
+@pytest.mark.parametrize('how', ['deepcopy', 'save'])
+def test_a_copy_stays_in_eval_mode_by_itself(how):
+    deployed = timm_el.deploy(host('test_resnet'))
+    if how == 'deepcopy':
+        twin = copy.deepcopy(deployed)
+    else:
+        file = io.BytesIO()
+        torch.save(deployed, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert twin.train() is twin and twin.layer1.train() is twin.layer1 and modes(twin) == {False}
+    with pytest.raises(TypeError, match='another dtype'):
+        twin.half()
+
+
+def test_modules_that_are_put_in_later_go_to_eval_mode_with_the_others():
+    deployed = timm_el.deploy(host('test_resnet'))
+    deployed.reset_classifier(7)
+    deployed.fc = nn.Sequential(nn.Dropout(.5), deployed.fc)
+    deployed.train()
+    assert modes(deployed) == {False}
+
+
+CONVERSIONS = [
+    nn.Module.half, nn.Module.double, nn.Module.bfloat16, lambda m: m.to(torch.float16),
+    lambda m: m.to('cpu', torch.float64, memory_format=torch.channels_last), lambda m: m.type(torch.float64)]
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_a_conversion_to_another_dtype_is_refused_before_anything_is_changed(name):
+    engine.use_isa('reference')  # torch's own stem comes first
+    deployed = timm_el.deploy(host(name))
+    engine.use_isa(None)
+    state, x = copy.deepcopy(deployed.state_dict()), image()
+    with torch.no_grad():
+        expected = deployed(x)
+        for convert in CONVERSIONS:
+            for part in (deployed, *deployed.children()):
+                with pytest.raises(TypeError, match='another dtype; deploy the latent network again'):
+                    convert(part)
+        torch.testing.assert_close(deployed.state_dict(), state, rtol=0, atol=0)
+        assert torch.equal(deployed(x), expected)
+
+
+def times_0(module: nn.Module, calls: list):
+    """A closure, as timers and profilers write them."""
+    old = module.forward
+
+    def forward(*args, **kwargs):
+        calls.append(module)
+        return old(*args, **kwargs) * 0
+    return forward
+
+
+def bound(module: nn.Module, calls: list):
+    def forward(self, *args, **kwargs):
+        calls.append(module)
+        return type(self).forward(self, *args, **kwargs) * 0
+    return types.MethodType(forward, module)
+
+
+def _offloaded(module, calls, *args, **kwargs):
+    calls.append(1)
+    return module._old_forward(*args, **kwargs) * 0
+
+
+def offloaded(module: nn.Module, calls: list):
+    """As accelerate writes them."""
+    module._old_forward = module.forward
+    return functools.partial(_offloaded, module, calls)
+
+
+PATCHES = {'closure': times_0, 'method': bound, 'partial': offloaded}
+
+
+def called(network: nn.Module, x: torch.Tensor) -> list:
+    """Paths of the modules that run in a pass, but for the network itself."""
+    paths, seen = {m: p for p, m in network.named_modules()}, []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, out: seen.append(paths.get(m)))
+    try:
+        network(x)
+    finally:
+        handle.remove()
+    return [path for path in dict.fromkeys(seen) if path]
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(features_only=True)], ids=str)
+@pytest.mark.parametrize('name', EACH_HOST)
+def test_a_forward_put_on_an_instance_runs_and_its_result_counts(name, kwargs):
+    deployed, x = timm_el.deploy(host(name, **kwargs)), image()
+    with torch.inference_mode():
+        expected = as_list(deployed(x))
+        paths = called(deployed, x)
+        assert len(paths) > 10
+        for path, patch in zip(paths, itertools.cycle(PATCHES)):
+            module, calls = deployed.get_submodule(path), []
+            handle = module.register_forward_hook(lambda m, args, out: out * 0)
+            hooked = as_list(deployed(x))
+            handle.remove()
+            module.forward = PATCHES[patch](module, calls)
+            patched = as_list(deployed(x))
+            del module.forward
+            assert calls and all(map(torch.equal, patched, hooked)), path
+            assert all(map(torch.equal, as_list(deployed(x)), expected)), path
+
+
+def as_list(outputs) -> list:
+    return [t.clone() for t in (outputs if isinstance(outputs, (list, tuple)) else [outputs])]
+
+
+@pytest.mark.parametrize('part', ['layer1', 'layer1.0', 'layer1.0.conv2', 'layer3.0.conv1', 'maxpool', 'conv1.0', 'fc'])
+def test_a_part_that_is_compiled_by_itself_runs_compiled(part):
+    deployed, x, calls = timm_el.deploy(host('test_resnet')), image(), []
+
+    def backend(graph, inputs):
+        calls.append(part)
+        return graph.forward
+
+    with torch.no_grad():
+        expected = deployed(x)
+        deployed.get_submodule(part).compile(backend=backend)
+        torch.testing.assert_close(deployed(x), expected)
+        assert calls
+        torch.testing.assert_close(copy.deepcopy(deployed)(x), expected)  # torch's copies are not compiled
+
+
+def kinds_of_modules(network: nn.Module, x: torch.Tensor) -> list:
+    """Paths of the first and the last module of each class that run, and of what stands around them."""
+    paths = called(network, x)
+    ends = {}
+    for path in paths:
+        ends.setdefault(type(network.get_submodule(path)), []).append(path)
+    return [path for path in paths if any(path in (of[0], of[-1]) for of in ends.values())]
+
+
+@pytest.mark.parametrize('name', with_slow(['el_resnet26', 'test_efficientnet'], HOSTS + MORE_HOSTS))
+def test_a_forward_put_on_an_instance_before_deploying_is_kept_or_refused_by_name(name):
+    latent, x, kept, refused = host(name), image(), 0, 0
+    units = {path for path, m in latent.named_modules() if isinstance(m, BinaryUnit)}
+    with torch.no_grad():
+        for path, patch in zip(kinds_of_modules(latent, x), itertools.cycle(PATCHES)):
+            module, calls = latent.get_submodule(path), []
+            module.forward = PATCHES[patch](module, calls)
+            expected = latent(x)
+            assert calls
+            if any(f'{path}.'.startswith(f'{unit}.') for unit in units):
+                refused += 1
+                with pytest.raises(ValueError, match=f'^{path}: .*forward in its instance.*on the deployed network'):
+                    timm_el.deploy(latent)
+            else:
+                kept += 1
+                deployed = timm_el.deploy(latent)
+                calls.clear()
+                torch.testing.assert_close(deployed(x), expected, rtol=1e-3, atol=1e-3)
+                assert patch == 'partial' or calls, path  # a partial's list is copied with it
+            vars(module).pop('_old_forward', None)
+            del module.forward
+    assert kept > 5 and refused > 1
+
+
+@pytest.mark.parametrize('what', ['forward', 'hook', 'pre hook'])
+def test_a_norm_is_not_folded_across_the_border_of_a_module_whose_call_is_altered(what):
+    class Stem(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1))
+            self.b, self.unit = nn.Sequential(nn.BatchNorm2d(16)), unit()
+
+        def forward(self, x):
+            return self.unit(self.b(self.a(x)))
+
+    torch.manual_seed(0)
+    latent, x = randomise(Stem()).eval(), image(8, 8)
+    if what == 'forward':
+        latent.a.forward = times_0(latent.a, [])
+    elif what == 'hook':
+        latent.a.register_forward_hook(lambda m, args, out: out * 0)
+    else:
+        latent.b.register_forward_pre_hook(lambda m, args: (args[0] * 0,))
+    with torch.no_grad():
+        torch.testing.assert_close(timm_el.deploy(latent)(x), latent(x))
+
+
+@pytest.mark.parametrize('path', ['0.act', '0.drop', '0'])
+def test_what_is_put_on_a_norms_own_activation_is_kept(path):
+    torch.manual_seed(0)
+    norm = randomise(timm.layers.BatchNormAct2d(16))
+    latent, x = nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 16, 3), norm=nn.Sequential(norm), unit=unit())), image(8, 8)
+    latent.eval().norm.get_submodule(path).register_forward_hook(lambda m, args, out: out * 0 - 1)
+    with torch.no_grad():
+        torch.testing.assert_close(timm_el.deploy(latent)(x), latent(x))
+
+
+@pytest.mark.parametrize('options', [{}, dict(float_dtype=torch.bfloat16), dict(fuse_blocks=False)], ids=str)
+@pytest.mark.parametrize('path', ['conv1', 'layer1.0.conv1', 'maxpool', 'fc', 'layer1', 'bn1'])
+def test_hooks_keep_what_they_were_registered_with(path, options):
+    latent, x, seen = timm_el.binarize(timm.create_model('resnet18')).eval(), image(), []
+    module = latent.get_submodule(path)
+    if path != 'conv1':  # a convolution whose output somebody sees stays as it is
+        module.register_forward_hook(
+            lambda m, args, kwargs, out: seen.append(kwargs), with_kwargs=True, always_call=True)
+    module.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    deployed = timm_el.deploy(latent, **options)
+    seen.clear()
+    with torch.no_grad():
+        deployed(x)
+    assert seen == [{}] * (1 if path == 'conv1' else 2)
+
+
+class Layers(nn.Module):
+    """One of each kind of layer, outside of units and inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.act = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.PReLU(16)
+        self.grouped, self.group_norm, self.pool = nn.Conv2d(16, 16, 3, groups=4), nn.GroupNorm(4, 16), nn.MaxPool2d(2)
+        self.unit = BinaryUnit(
+            BinaryConv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), pre=Shift(16), post=RPReLU(32),
+            link=ElasticLink(16, 32), tail=nn.Conv2d(32, 32, 1))
+        self.real = BinaryUnit(nn.Conv2d(32, 32, 3), nn.BatchNorm2d(32), nn.PReLU())
+        self.fc = nn.Linear(32, 5)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, x):
+        x = self.pool(self.group_norm(self.grouped(self.act(self.norm(self.stem(x))))))
+        return self.fc(self.real(self.unit(x)).mean((2, 3)))
+
+
+class EverySecond(prune.BasePruningMethod):
+    """A way of pruning that is not torch's."""
+    PRUNING_TYPE = 'unstructured'
+
+    def compute_mask(self, tensor, default_mask):
+        return torch.arange(tensor.numel()).reshape(tensor.shape) % 2 * default_mask
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+ANEW = {
+    'l1 pruning': lambda m, name: prune.l1_unstructured(m, name, .5),
+    'own pruning': lambda m, name: EverySecond.apply(m, name),
+    'weight norm': lambda m, name: parametrizations.weight_norm(m, name),
+    'spectral norm': lambda m, name: parametrizations.spectral_norm(m, name),
+    'orthogonal': lambda m, name: parametrizations.orthogonal(m, name),
+    'own parametrization': lambda m, name: parametrize.register_parametrization(m, name, Doubled()),
+    'old weight norm': lambda m, name: nn.utils.weight_norm(m, name),
+    'old spectral norm': lambda m, name: nn.utils.spectral_norm(m, name),
+}
+MATRIX_ONLY = ('weight norm', 'spectral norm', 'orthogonal', 'old weight norm', 'old spectral norm')
+WEIGHTS = {
+    'stem': 'weight', 'norm': 'weight', 'act': 'weight', 'grouped': 'weight', 'group_norm': 'bias', 'fc': 'weight',
+    'unit.conv': 'weight', 'unit.norm': 'weight', 'unit.pre': 'bias', 'unit.post': 'slope', 'unit.link': 'gamma',
+    'unit.tail': 'weight', 'real.conv': 'weight', 'real.norm': 'bias', 'real.act': 'weight'}
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.* is deprecated:FutureWarning')
+@pytest.mark.parametrize('how', ANEW)
+@pytest.mark.parametrize('path', WEIGHTS)
+@pytest.mark.parametrize('fresh', [True, False], ids=['fresh', 'run before'])
+def test_a_layer_that_computes_its_weight_anew_runs_as_it_is_or_is_refused_by_name(path, how, fresh):
+    torch.manual_seed(0)
+    latent, x, name = randomise(Layers()).eval(), image(16, 16), WEIGHTS[path]
+    module = latent.get_submodule(path)
+    if getattr(module, name).dim() < 2 and how in MATRIX_ONLY:
+        return
+    with torch.no_grad():
+        for parameter in latent.parameters():
+            parameter.add_(.1 * torch.randn_like(parameter))
+        unaltered = latent(x)
+    ANEW[how](module, name)
+    latent.eval()  # a parametrization comes in training mode
+    if not fresh:
+        with torch.no_grad():
+            latent(x)
+    if '.' in path:
+        message = f'computes its .*{name}.* anew .*prune.remove.*parametrize.remove_parametrizations'
+        with pytest.raises(ValueError, match=f'^{path}: .*{message}'):
+            timm_el.deploy(latent)
+        return
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        expected = latent(x)
+        assert 'weight norm' in how or not torch.equal(expected, unaltered)
+        for model in (deployed, copy.deepcopy(deployed)):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', EACH_HOST)
+def test_a_pruned_stem_and_classifier_stay_pruned(name):
+    latent, x = host(name), image()
+    stem = next(m for m in latent.modules() if type(m) is nn.Conv2d)
+    for module in (stem, latent.get_classifier()):
+        prune.l1_unstructured(module, 'weight', .5)
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(x), latent(x), rtol=1e-3, atol=1e-4)
+        prune.remove(deployed.get_classifier(), 'weight')
+        torch.testing.assert_close(deployed(x), latent(x), rtol=1e-3, atol=1e-4)
+
+
+def test_tensors_with_a_history_that_a_module_keeps_are_copied_without_it():
+    class Keeping(nn.Identity):
+        def forward(self, x):
+            self.last, self.all = x, {'seen': [x]}
+            return x
+
+    latent = nn.Sequential(
+        nn.Conv2d(3, 16, 3), Keeping(), unit(), BinaryUnit(BinaryConv2d(16, 16, 1), act=Keeping(), link=Keeping()))
+    latent.eval()(image(8, 8))
+    assert latent[1].last.requires_grad
+    deployed = timm_el.deploy(latent)
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(image(8, 8)), latent(image(8, 8)), rtol=1e-4, atol=1e-4)
+
+
+@contextlib.contextmanager
+def default(kind: str):
+    """Another default of torch's."""
+    try:
+        if kind == 'with meta':
+            with torch.device('meta'):
+                yield
+            return
+        if kind == 'meta':
+            torch.set_default_device('meta')
+        else:
+            torch.set_default_dtype(getattr(torch, kind))
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+DEFAULTS = ['with meta', 'meta', 'float64', 'bfloat16']
+
+
+@pytest.mark.parametrize('kind', DEFAULTS)
+@pytest.mark.parametrize('name', EACH_HOST)
+def test_default_device_and_dtype_are_no_matter(name, kind):
+    latent, x = host(name), image()
+    before = timm_el.deploy(latent)
+    with torch.no_grad():
+        expected = before(x)
+        with default(kind):
+            deployed = timm_el.deploy(latent)
+            assert torch.equal(before(x), expected) and torch.equal(copy.deepcopy(before)(x), expected)
+            assert torch.equal(deployed(x), expected)
+            state = deployed.state_dict()
+            deployed.load_state_dict(before.state_dict())
+            assert torch.equal(deployed(x), expected)
+        assert list(map(type, deployed.modules())) == list(map(type, before.modules()))
+    torch.testing.assert_close(state, before.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('native', [True, False])
+@pytest.mark.parametrize('kind', DEFAULTS)
+def test_units_are_the_same_under_every_default(kind, native):
+    engine.use_isa(None if native else 'reference')
+    for name, make in UNITS.items():
+        torch.manual_seed(0)
+        latent, x = nn.Sequential(make()).eval(), torch.randn(3, 20, 10, 9)
+        with torch.no_grad():
+            expected = timm_el.deploy(latent)(x)
+            with default(kind):
+                assert torch.equal(timm_el.deploy(latent)(x), expected), name
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_a_network_on_another_device_says_so(name):
+    deployed, x = timm_el.deploy(host(name)), image()
+    with torch.no_grad():
+        shape = deployed(x).shape
+        deployed.to('meta')
+        assert deployed(x.to('meta')).shape == shape
+        with pytest.raises(ValueError, match=r"found a tensor .* on meta, expected cpu, .*\.to\('cpu'\)"):
+            deployed(x)
+
+
+@pytest.mark.parametrize('native', [True, False])
+@pytest.mark.parametrize('fuse', [True, False])
+@pytest.mark.parametrize('part', ['layer1.1', 'layer2.0.conv2', 'layer3.1.conv3', 'maxpool', 'conv1', 'fc'])
+def test_the_part_that_is_on_another_device_is_named(part, fuse, native):
+    engine.use_isa(None if native else 'reference')
+    deployed, x = timm_el.deploy(host('el_resnet26', layers=[2, 2, 2, 2]), fuse_blocks=fuse), image()
+    if part in ('conv1', 'fc') and not native:
+        return  # torch's own layers
+    with torch.no_grad():
+        expected = deployed(x)
+        deployed.get_submodule(part).to('meta')
+        if part == 'maxpool':
+            assert torch.equal(deployed(x), expected)
+            return
+        with pytest.raises(ValueError, match=f'^{part}.*: found a tensor of the deployed network on meta'):
+            deployed(x)
+        for tensor in tensors_of(deployed.get_submodule(part)).values():
+            assert tensor.device.type == 'meta'
+
+
+def test_a_unit_of_several_operators_says_that_it_is_on_another_device():
+    for name, make in UNITS.items():
+        deployed = timm_el.deploy(nn.Sequential(make()).eval()).to('meta')
+        if tensors_of(deployed) and name not in ('real grouped', 'weights only, same', 'link only'):
+            with pytest.raises(ValueError, match='^0: found a tensor'), torch.no_grad():
+                deployed(torch.randn(3, 20, 10, 9))

@@ -1,0 +1,188 @@
+"""The eval verb: what it counts, with what it compares, which nets it takes, what it refuses."""
+import dataclasses
+import json
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import randomise
+from PIL import Image
+
+import timm_el
+from timm_el.__main__ import main
+from timm_el.cli.eval import show
+from timm_el.experiments import evaluate as verb
+from timm_el.experiments.config import FitConfig
+from timm_el.experiments.evaluate import as_packed
+from timm_el.experiments.fit import fit
+from timm_el.experiments.nets import Net
+from timm_el.experiments.photos import label_names, prepare
+from timm_el.models._pretrained import SHIPPED
+
+CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+MODEL = 'el_resnet26.cifar10'
+# timm's reader leaves it to the garbage collector to close what it opened.
+pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
+
+
+@pytest.fixture(scope='module')
+def shipped():
+    return timm.create_model(MODEL, pretrained=True).eval()
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, shipped):
+    """Noise in ten classes: of 20 images the shipped net puts 10 into the class that their folder names."""
+    root = tmp_path_factory.mktemp('noise')
+    torch.manual_seed(0)
+    for i in range(20):
+        coarse = torch.rand(3, 1 + i % 5, 1 + i % 3)[None]
+        pixels = torch.nn.functional.interpolate(coarse, (32, 32))[0].mul(255).byte().permute(1, 2, 0).numpy()
+        image = Image.fromarray(pixels)
+        with torch.no_grad():
+            found = shipped(prepare(shipped, image)[None]).argmax().item()
+        label = found
+        if i < 10:  # one wrong image in every class
+            label = i
+            if i == found:
+                image = Image.new('RGB', (32, 32), (255, 0, 0))
+                with torch.no_grad():
+                    assert shipped(prepare(shipped, image)[None]).argmax().item() != i
+        (root / 'validation' / CLASSES[label]).mkdir(parents=True, exist_ok=True)
+        image.save(root / 'validation' / CLASSES[label] / f'{i}.png')
+    return root
+
+
+def evaluate(capsys, *argv) -> dict:
+    assert main(['eval', *map(str, argv), '--json']) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_all_forms_of_the_shipped_net_are_counted_right(folder, shipped, capsys):
+    top1 = json.loads((SHIPPED / 'manifest.json').read_text())[MODEL]['top1']
+    found = evaluate(capsys, 'el_resnet26', '--data-dir', folder, '--batch-size', 7)
+    assert found['images'] == 20 and found['size'] == shipped.pretrained_cfg['input_size'][-1]
+    assert found['forms']['latent']['top1'] == found['forms']['packed']['top1'] == 50
+    assert 50 <= found['forms']['latent']['top5'] <= 100
+    assert found['same_top1']['latent = packed'] == 100
+    assert abs(found['forms']['deployed']['top1'] - 50) <= 10 and found['same_top1']['latent = deployed'] >= 90
+    assert found['recorded'] == {'top1': top1} and found['engine']['body']
+    text = '\n'.join(show(found))
+    assert f'recorded: top-1 {top1:.2f}' in text and text.count('NOT within 0.1 points') == 2
+    assert 'NOT within 0.3 points' in text
+
+
+def test_a_part_of_the_images_is_spread_over_the_classes_and_not_compared(folder, capsys):
+    found = evaluate(capsys, MODEL, '--data-dir', folder, '--limit', 5, '--forms', 'latent')
+    assert found['images'] == 5 and list(found['forms']) == ['latent'] and found['same_top1'] == {}
+    assert 'not compared with one of 5' in '\n'.join(show(found))
+    loader = verb.load_images(timm.create_model(MODEL), str(folder), limit=5)
+    labels = torch.cat([y for _, y in loader]).tolist()
+    assert len(set(labels)) > 1 and labels == sorted(labels)
+
+
+def test_a_top1_like_the_cards_is_said_to_be_within():
+    result = {
+        'net': 'net', 'images': 10_000, 'size': 32, 'limit': None, 'recorded': {'top1': 60.0}, 'same_top1': {},
+        'forms': {'latent': {'top1': 59.9, 'top5': 90.}, 'deployed': {'top1': 60.31, 'top5': 90.}},
+        'engine': {'body': 'avx2'}, 'machine': {'cpu': 'a processor', 'threads': 1}}
+    lines = list(show(result))
+    assert lines[-2].endswith('-0.10   within 0.1 points') and lines[-1].endswith('+0.31   NOT within 0.3 points')
+    assert 'no top-1 is recorded' in list(show({**result, 'recorded': {}}))[-1]
+
+
+def test_the_packed_form_computes_with_what_is_in_the_file(monkeypatch):
+    model = randomise(timm.create_model('el_resnet18', num_classes=10)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(as_packed(model)(x), model(x))
+        other = randomise(timm.create_model('el_resnet18', num_classes=10), seed=1).eval()
+        monkeypatch.setattr(verb, 'save_packed', lambda model, path: timm_el.save_packed(other, path))
+        assert torch.equal(as_packed(model)(x), other(x))
+
+
+def test_nets_come_from_checkpoints_hub_folders_and_recipes(tmp_path):
+    torch.manual_seed(0)
+    model = randomise(timm.create_model('el_resnet18', num_classes=7, recipe='bireal')).eval()
+    x = torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    timm_el.save_for_hub(model, tmp_path / 'hub', metrics={'top1': 12.5}, pretrained_cfg={'input_size': (3, 32, 32)})
+    for net in (Net.parse(f'el_resnet18:bireal@{tmp_path / "last.pth.tar"}'), Net.parse(str(tmp_path / 'hub'))):
+        loaded = net.build()
+        assert not loaded.training and torch.allclose(loaded(x), expected)
+    assert net.recorded(loaded) == {'top1': 12.5} and net.label == 'hub'
+    assert Net.parse('resnet18:el').build().binarize_report.recipe.name == 'el'
+    assert Net.parse('resnet18').build().num_classes == 1000
+
+
+def test_a_folder_of_train_py_is_evaluated_as_it_was_trained_and_pushed_with_its_log(tmp_path, capsys):
+    args = {'model': 'el_resnet18', 'model_kwargs': {'recipe': 'bireal'}, 'num_classes': 10, 'input_size': [3, 48, 48],
+            'img_size': None, 'mean': [0.1, 0.2, 0.3], 'std': [0.4, 0.5, 0.6], 'crop_pct': 1.0,
+            'interpolation': 'bilinear', 'epochs': 2, 'amp': False}
+    run = tmp_path / 'run'
+    run.mkdir()
+    (run / 'args.yaml').write_text(yaml.safe_dump(args))
+    with pytest.raises(ValueError, match='found no last.pth.tar, expected a run of at least one epoch'):
+        Net.parse(str(run)).build()
+    torch.manual_seed(0)
+    model = randomise(timm.create_model('el_resnet18', num_classes=10, recipe='bireal')).eval()
+    torch.save({'state_dict': model.state_dict()}, run / 'last.pth.tar')
+    (run / 'summary.csv').write_text('epoch,train_loss,eval_loss,eval_top1\n0,2.5,2.25,12\n1,2.0,1.75,34\n')
+    loaded = Net.parse(str(run)).build()
+    x = torch.randn(2, 3, 48, 48)
+    assert torch.equal(loaded(x), model(x))
+    assert prepare(loaded, Image.new('RGB', (60, 60)))[:, 0, 0].tolist() == pytest.approx([-0.25, -0.4, -0.5])
+    argv = ['push', 'me/net', '--model', str(run), '--folder', str(tmp_path / 'hub'), '--dry-run']
+    assert main([*argv, '--pretrained-cfg', json.dumps({'tag': 'cifar10', 'label_names': CLASSES})]) == 0
+    card = (tmp_path / 'hub' / 'README.md').read_text()
+    assert '| 0 | 2.500 | 2.250 | 12.00 |\n| 1 | 2.000 | 1.750 | 34.00 |' in card
+    pushed = timm_el.from_hub(tmp_path / 'hub').eval()
+    assert torch.allclose(pushed(x), model(x)) and label_names(pushed) == list(CLASSES)
+    assert pushed.pretrained_cfg['input_size'] == (3, 48, 48) and pushed.pretrained_cfg['tag'] == 'cifar10'
+
+
+def test_a_folder_of_fit_is_evaluated_to_what_its_log_says_and_pushed(colours, tmp_path, capsys):
+    run = tmp_path / 'run'
+    config = FitConfig(
+        model='resnet26', recipe='bireal', model_kwargs={'layers': [1, 1, 1, 1], 'channels': [8, 8, 16, 16]},
+        num_classes=3, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], pad_crop=4, batch_size=8, epochs=2)
+    top1 = fit(config, str(run), str(colours))['top1']
+    capsys.readouterr()
+    found = evaluate(capsys, run, '--data-dir', colours)
+    assert found['recorded'] == {'top1': top1} and found['size'] == 32 and found['images'] == 15
+    assert found['forms']['latent']['top1'] == found['forms']['packed']['top1'] == pytest.approx(top1)
+    twin = dataclasses.replace(config, recipe='host', epochs=1)
+    top1_of_twin = fit(twin, str(tmp_path / 'float'), str(colours))['top1']
+    capsys.readouterr()
+    forms = evaluate(capsys, tmp_path / 'float', '--data-dir', colours)['forms']
+    assert list(forms) == ['latent'] and forms['latent']['top1'] == pytest.approx(top1_of_twin)
+    argv = ['push', 'me/net', '--model', str(run), '--folder', str(tmp_path / 'hub'), '--dry-run']
+    assert main([*argv, '--pretrained-cfg', json.dumps({'label_names': ['red', 'green', 'blue']})]) == 0
+    card = (tmp_path / 'hub' / 'README.md').read_text()
+    assert '`python -m timm_el fit`: model resnet26, recipe bireal, model_kwargs' in card and f'{top1:.2f} |' in card
+    pushed, x = timm_el.from_hub(tmp_path / 'hub').eval(), torch.randn(2, 3, 32, 32)
+    assert torch.allclose(pushed(x), Net.parse(str(run)).build()(x)) and label_names(pushed)[1] == 'green'
+    assert tuple(pushed.pretrained_cfg['mean']) == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['el_resnet18', '--data-dir', '.'], 'No pretrained weights exist for el_resnet18'),
+    (['el_resnet18@nowhere.pth', '--data-dir', '.'], "found no file 'nowhere.pth'"),
+    ([MODEL, '--data-dir', 'nowhere'], "data-dir: found no folder 'nowhere'"),
+])
+def test_what_cannot_be_evaluated_is_named(argv, message, capsys):
+    assert main(['eval', *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_classes_and_unknown_forms_are_refused(tmp_path, capsys):
+    (tmp_path / 'one').mkdir()
+    Image.new('RGB', (8, 8)).save(tmp_path / 'one' / 'a.png')
+    assert main(['eval', MODEL, '--data-dir', str(tmp_path)]) == 2
+    assert 'found 1 classes' in capsys.readouterr().err
+    for option, message in ((['--forms', 'latent,fast'], "unknown form 'fast'"), (['--limit', '0'], "found '0'")):
+        with pytest.raises(SystemExit):
+            main(['eval', MODEL, '--data-dir', str(tmp_path), *option])
+        assert message in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""Rules of the house: style, one-way imports, a cheap and quiet import, names that stay."""
+import importlib
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import timm_el
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_ruff():
+    result = run(sys.executable, '-m', 'ruff', 'check', '.')
+    assert result.returncode == 0, result.stdout
+
+
+def test_imports_run_one_way():
+    result = run(sys.executable, '-c', 'from importlinter.cli import lint_imports; raise SystemExit(lint_imports())')
+    assert result.returncode == 0, result.stdout
+
+
+def test_import_is_quiet_and_brings_nothing_heavy():
+    """What `import timm_el` adds to `import timm` is its own modules: no output, no third package, no thread."""
+    code = '''
+import sys, threading, timm
+before = set(sys.modules)
+import timm_el
+new = {m.partition('.')[0] for m in set(sys.modules) - before}
+print(sorted(m for m in new if m not in sys.stdlib_module_names))
+print(threading.active_count())
+'''
+    result = run(sys.executable, '-W', 'error', '-c', code)
+    assert result.stdout.split('\n')[:2] == ["['timm_el']", '1'] and result.stderr == '', result
+
+
+@pytest.mark.parametrize('name, place', [
+    ('packed', 'weights.packed'), ('checkpoints', 'weights.loading'), ('bits', 'weights.bits'), ('shapes', 'dry_run')])
+def test_modules_that_moved_say_where_they_are(name, place):
+    with pytest.raises(ModuleNotFoundError, match=f'timm_el.{name} is timm_el.{place} now'):
+        importlib.import_module(f'timm_el.{name}')
+    with pytest.raises(AttributeError, match=f'timm_el.{name} is timm_el.{place} now'):
+        getattr(timm_el, name)
+    importlib.import_module(f'timm_el.{place}')
+
+
+PUBLIC = {
+    'timm_el': '__version__ binarize CheckpointError deploy engine from_hub load_float load_packed models '
+               'pack_state_dict push_to_hub Recipe RECIPES save_for_hub save_packed summarize unpack_state_dict',
+    'timm_el.engine': 'DeployedBlock DeployedConv DeployedLinear DeployedPool DeployedStage DeployedUnit '
+                      'SlowEngineWarning chip_rate count_rate deploy info use_isa',
+    'timm_el.layers': 'BinaryConv2d BinaryLinear BinaryUnit ElasticLink HOST_ATTRIBUTES RPReLU RSign Shift '
+                      'StandardizedBinaryConv2d ZeroShortcut check_own_tensors check_tensors expected_statistics '
+                      'guard_input input_scale input_sign_shares real_weights same_pads weight_scale',
+    'timm_el.training': 'DistillationTask JsonLines Telemetry attention_loss attention_map binary_layers '
+                        'clip_latent_weights distributional_loss logit_loss residual_blocks',
+}
+SIGNATURES = {
+    'binarize': "(model, recipe='el', *, keep=(), example_input=None, real_weights=False, strict=False, like=None)",
+    'deploy': '(model, *, float_dtype=torch.float32, fuse_blocks=True)',
+    'from_hub': '(repo, *, revision=None, cache_dir=None, **kwargs)',
+    'load_float': '(model, checkpoint)',
+    'load_packed': '(model, path, assign=False)',
+    'save_packed': '(model, path, float_dtype=None)',
+    'summarize': '(model, input_size=None)',
+}
+
+
+@pytest.mark.parametrize('module', PUBLIC)
+def test_public_names_stay(module):
+    found = importlib.import_module(module)
+    assert sorted(found.__all__) == sorted(PUBLIC[module].split())
+    assert all(hasattr(found, name) for name in found.__all__)
+
+
+@pytest.mark.parametrize('name', SIGNATURES)
+def test_public_signatures_stay(name):
+    signature = inspect.signature(getattr(timm_el, name))
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    assert str(signature.replace(parameters=bare, return_annotation=signature.empty)) == SIGNATURES[name]
