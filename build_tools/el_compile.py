@@ -1,0 +1,187 @@
+"""Compile the engine's kernels into one shared library: the choice of a compiler, and its command lines.
+
+Needs the standard library only, because the build backend asks here whether Zig has to be installed.
+"""
+import concurrent.futures
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Optional
+
+ROOT = Path(__file__).resolve().parent.parent
+ZIG = 'ziglang>=0.13'
+
+
+@dataclass(frozen=True)
+class Target:
+    """A platform that Zig builds the library for.
+
+    Args:
+        triple: Zig's name of it, with the oldest system that the library shall run on.
+        tag: Platform tag of a wheel.
+        suffix: Of the library's file name.
+    """
+    triple: str
+    tag: str
+    suffix: str
+
+
+TARGETS = {
+    'linux-x86_64': Target('x86_64-linux-gnu.2.17', 'manylinux_2_17_x86_64.manylinux2014_x86_64', '.so'),
+    'linux-aarch64': Target('aarch64-linux-gnu.2.17', 'manylinux_2_17_aarch64.manylinux2014_aarch64', '.so'),
+    'macos-arm64': Target('aarch64-macos.11.0', 'macosx_11_0_arm64', '.dylib'),
+    'macos-x86_64': Target('x86_64-macos.11.0', 'macosx_11_0_x86_64', '.dylib'),
+    'windows-amd64': Target('x86_64-windows-gnu', 'win_amd64', '.dll'),
+}
+
+LINKS = ('-ldl', '-lm') if sys.platform == 'linux' else ('-lm',)
+
+TRIAL = '''
+#include <math.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+float trial(float x) { return fmaf(x, x, x) + (float)sizeof(pthread_mutex_t); }
+'''
+
+
+class NoCompiler(Exception):
+    """There is nothing to compile with; the message is a reason that a user can act on."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C compiler: the words that begin its command line, and the name of the target it was told, if any."""
+    command: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    links: tuple[str, ...] = LINKS
+
+    def run(self, *arguments: str, cache: Path) -> None:
+        """Run it.
+
+        Raises:
+            subprocess.CalledProcessError: It found something wrong; it has printed what.
+        """
+        zig = {'ZIG_LOCAL_CACHE_DIR': str(cache), 'ZIG_GLOBAL_CACHE_DIR': str(cache)}
+        subprocess.run([*self.command, *arguments], check=True, env={**os.environ, **zig})
+
+
+def load_abi() -> ModuleType:
+    """Load timm_el/engine/abi.py without the package around it."""
+    spec = importlib.util.spec_from_file_location('timm_el_abi', ROOT / 'timm_el' / 'engine' / 'abi.py')
+    abi = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(abi)
+    return abi
+
+
+def base_flags() -> list[str]:
+    """Return the flags that every build of the kernels has, the test driver's too."""
+    return (load_abi().KERNELS / 'flags.txt').read_text().split()
+
+
+def host_target() -> Optional[str]:
+    """Return the key of `TARGETS` for this machine, or None."""
+    system = {'Darwin': 'macos'}.get(platform.system(), platform.system().lower())
+    machine = platform.machine().lower()
+    machine = {'windows': {'x86_64': 'amd64'}, 'macos': {'aarch64': 'arm64'}}.get(system, {}).get(machine, machine)
+    key = f'{system}-{machine}'
+    return key if key in TARGETS else None
+
+
+def system_compiler() -> Optional[Compiler]:
+    """Return a compiler that compiles and links one small file with our flags, or None.
+
+    It is $CC if that is set, else cc, gcc or clang.
+    """
+    named = os.environ.get('CC')
+    for command in [shlex.split(named)] if named else [['cc'], ['gcc'], ['clang']]:
+        if not shutil.which(command[0]):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            source, library = Path(folder, 'trial.c'), Path(folder, 'trial.out')
+            source.write_text(TRIAL)
+            tried = subprocess.run(
+                [*command, *base_flags(), '-shared', str(source), '-o', str(library), *LINKS], capture_output=True)
+            if tried.returncode == 0 and library.exists():
+                return Compiler(tuple(command))
+    return None
+
+
+def zig_compiler(target: str) -> Optional[Compiler]:
+    """Return Zig's C compiler for a key of `TARGETS`, or None if Zig is not installed.
+
+    Without a target and -mcpu=baseline Zig builds for the processor and the C library of the machine it runs on.
+    """
+    if importlib.util.find_spec('ziglang') is None:
+        return None
+    command = (sys.executable, '-m', 'ziglang', 'cc', '-target', TARGETS[target].triple, '-mcpu=baseline')
+    links = ('-s', '-ldl', '-lm') if target.startswith('linux') else ('-s',)
+    return Compiler(command, ('-Wno-unused-command-line-argument',), links)
+
+
+def find_compiler(target: Optional[str] = None) -> Compiler:
+    """Return what to compile with: a compiler of this machine, else Zig.
+
+    Args:
+        target: Key of `TARGETS` to build for; None for this machine.
+
+    Raises:
+        NoCompiler: The user wants no library, or there is no compiler.
+        ValueError: `target` is unknown.
+    """
+    if target is not None and target not in TARGETS:
+        raise ValueError(f'TIMM_EL_TARGET: found {target!r}, expected one of {", ".join(TARGETS)}')
+    if not is_wanted():
+        raise NoCompiler('TIMM_EL_NATIVE=0 was set when timm_el was installed; install it again without that')
+    found = system_compiler() if target is None else None
+    zig_for = target or host_target()
+    if found is None and zig_for is not None:
+        found = zig_compiler(zig_for)
+    if found is None:
+        raise NoCompiler(
+            'when timm_el was installed there was neither a C compiler that works (cc, gcc, clang or $CC) nor ziglang; '
+            'install one of them (`pip install ziglang`) and timm_el again')
+    return found
+
+
+def is_wanted() -> bool:
+    """Return whether the library shall be built: TIMM_EL_NATIVE=0 says no."""
+    return os.environ.get('TIMM_EL_NATIVE', '1') != '0'
+
+
+def zig_requirement() -> list[str]:
+    """Return the requirement of Zig where a build on this machine needs it and there is a wheel of it, else nothing."""
+    target = os.environ.get('TIMM_EL_TARGET')
+    needed = is_wanted() and (target is not None or host_target() is not None and system_compiler() is None)
+    return [ZIG] if needed else []
+
+
+def compile_library(compiler: Compiler, output: Path, folder: Path) -> None:
+    """Compile the kernels to the shared library `output`; objects and caches go to `folder`.
+
+    Raises:
+        subprocess.CalledProcessError: The compiler found something wrong.
+    """
+    abi = load_abi()
+    flags = [*base_flags(), *compiler.flags, '-fvisibility=hidden', f'-DEL_HASH="{abi.source_hash()}"']
+    folder.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    cache = folder / 'zig'
+
+    def compile_one(source: Path) -> str:
+        made = str(folder / f'{source.stem}.o')
+        compiler.run(*flags, '-c', str(source), '-o', made, cache=cache)
+        return made
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, abi.sources()))
+    compiler.run(*flags, '-shared', *objects, '-o', str(output), *compiler.links, cache=cache)

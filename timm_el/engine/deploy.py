@@ -1,0 +1,194 @@
+"""deploy(): a latent network as an inference module whose binary convolutions run as xor and popcount.
+
+The host's class and forward stay; modules are exchanged in a copy. A `BinaryUnit` becomes a `DeployedUnit`: one
+operator for the convolution and as much of what follows it as the operator can do, in float64-folded constants, then
+whatever is left, as the modules that it was. A float convolution takes its norm in, and its activation where the
+engine runs it.
+"""
+import copy
+from typing import Any, Dict, List, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+
+from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit
+from . import native
+from .blocks import join_layers
+from .calls import HOOKS, computed_tensors, copied, has_hooks, has_own_forward, is_altered, without_hooks
+from .epilogue import ACTS, NORMS, Fusion
+from .follow import followers
+from .inference import keep_for_inference
+from .modules import DeployedConv, DeployedLinear, DeployedPool, DeployedUnit, Engine, engine_runs, folded_conv
+
+__all__ = ['deploy']
+
+
+def _replace_float(
+        path: str, conv: nn.Conv2d, chain: Sequence[Tuple[str, nn.Module]], float_dtype: torch.dtype,
+) -> Tuple[nn.Module, Dict[str, nn.Module]]:
+    """What replaces a float convolution, and the modules after it that it takes in."""
+    fusion = Fusion(conv.out_channels, None, conv.bias)
+    own = engine_runs(conv, float_dtype)
+    taken: Dict[str, nn.Module] = {}
+    for after, module in chain:
+        norm, act = module, getattr(module, 'act', None) if isinstance(module, NORMS) else None
+        if isinstance(module, NORMS):
+            if isinstance(act, nn.Module):
+                norm = copy.copy(module)
+                norm.__dict__['_modules'] = {}
+                norm.act = norm.drop = None
+            if not own and fusion.stage or not fusion.norm(norm):
+                break
+            taken[after] = nn.Identity()
+            if act is not None and not (own and fusion.act(act)):
+                taken[after] = copied(act)
+                break
+        elif not own or not fusion.act(module):
+            break
+        else:
+            taken[after] = nn.Identity()
+    if own:
+        return DeployedConv(path, conv, fusion), taken
+    return folded_conv(without_hooks(copied(conv)), fusion, float_dtype), taken
+
+
+def _refuse_unfit(model: nn.Module, float_dtype: torch.dtype) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
+    if isinstance(model, torch.jit.ScriptModule) or type(model).__name__ in (
+            'OptimizedModule', 'DistributedDataParallel', 'DataParallel', 'FullyShardedDataParallel', 'GraphModule'):
+        raise ValueError(
+            f'model: found a {type(model).__name__}, expected the model that it was made of; deploy that one')
+    if float_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f'float_dtype: found {float_dtype}, expected torch.float32, torch.bfloat16 or torch.float16')
+    units = 0
+    for path, module in model.named_modules():
+        name = path or 'model'
+        if isinstance(module, Engine):
+            raise ValueError(f'{name}: the model is already deployed; deploy the latent one')
+        if isinstance(module, BinaryUnit):
+            units += 1
+            conv = module.conv
+            _refuse_inside(name, module)
+            if getattr(conv, 'input_quantizer', None) is not None and conv.weight_quantizer is None:
+                raise ValueError(
+                    f'{name}: the weights are still real (stage one of two-stage training); '
+                    f'finish the second stage, or build the model without real_weights')
+            if getattr(conv, 'input_quantizer', None) is not None and not conv.is_binary:
+                raise ValueError(
+                    f'{name}: {conv} takes more than one xor and popcount, for which the engine has no kernel; '
+                    f'run the latent network, or train with a recipe of one bit each, such as bireal or el')
+        if module.training:
+            raise ValueError(f'{name}: found training mode, expected eval mode; call model.eval() first')
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            where = f'{path}.{key}' if path else key
+            if tensor.device.type != 'cpu':
+                raise ValueError(f'{where}: found device {tensor.device}, expected cpu; call model.cpu() first')
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise ValueError(f'{where}: found {tensor.dtype}, expected torch.float32; call model.float() first')
+    if not units:
+        raise ValueError(
+            'model: there is no BinaryUnit in it; binarize it, or create one of the registered models, first')
+
+
+def _refuse_inside(name: str, unit: BinaryUnit) -> None:
+    """Raise for what would be lost: hooks and parametrizations inside the unit, and a forward of one's own."""
+    for key, part in unit.named_modules():
+        where = f'{name}.{key}' if key else name
+        computed = computed_tensors(part)
+        if computed:
+            raise ValueError(
+                f'{where}: the {type(part).__name__} computes its {" and ".join(computed)} anew in each pass, expected '
+                f'parameters; make it so first, with torch.nn.utils.prune.remove, remove_weight_norm or '
+                f'remove_spectral_norm of torch.nn.utils, or parametrize.remove_parametrizations')
+        if has_own_forward(part):
+            raise ValueError(
+                f'{where}: the {type(part).__name__} has a forward in its instance, which would be lost; remove it, '
+                f'and put it on the deployed network')
+        if key and has_hooks(part):
+            raise ValueError(
+                f'{where}: the {type(part).__name__} carries hooks, which would be lost; remove them, or hook the '
+                f'unit itself')
+    conv = unit.conv
+    if isinstance(conv, (BinaryConv2d, BinaryLinear)) and not type(conv).forward.__module__.startswith('timm_el.'):
+        raise ValueError(f'{name}.conv: {type(conv).__name__} has a forward of its own, which the engine does not know')
+
+
+def deploy(
+        model: nn.Module, *, float_dtype: torch.dtype = torch.float32, fuse_blocks: bool = True) -> nn.Module:
+    """An inference copy of a binarized network: binary convolutions run as xor and popcount on the CPU.
+
+    Every `BinaryUnit` becomes one operator: signs are packed, differing bits counted, and scale, K, norm, activation,
+    link and RPReLU applied before the result is written, with norms folded in float64. Norms after float convolutions
+    are folded too. What cannot be folded runs as the module that it was, and so does each float layer that has hooks, a
+    parametrization, or a forward in its instance. The copy has the host's class and forward (`forward_features`,
+    `features_only`, any batch and image size) and keeps NHWC memory format throughout. Signs are computed exactly;
+    values differ from the latent network's by rounding, and where rounding moves a value across zero, a sign flips. The
+    copy stays in eval mode and float32: `train()` of it, of its modules, or of a network around it leaves its modules
+    in eval mode.
+
+    Args:
+        model: A latent network in eval mode, float32, on the CPU. It is not changed.
+        float_dtype: Dtype in which float convolutions compute; activations between layers stay float32.
+        fuse_blocks: Run each stage of blocks that are rows of layers as one operator: the same bits, faster. It goes
+            layer by layer where a hook, or a forward, is put on an instance inside. Without it every unit stands by
+            itself.
+
+    Returns:
+        A module of the model's class. Its state dict is its own; save the latent network, not this one.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: It is in training mode, not on the CPU, not float32, scripted, compiled, wrapped or already
+            deployed; it has no binary unit, or one whose weights are still real, or one with hooks, parametrizations or
+            a forward in an instance inside.
+
+    Warns:
+        SlowEngineWarning: Once in a process, if the kernels of this processor do not run and nobody asked for that.
+    """
+    _refuse_unfit(model, float_dtype)
+    native.warn_if_slow()
+    with torch.inference_mode(False), torch.no_grad():  # buffers that count what is written to them
+        return _deployed(model, float_dtype, fuse_blocks)
+
+
+def _deployed(model: nn.Module, float_dtype: torch.dtype, fuse_blocks: bool) -> nn.Module:
+    memo: Dict[int, Any] = {}
+    replaced: List[Tuple[nn.Module, nn.Module]] = []
+
+    def exchange(old: nn.Module, new: nn.Module) -> None:
+        memo[id(old)] = new.eval().requires_grad_(False)
+        replaced.append((old, new))
+
+    inner = set()
+    for path, module in model.named_modules():
+        if isinstance(module, BinaryUnit) and id(module) not in memo:
+            exchange(module, DeployedUnit(path, module, float_dtype))
+            inner.update(id(m) for m in module.modules())
+    modules = dict(model.named_modules())
+    for path, chain in followers(model, (nn.Conv2d,), (*NORMS, *ACTS)).items():
+        conv = modules[path]
+        if id(conv) in inner or isinstance(conv, BinaryConv2d):
+            continue
+        after = [(p, modules[p]) for p in chain if id(modules[p]) not in inner]
+        new, taken = _replace_float(path, conv, after, float_dtype)
+        exchange(conv, new)
+        for p, rest in taken.items():
+            exchange(modules[p], rest)
+    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    for path, module in modules.items():
+        if id(module) in inner or native.library() is None or id(module) in memo or is_altered(module):
+            continue
+        if DeployedPool.takes(module):
+            exchange(module, DeployedPool(path, module))
+        elif module is classifier and type(module) is nn.Linear and float_dtype == torch.float32:
+            exchange(module, DeployedLinear(path, module))
+    twin = copied(model, memo)
+    for old, new in replaced:
+        for hooks in HOOKS:
+            getattr(new, hooks).update(copy.deepcopy(getattr(old, hooks), memo))
+            if hasattr(old, 'min_input_size'):
+                new.min_input_size = old.min_input_size
+    if fuse_blocks:
+        join_layers(twin)
+    return keep_for_inference(twin.requires_grad_(False))

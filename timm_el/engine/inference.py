@@ -1,0 +1,36 @@
+"""A deployed network stays what it was made as, in eval mode and float32, whatever is asked of a module around it."""
+import functools
+
+import torch
+import torch.nn as nn
+
+__all__ = ['keep_for_inference']
+
+
+def keep_for_inference(network: nn.Module) -> nn.Module:
+    """Give each module of the network a `train` and an `_apply` of its own; return the network, in eval mode.
+
+    They stand in the instances, so that the modules keep their classes.
+    """
+    for path, module in network.named_modules():
+        vars(module)['train'] = functools.partial(_stay_in_eval_mode, module)
+        vars(module)['_apply'] = functools.partial(_stay_float32, path or 'model', module)
+    return network.eval()
+
+
+def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
+    """`Module.train`: statistics of a batch, and dropout, would change what deployed constants were computed for."""
+    return type(module).train(module, False)
+
+
+def _stay_float32(name: str, module: nn.Module, fn, recurse: bool = True) -> nn.Module:
+    """`Module._apply`, which moves tensors and converts them: constants are part of what makes the outputs exact.
+
+    Raises:
+        TypeError: `fn` gives another dtype; nothing was converted.
+    """
+    if fn(torch.empty(0, dtype=torch.float32, device='cpu')).dtype != torch.float32:
+        raise TypeError(
+            f'{name}: a deployed network cannot be converted to another dtype; '
+            f'deploy the latent network again, with float_dtype where float convolutions shall have another one')
+    return type(module)._apply(module, fn, recurse)

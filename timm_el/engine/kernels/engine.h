@@ -1,0 +1,169 @@
+/* The engine's own small language: one plan for every convolution, one table of functions for every body.
+ *
+ * Plain C11 on raw pointers. Nothing here knows of torch or Python, so one library serves every version of both.
+ *
+ * Activations are float32 in NHWC. A convolution runs in bands of output rows:
+ *
+ *     pack   the band's input rows to bits (bit 1 where x >= threshold), 64 channels to a word     [binary only]
+ *     count  the bits in which a few output pixels' inputs and each output channel's weight differ, or, where weights
+ *            are real, take the dot product
+ *     finish with scale, shift, activation, link and post-activation, and write the output pixel
+ *
+ * so that a value of x is read from memory once for its sign and, still in cache, once more for the link.
+ */
+#ifndef TIMM_EL_ENGINE_H
+#define TIMM_EL_ENGINE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define EL_MAX_TAPS 1024 /* kernel height times width */
+#define EL_MAX_POOL 64   /* the same of a link's pool */
+#define EL_MAX_VALUES 16  /* that a chain holds at once */
+#define EL_MAX_REACH (1 << 15) /* strides, padding, kernel times dilation */
+#define EL_MAX_RUN 32    /* steps of which a few rows at a time are made */
+#define EL_ABI 2         /* changes with el_plan */
+
+enum { EL_OK = 0, EL_BAD_PLAN = 1, EL_NO_MEMORY = 2 };
+enum { EL_ACT_NONE, EL_ACT_CLIP, EL_ACT_PRELU };
+enum { EL_LINK_NONE, EL_LINK_IDENTITY, EL_LINK_SQUEEZE, EL_LINK_EXPAND };
+enum { EL_POOL_NONE, EL_POOL_MAX, EL_POOL_AVG };
+
+/* Rows of the table of per-channel constants: scale and shift, then those that the plan asks for, in this order: slope (act
+ * is PRELU), scale2, shift2 (has_affine), post_in, post_slope, post_out (has_post). Each is `table_stride` floats long:
+ * zero-filled, a multiple of 16, and 15 more than there are channels, because vectors of 16 may start at any of them. */
+
+typedef struct {
+    int32_t kh, kw, sh, sw, ph, pw, dh, dw;
+} el_window;
+
+/* One convolution with all that follows it. Everything but the pointers of x, link and y.
+ *
+ * With n = the number of differing bits, T = taps * channels of a group, taps outside of the image holding pad_value:
+ *
+ *     v = float(T - 2 n + what padding changes) * scale[c]        or the real dot product
+ *     v = v * K[pixel]                                            if has_k
+ *     v = v + shift[c]
+ *     v = min(max(v, lo), hi)  or  v >= 0 ? v : v * slope[c]      by act
+ *     v = v * scale2[c] + shift2[c]                               if has_affine
+ *     v = v + link[c] * inverse_gamma                             by link, pooled by link_pool
+ *     v = v + post_in[c]; v = v >= 0 ? v : v * post_slope[c]; v = v + post_out[c]        if has_post
+ *     v = v + added[c]                                            if another tensor is added: a block's shortcut
+ *
+ * in exactly this order, each operation rounded to float32, none contracted. A NaN stays a NaN.
+ */
+typedef struct {
+    int32_t n, h, w, c_in, oh, ow, c_out;
+    el_window conv;
+    int32_t groups, pad_value, real;
+    int32_t is_pool; /* v = link, pooled: there is no convolution, and the link is x */
+    int32_t has_k, act, has_affine, has_post;
+    int32_t link, link_pool, link_h, link_w, link_c;
+    el_window pool;
+    int32_t table_stride;
+    float lo, hi, inverse_gamma;
+    const float *table;
+    const float *threshold;  /* c_in floats, or NULL for 0 */
+    const uint32_t *flip;    /* c_in words, 0x80000000 where x and threshold change sign first, or NULL */
+    const void *weight;      /* see layout.py; for a body with a layout of its own, from el_lay_out */
+    const int32_t *tap_sums; /* taps rows of c_out: (pad_value + 1) * sum of the tap's weights; NULL without padding */
+} el_plan;
+
+/* What one body can do.
+ *
+ * An output pixel's inputs are `segments` runs of `length` words (or floats): run s starts at base[pixel] + offsets[s].
+ * A tile is up to tile_pixels pixels (real_tile_pixels for dot) by any number of channels.
+ */
+typedef struct {
+    const char *name;
+    int tile_pixels, real_tile_pixels;
+    int (*supported)(void);
+    /* Signs of n pixels of c floats as bits, `step` words from pixel to pixel; tail bits are 0. */
+    void (*pack)(const float *x, int n, size_t x_step, const float *threshold, const uint32_t *flip, int c,
+                 uint64_t *bits, size_t step);
+    /* Mean of abs(x) of n pixels: 16 lanes, lane i sums x[i], x[16 + i], ... in order; then halves: 8, 4, 2, 1. */
+    void (*abs_mean)(const float *x, int n, int c, float *means);
+    /* Bytes of the weights of `channels` channels of `words` words. */
+    size_t (*weight_size)(int words, int channels);
+    /* From blocks of 8 channels, word by word, to the body's own layout; NULL if it reads these blocks. */
+    void (*lay_out)(const uint64_t *blocks, int words, int channels, void *weight);
+    /* counts[p * stride + c] = bits in which pixel p and channel c differ; channels beyond the last are scratch. */
+    void (*count)(const uint64_t *const *base, int tile, const size_t *offsets, int segments, int length,
+                  const void *weight, int channels, int32_t *counts, int stride);
+    /* counts[c] = taps in which channel c of one pixel differs; length is the words of one tap. */
+    void (*count_depthwise)(const uint64_t *base, const size_t *offsets, int taps, int length, const uint64_t *weight,
+                            int32_t *counts);
+    /* out[p * stride + c] = fma chain over the runs of pixel p times weight[k][c], in blocks of 64 channels. Memory
+     * that is needed next, `ahead`, is fetched meanwhile, a little with each k. */
+    void (*dot)(const float *const *base, int tile, const size_t *offsets, int segments, int length,
+                const float *weight, int channels, float *out, int stride, const char *ahead, size_t ahead_bytes);
+    /* out[c] = fma chain over taps of taps[t][c] * weight[t * weight_stride + c]. */
+    void (*dot_depthwise)(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c,
+                          float *out);
+    /* out[c] = largest, or mean, of n pixels. */
+    void (*pool)(const float *const *pixels, int n, int mode, int c, float *out);
+    /* The epilogue of a tile, for channels c0 .. c1. Rows of accumulators and corrections (NULL for none) are `stride`
+     * long and start at c0; those of link, added and y are whole pixels. */
+    void (*finish)(const el_plan *plan, const void *acc, int stride, int tile, const int32_t *corrections, int base,
+                   const float *k, const float *link, int c0, int c1, const float *added, float *y);
+    double (*chip_rate)(void); /* binary MAC/s of xor, popcount and add on registers */
+} el_body;
+
+extern const el_body el_body_portable, el_body_avx2, el_body_avx512, el_body_neon;
+
+#define EL_CHANNEL_BLOCK 8 /* binary channels per block of the 64-bit layouts */
+#define EL_REAL_BLOCK 64   /* real channels per block */
+
+#if defined(_WIN32)
+#define EL_API __declspec(dllexport)
+#else
+#define EL_API __attribute__((visibility("default")))
+#endif
+
+/* threads.c: run(context, i) for i in 0 .. n-1, on up to `threads` threads, the caller's among them. */
+void el_parallel(void (*run)(void *context, int i), void *context, int n, int threads);
+/* A block of memory that belongs to the calling thread, until it asks for the slot again; NULL if there is none. */
+enum { EL_SLOT_BAND, EL_SLOT_RUN, EL_SLOT_VALUES, EL_SLOTS = EL_SLOT_VALUES + EL_MAX_VALUES };
+void *el_scratch(int slot, size_t bytes);
+
+#define EL_HUGE_PAGE ((size_t)2 << 20)
+
+/* cpu.c: what this processor and its operating system run. */
+enum {
+    EL_CPU_AVX2 = 1,       /* and FMA and POPCNT */
+    EL_CPU_AVX512 = 2,     /* F, BW, VL and DQ, besides AVX2 */
+    EL_CPU_VPOPCNTDQ = 4,  /* besides AVX512 */
+    EL_CPU_VNNI = 8,       /* the same */
+    EL_CPU_NEON = 16,
+    EL_CPU_DOTPROD = 32
+};
+
+EL_API int el_abi(void);
+EL_API uint32_t el_cpu(void);                 /* bits of EL_CPU_... */
+EL_API const char *el_hash(void);             /* EL_HASH, which the build defines: of the sources it was given */
+EL_API const char *el_bodies(void);           /* names of the bodies that this processor runs, best first */
+EL_API int el_use(const char *name);          /* EL_BAD_PLAN if the processor does not run it */
+EL_API const char *el_active(void);
+EL_API size_t el_large_image(size_t bytes);   /* from which size on a few rows at a time are made; gives that of before */
+EL_API double el_chip_rate(void);
+EL_API int el_own_layout(void);               /* the active body lays binary weights out anew */
+EL_API size_t el_weight_size(const el_plan *plan);
+EL_API void el_lay_out(const el_plan *plan, const void *stored, void *weight);
+EL_API void el_tap_sums(const el_plan *plan, const void *stored, int32_t *sums);
+EL_API void el_advise(const void *memory, size_t bytes); /* large pages, please */
+/* x, link and added (or NULL), NHWC, to y. */
+EL_API int el_conv(const el_plan *plan, const float *x, const float *link, const float *added, float *y, int threads);
+/* n steps, the last of which gives y. Values are counted: 0 is x, 1 is `other` (or NULL), 2 + i is what step i gives. What
+ * lies between stays in memory of the thread's own, and as much of it as can be in cache. */
+typedef struct {
+    const el_plan *plan;
+    int32_t source; /* the value that it reads, and links */
+    int32_t added;  /* the value that is added, or -1 */
+} el_step;
+EL_API int el_chain(const el_step *steps, int n, const float *x, const float *other, float *y, int threads);
+/* NCHW to NHWC. */
+EL_API void el_nhwc(const float *nchw, int n, int c, int64_t pixels, float *nhwc);
+/* The counting alone, for a benchmark: repeats over `pixels` pixels of random words. Seconds for one pass. */
+EL_API double el_count_time(int words, int channels, int pixels, int repeats);
+
+#endif

@@ -1,0 +1,70 @@
+"""How the engine stores weights: in the order in which its kernels read them, once.
+
+Binary, full or grouped: (blocks, words, 64) bytes, the blocks of one group after the other's. In a block are 8 output
+channels side by side, word by word; a word is 8 bytes, 64 input channels of one tap, taps in rows, bit order as in
+`bits`. Binary, depthwise: (taps, bytes), channels along the bits. Real, full: (blocks, taps * channels, 64) floats, 64
+output channels side by side. Real, depthwise: (taps, channels). What is missing to a full word, block or vector is
+zero. Words are little-endian. None has four or five axes, because torch takes those for images, whose memory format
+`model.to(memory_format=...)` changes.
+"""
+from typing import Tuple
+
+import torch
+import torch.nn.functional as F
+
+from ..weights.bits import pack_signs, unpack_signs
+from .spec import ConvSpec
+
+__all__ = ['store', 'restore', 'stored_shape']
+
+BLOCK, REAL_BLOCK, WORD = 8, 64, 8  # channels, channels, bytes
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def stored_shape(spec: ConvSpec, real: bool) -> Tuple[int, ...]:
+    """Shape of the weight of a convolution."""
+    channels, outputs = spec.c_in // spec.groups, spec.c_out // spec.groups
+    if spec.is_depthwise:
+        return (spec.taps, _up(spec.c_out, 16)) if real else (spec.taps, _up(spec.c_out, 64) // 8)
+    if real:
+        return _up(spec.c_out, REAL_BLOCK) // REAL_BLOCK, spec.taps * channels, REAL_BLOCK
+    return spec.groups * (_up(outputs, BLOCK) // BLOCK), spec.taps * (_up(channels, 64) // 64), BLOCK * WORD
+
+
+def store(weight: torch.Tensor, spec: ConvSpec, real: bool) -> torch.Tensor:
+    """From (O, I, kH, kW), of which a binary convolution keeps the signs."""
+    weight = weight.detach()
+    if spec.is_depthwise:
+        rows = weight[:, 0].flatten(1).t()  # taps, channels
+        if not real:
+            rows = pack_signs(rows)
+        return F.pad(rows, (0, stored_shape(spec, real)[1] - rows.shape[1])).contiguous()
+    rows = weight.permute(0, 2, 3, 1)  # channels last
+    shape = stored_shape(spec, real)
+    if real:
+        rows = F.pad(rows.flatten(1), (0, 0, 0, shape[0] * REAL_BLOCK - spec.c_out))
+        return rows.unflatten(0, (shape[0], REAL_BLOCK)).transpose(1, 2).contiguous()
+    packed = pack_signs(rows)
+    packed = F.pad(packed, (0, -packed.shape[-1] % WORD)).reshape(spec.groups, -1, shape[1], WORD)
+    packed = F.pad(packed, (0, 0, 0, 0, 0, -packed.shape[1] % BLOCK))
+    return packed.reshape(shape[0], BLOCK, shape[1], WORD).transpose(1, 2).reshape(shape)
+
+
+def restore(stored: torch.Tensor, spec: ConvSpec, dtype: torch.dtype) -> torch.Tensor:
+    """Inverse of `store`: (O, I, kH, kW) of real values, or of -1 and +1."""
+    real, channels = stored.is_floating_point(), spec.c_in // spec.groups
+    if spec.is_depthwise:
+        rows = stored[:, :spec.c_out].to(dtype) if real else unpack_signs(
+            stored[:, :(spec.c_out + 7) // 8], spec.c_out, dtype)
+        return rows.t().reshape(spec.c_out, 1, *spec.conv.kernel)
+    if real:
+        rows = stored.transpose(1, 2).flatten(0, 1)[:spec.c_out].to(dtype)
+    else:
+        rows = stored.unflatten(2, (BLOCK, WORD)).transpose(1, 2).reshape(spec.groups, -1, stored.shape[1], WORD)
+        rows = rows[:, :spec.c_out // spec.groups]
+        rows = rows.reshape(spec.c_out, spec.taps, -1)[..., :(channels + 7) // 8]
+        rows = unpack_signs(rows, channels, dtype)
+    return rows.reshape(spec.c_out, *spec.conv.kernel, channels).permute(0, 3, 1, 2).contiguous()

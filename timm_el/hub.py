@@ -1,0 +1,226 @@
+"""Hub folders: packed weights, timm's config.json and a model card, written, checked, uploaded and loaded again.
+
+A folder of a registered model is one that timm reads: `timm.create_model("hf-hub:user/repo", pretrained=True)` after
+`import timm_el`. A net that `binarize` converted keeps its host's name, so its folder carries the plan of the
+conversion too, and `from_hub` builds it again; timm alone would build the float host, and refuse the packed file.
+"""
+import copy
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import is_model, model_entrypoint
+from timm.models._hub import save_config_for_hf
+
+from .convert.binarize import binarize
+from .dry_run import own_input_size, undisturbed
+from .recipes import Recipe
+from .summary import summarize
+from .weights.loading import load_packed
+from .weights.packed import FORMAT_VERSION, pack_state_dict, save_packed
+
+__all__ = ['save_for_hub', 'from_hub', 'push_to_hub', 'file_facts', 'read_metrics']
+
+WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
+
+
+def file_facts(path: Union[str, os.PathLike]) -> Dict[str, Any]:
+    """SHA-256 and size in bytes of a file, as the manifest has them."""
+    data = Path(path).read_bytes()
+    return {'sha256': hashlib.sha256(data).hexdigest(), 'size': len(data)}
+
+
+def read_metrics(folder: Union[str, os.PathLike]) -> Dict[str, float]:
+    """Metrics by name, such as top1, that the model card of a Hub folder gives; empty without a card."""
+    from huggingface_hub import ModelCard
+    card = Path(folder) / CARD
+    if not card.is_file():
+        return {}
+    return {result.metric_name: result.metric_value for result in ModelCard.load(card).data.eval_results or []}
+
+
+def _is_registered(model: nn.Module) -> bool:
+    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', '')
+    return is_model(name) and model_entrypoint(name).__module__.startswith(f'{__package__}.')
+
+
+def save_for_hub(
+        model: nn.Module,
+        folder: Union[str, os.PathLike],
+        *,
+        float_dtype: Optional[torch.dtype] = None,
+        metrics: Optional[Dict[str, float]] = None,
+        dataset: Optional[str] = None,
+        details: str = '',
+        repo_id: str = 'USER/REPO',
+        model_args: Optional[Dict[str, Any]] = None,
+        pretrained_cfg: Optional[Dict[str, Any]] = None,
+) -> Path:
+    """Write a Hub folder and check it by loading it back.
+
+    Args:
+        model: A registered model of this package, or a timm model that `binarize` converted.
+        folder: Where to; it is made if need be.
+        float_dtype: As for `save_packed`.
+        metrics: Name and value, for the card, such as {'top1': 71.2}.
+        dataset: What it was trained on, for the card.
+        details: How it was trained, for the card (Markdown).
+        repo_id: Name on the Hub, for the card's snippet.
+        model_args: Arguments of `timm.create_model` that the folder shall carry beside those that timm recorded.
+        pretrained_cfg: Changes to timm's pretrained config: input_size, mean, std and so on.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The model is not binarized, or timm does not know it; or the folder does not load back to the same
+            outputs.
+    """
+    report = getattr(model, 'binarize_report', None)
+    registered = _is_registered(model)
+    if not registered and report is None:
+        raise ValueError(
+            f'model: {type(model).__name__} is neither registered by timm_el nor converted by timm_el.binarize')
+    if not is_model((getattr(model, 'pretrained_cfg', None) or {}).get('architecture', '')):
+        raise ValueError(
+            f'model: {type(model).__name__} was not made by timm.create_model, from_hub could not build its host')
+    folder = Path(folder)
+    pack_state_dict(model, float_dtype)  # what cannot be packed is refused before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    save_packed(model, folder / WEIGHTS, float_dtype)
+    facts: Dict[str, Any] = {'format_version': FORMAT_VERSION}
+    if report is not None:
+        facts['plan'] = report.plan()
+    facts['converted'] = not registered
+    args = {k: v.to_dict() if isinstance(v, Recipe) else v
+            for k, v in {**getattr(model, '_model_args', {}), **(model_args or {})}.items()}
+    save_config_for_hf(
+        model, folder / CONFIG,
+        model_config={'timm_el': facts, 'pretrained_cfg': pretrained_cfg or {}}, model_args=args)
+    (folder / CARD).write_text(
+        _card(model, registered, metrics or {}, dataset, details, repo_id, folder), encoding='utf-8')
+    _verify(model, folder)
+    return folder
+
+
+def _verify(model: nn.Module, folder: Path) -> None:
+    """Load the folder as a user would, and compare it with the model that holds the file's tensors."""
+    with undisturbed(model), torch.no_grad():
+        loaded = from_hub(folder).eval()
+        twin = load_packed(copy.deepcopy(model), folder / WEIGHTS).eval()
+        weight = next(twin.parameters())
+        x = torch.randn((2, *own_input_size(loaded)), generator=torch.Generator().manual_seed(0))
+        expected, found = twin(x.to(weight.device, weight.dtype)), loaded.to(weight.device, weight.dtype)(
+            x.to(weight.device, weight.dtype))
+    if not torch.equal(expected, found):
+        raise ValueError(
+            f'{folder}: the folder loads to other outputs than the model (largest difference '
+            f'{(expected - found).abs().max().item():.3g}); was the model changed after timm made it? '
+            f'Pass model_args with what timm.create_model needs')
+
+
+def from_hub(
+        repo: Union[str, os.PathLike],
+        *,
+        revision: Optional[str] = None,
+        cache_dir: Optional[Union[str, os.PathLike]] = None,
+        **kwargs,
+) -> nn.Module:
+    """Load a network from a Hub repository or a folder of the same form.
+
+    Args:
+        repo: 'user/repo', with or without 'hf-hub:', or a folder.
+        revision: Branch, tag or commit on the Hub.
+        cache_dir: Where downloads are kept.
+        kwargs: As for `timm.create_model`, for registered models; converted nets take none.
+
+    Returns:
+        The model, with latent weights of +-alpha.
+
+    Raises:
+        ValueError: The repository was not written by `save_for_hub`, or `kwargs` for a converted net.
+        CheckpointError: Its weights are damaged or do not fit.
+    """
+    from huggingface_hub import hf_hub_download
+    if os.path.isdir(repo):
+        fetch = {name: os.path.join(repo, name) for name in (CONFIG, WEIGHTS)}
+    else:
+        name = str(repo)[len('hf-hub:'):] if str(repo).startswith('hf-hub:') else str(repo)
+        where = dict(revision=revision, cache_dir=cache_dir)
+        fetch = {file: hf_hub_download(name, file, **where) for file in (CONFIG, WEIGHTS)}
+    config = json.loads(Path(fetch[CONFIG]).read_text(encoding='utf-8'))
+    facts = config.get('timm_el')
+    if not isinstance(facts, dict):
+        raise ValueError(f'{repo}: its config.json has no entry timm_el; timm.create_model loads models of timm')
+    if facts.get('format_version', 0) > FORMAT_VERSION:
+        raise ValueError(
+            f'{repo}: found format version {facts["format_version"]}, expected at most {FORMAT_VERSION}; '
+            f'pip install -U timm-el')
+    if not facts.get('converted'):
+        return timm.create_model(f'local-dir:{os.path.dirname(fetch[CONFIG])}', pretrained=True, **kwargs)
+    if kwargs:
+        raise ValueError(f'{next(iter(kwargs))}: {repo} is a converted net, which takes no arguments; load it, then '
+                         f'change it (reset_classifier)')
+    args = dict(config.get('model_args') or {})
+    args.setdefault('num_classes', config['num_classes'])
+    model = timm.create_model(config['architecture'], **args)
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **config['pretrained_cfg']}
+    return load_packed(binarize(model, like=facts['plan']), fetch[WEIGHTS])
+
+
+def push_to_hub(
+        folder: Union[str, os.PathLike], repo_id: str, *, private: bool = False, token: Optional[str] = None) -> str:
+    """Upload a folder that `save_for_hub` wrote; returns its address."""
+    from huggingface_hub import HfApi
+    api = HfApi(token=token, library_name='timm_el')
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    api.upload_folder(repo_id=url.repo_id, folder_path=folder, allow_patterns=[WEIGHTS, CONFIG, CARD],
+                      commit_message='Packed binarized network')
+    return str(url)
+
+
+def _card(
+        model: nn.Module,
+        registered: bool,
+        metrics: Dict[str, float],
+        dataset: Optional[str],
+        details: str,
+        repo_id: str,
+        folder: Path,
+) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+    cfg = model.pretrained_cfg
+    name, report = cfg['architecture'], getattr(model, 'binarize_report', None)
+    size = tuple(json.loads((folder / CONFIG).read_text())['pretrained_cfg']['input_size'])
+    summary = summarize(model, size)
+    on = dataset or 'unknown'
+    results = [
+        EvalResult(
+            task_type='image-classification', dataset_type=on.lower(), dataset_name=on,
+            metric_type='accuracy' if key.startswith('top') else key, metric_name=key, metric_value=value)
+        for key, value in metrics.items()]
+    data = ModelCardData(
+        library_name='timm', license=cfg.get('license', 'apache-2.0'), pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'timm_el', 'binary-neural-network'],
+        datasets=[dataset.lower()] if dataset else None, model_name=name, eval_results=results or None)
+    create = (f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()' if registered
+              else f'model = timm_el.from_hub("{repo_id}").eval()')
+    rows: List[str] = [f'| {key} | {value:.2f} |' for key, value in metrics.items()]
+    facts = [
+        ('recipe', report.recipe.name if report is not None else name),
+        ('image', 'x'.join(map(str, size))),
+        ('file', f'{(folder / WEIGHTS).stat().st_size / 1e6:.2f} MB, one bit per binary weight'),
+        ('parameters', f'{summary.params:,}, of which {summary.bit_params:,} are one bit'),
+        ('OPs', f'{summary.ops / 1e6:.1f} M = {summary.real_macs / 1e6:.1f} M float MACs + '
+                f'{summary.binary_macs / 1e6:.1f} M binary MACs / 64'),
+        ('license', cfg.get('license', 'apache-2.0'))]
+    return '\n'.join([
+        '---', data.to_yaml().strip(), '---', f'# {name}, binarized', '',
+        'A network with 1-bit weights and activations, made with timm_el (Elastic-Link, arXiv:2112.10149).', '',
+        '```python', 'import timm_el', 'import timm', '', create, '```', '',
+        '| | |', '|---|---|', *(f'| {key} | {value} |' for key, value in facts), *rows, '', details, ''])

@@ -1,0 +1,49 @@
+"""Default configs: the ImageNet tag is the default one, and what this package ships stands beside it."""
+import logging
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+from timm.models import get_pretrained_cfg
+
+_logger = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parents[1]
+# In a wheel the folders lie inside the package; an editable install reads those of the checkout.
+SHIPPED = next((p for p in (PACKAGE / '_hub', PACKAGE.parent / 'hub') if (p / 'manifest.json').is_file()), None)
+
+CIFAR10 = dict(
+    num_classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), crop_pct=1.0, interpolation='bilinear',
+    label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'))
+
+
+def bundled_file(name: str) -> Optional[str]:
+    """Path of the weights that this package ships under a name, None if it ships none."""
+    path = SHIPPED / name / 'model.safetensors' if SHIPPED is not None else None
+    return str(path) if path is not None and path.is_file() else None
+
+
+def choose_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """For `pretrained=True` without a tag: the default config if it has weights, else those that are shipped.
+
+    Args:
+        variant: Name of the model.
+        pretrained: As the user asked.
+        kwargs: Of the entry point; returned, with `pretrained_cfg` filled in where that is due.
+    """
+    source = {'file', 'url', 'hf_hub_id', 'state_dict'}
+    named = kwargs.get('pretrained_cfg') is not None or source & set(kwargs.get('pretrained_cfg_overlay') or {})
+    if not pretrained or named or get_pretrained_cfg(variant).has_weights:
+        return kwargs
+    shipped: Optional[str] = next((tag for tag in ('cifar10',) if _has_weights(variant, tag)), None)
+    if shipped is None:
+        return kwargs
+    _logger.warning(f'{variant}: there are no ImageNet weights yet, pretrained=True takes those of {variant}.{shipped}')
+    return {**kwargs, 'pretrained_cfg': shipped}
+
+
+def _has_weights(variant: str, tag: str) -> bool:
+    try:
+        cfg = get_pretrained_cfg(f'{variant}.{tag}')
+    except RuntimeError:  # no such tag
+        return False
+    return cfg is not None and cfg.has_weights

@@ -1,0 +1,24 @@
+"""Creation of networks by name: registered models, and nets of timm that a recipe converts."""
+from typing import Optional
+
+import timm
+import torch.nn as nn
+
+from ..convert import binarize
+
+__all__ = ['create', 'is_ours']
+
+
+def is_ours(name: str) -> bool:
+    """This package registers a model of this name."""
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm_el.')
+
+
+def create(name: str, recipe: Optional[str] = None, **kwargs) -> nn.Module:
+    """A timm model; with a recipe, a registered model of this package takes it and any other is converted by it."""
+
+    if recipe is None:
+        return timm.create_model(name, **kwargs)
+    if is_ours(name):
+        return timm.create_model(name, recipe=recipe, **kwargs)
+    return binarize(timm.create_model(name, **kwargs), recipe)

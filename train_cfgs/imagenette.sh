@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The Imagenette weights, and their twins, one after the other:
+#
+#   train_cfgs/imagenette.sh DATA OUTPUT [options of train.py]
+#
+# DATA is an ImageFolder with train/ and validation/ of Imagenette's ten classes. TIMM_SCRIPTS names the folder of timm's
+# scripts. Stopped and started again, it goes on behind the last finished epoch. Each run ends with its top-1 at three
+# sizes, and at the best one as it is, packed and deployed (OUTPUT/NAME/eval.json), and for the nets that are shipped
+# with a folder that `timm-el push` could upload (OUTPUT/hub/NAME.imagenette).
+#
+#   NETS="el_resnet26 el_resnet26-bireal"    some of the runs below (default: all)
+#   LAUNCH="torchrun --nproc_per_node 8"     several GPUs; then divide the batch: -b 8
+#   SIZES="128 160"                          pixels to evaluate at (default: 128 160 224)
+#   --device cpu -j 1 --val-interval 2       options for a CPU
+tag=imagenette dataset=Imagenette sizes=${SIZES:-128 160 224}
+labels='["tench", "English springer", "cassette player", "chain saw", "church", "French horn", "garbage truck",
+"gas pump", "golf ball", "parachute"]'
+runs='
+el_resnet26             el_resnet26
+el_mobilenet_v1         el_mobilenet_v1
+el_resnet26-float       el_resnet26      --model-kwargs recipe=host
+el_resnet26-bireal      el_resnet26      --model-kwargs recipe=bireal
+el_mobilenet_v1-float   el_mobilenet_v1  --model-kwargs recipe=host
+el_mobilenet_v1-bireal  el_mobilenet_v1  --model-kwargs recipe=bireal
+el_resnet50             el_resnet50
+el_reactnet_c           el_reactnet_c
+el_resnet50-float       el_resnet50      --model-kwargs recipe=host
+el_resnet50-bireal      el_resnet50      --model-kwargs recipe=bireal
+el_reactnet_c-reactnet  el_reactnet_c    --model reactnet_c
+'
+source "$(dirname "$0")/weights.sh"
