@@ -1322,3 +1322,100 @@ def test_a_unit_of_several_operators_says_that_it_is_on_another_device():
         if tensors_of(deployed) and name not in ('real grouped', 'weights only, same', 'link only'):
             with pytest.raises(ValueError, match='^0: found a tensor'), torch.no_grad():
                 deployed(torch.randn(3, 20, 10, 9))
+
+
+# Ways to write into a tensor a what is in b, all of which torch counts.
+WRITES = {
+    'copy_': lambda a, b: a.copy_(b),
+    'add_': lambda a, b: a.zero_().add_(b),
+    'lerp_': lambda a, b: a.lerp_(b, 1.) if a.is_floating_point() else a.bitwise_xor_(a ^ b),
+    'set_': lambda a, b: a.set_(b.clone()),
+    'a view': lambda a, b: a.view(-1).copy_(b.view(-1)),
+    'a detached one': lambda a, b: a.detach().copy_(b),
+    'foreach': lambda a, b: torch._foreach_copy_([a], [b]),
+    'out': lambda a, b: torch.mul(b, 1, out=a),
+    'index': lambda a, b: a.__setitem__(slice(None), b),
+    'another data': lambda a, b: setattr(a, 'data', b.clone()),
+}
+
+
+def different(make) -> tuple:
+    """Two deployed networks of one structure, no tensor of which is the same."""
+    pair = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        latent = make()
+        with torch.no_grad():
+            for parameter in latent.parameters():
+                parameter.mul_(1 + .3 * torch.rand_like(parameter)).add_(.01 * torch.randn_like(parameter))
+        pair.append(timm_el.deploy(randomise(latent, seed).eval()))
+    return tuple(pair)
+
+
+STRUCTURES = {
+    'stages': (lambda: timm.create_model('el_resnet26', **SMALL['el_resnet26']), (64, 64)),
+    'thresholds': (lambda: timm.create_model('el_resnet26', recipe='r2b', **SMALL['el_resnet26']), (64, 64)),
+    'rprelu': (lambda: timm.create_model('el_resnet26', recipe='reactnet', **SMALL['el_resnet26']), (64, 64)),
+    'K': (lambda: timm.create_model('el_resnet26', recipe='xnor', **SMALL['el_resnet26']), (64, 64)),
+    'converted': (lambda: timm_el.binarize(timm.create_model('test_efficientnet')), (64, 64)),
+    'several operators': (lambda: nn.Sequential(nn.Conv2d(3, 20, 3), BinaryUnit(
+        BinaryConv2d(20, 30, 3, padding=1, groups=5, scale_input=True), nn.BatchNorm2d(30))), (9, 9)),
+    'a flip': (lambda: nn.Sequential(nn.Conv2d(3, 20, 3), nn.GroupNorm(1, 20), BinaryUnit(
+        BinaryConv2d(20, 20, 3, padding=1), pre=negative_norm(20))), (9, 9)),
+}
+
+
+@pytest.mark.parametrize('inference', [False, True], ids=['no_grad', 'inference_mode'])
+@pytest.mark.parametrize('structure', STRUCTURES)
+def test_each_tensor_that_is_written_to_is_used_at_the_next_call(structure, inference):
+    make, size = STRUCTURES[structure]
+    (a, b), x, ways = different(make), image(*size), itertools.cycle(WRITES)
+    with torch.inference_mode() if inference else torch.no_grad():
+        source, changed = tensors_of(b), 0
+        before = a(x)
+        for (name, tensor), way in zip(tensors_of(a).items(), ways):
+            if not torch.equal(tensor, source[name]):
+                WRITES[way](tensor, source[name])
+                now = a(x)
+                assert torch.equal(now, copy.deepcopy(a)(x)), (name, way)
+                changed += not torch.equal(now, before)
+                before = now
+        for module, other in zip(a.modules(), b.modules()):
+            if isinstance(module, engine.modules.Engine):
+                module.set_extra_state(other.get_extra_state())
+        assert changed > 1 and torch.equal(a(x), b(x))
+
+
+@pytest.mark.parametrize('way', WRITES)
+def test_each_way_of_writing_is_seen(way):
+    """In a weight that the kernels keep in a layout of their own."""
+    a, b = different(lambda: nn.Sequential(unit()))
+    x = torch.randn(1, 16, 9, 9)
+    with torch.no_grad():
+        before = a(x)
+        for name, tensor in tensors_of(a).items():
+            WRITES[way](tensor, tensors_of(b)[name])
+        assert torch.equal(a(x), b(x)) and not torch.equal(a(x), before)
+
+
+@pytest.mark.parametrize('made', ['deepcopy', 'save', 'assign'])
+@pytest.mark.parametrize('structure', ['stages', 'several operators'])
+def test_a_network_that_is_copied_or_loaded_in_inference_mode_notices_what_is_loaded_into_it(structure, made):
+    make, size = STRUCTURES[structure]
+    (a, b), x = different(make), image(*size)
+    with torch.inference_mode():
+        if made == 'deepcopy':
+            a = copy.deepcopy(a)
+        elif made == 'assign':
+            a.load_state_dict({k: v.clone() for k, v in a.state_dict().items()}, assign=True)
+        else:
+            file = io.BytesIO()
+            torch.save(a, file)
+            file.seek(0)
+            a = torch.load(file, weights_only=False)
+        assert not torch.equal(a(x), b(x))
+        a.load_state_dict(b.state_dict())
+        assert torch.equal(a(x), b(x))
+        for tensor in tensors_of(a).values():
+            tensor.zero_()
+        assert not torch.equal(a(x), b(x))

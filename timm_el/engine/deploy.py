@@ -127,6 +127,10 @@ def deploy(
     copy stays in eval mode and float32: `train()` of it, of its modules, or of a network around it leaves its modules
     in eval mode.
 
+    Tensors that are written to, by `load_state_dict` or in place, are used at the next call. Writes that torch itself
+    does not count cannot be seen: through `tensor.data`, through a NumPy array. The engine may go on with the weights
+    that it laid out before; use `load_state_dict`, or `tensor.copy_` under `torch.no_grad()`, in their place.
+
     Args:
         model: A latent network in eval mode, float32, on the CPU. It is not changed.
         float_dtype: Dtype in which float convolutions compute; activations between layers stay float32.

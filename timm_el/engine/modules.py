@@ -101,6 +101,16 @@ class Engine(Chained):
         """None: it is part of the table."""
         return None
 
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        """Of a copy or a file; its tensors count what is written to them, also if it was made in inference mode."""
+        super().__setstate__(state)
+        with torch.inference_mode(False):
+            for held in (self._parameters, self._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None and tensor.is_inference():
+                        own = tensor.clone()
+                        held[name] = nn.Parameter(own, False) if isinstance(tensor, nn.Parameter) else own
+
     def get_extra_state(self) -> torch.Tensor:
         """The constants, so that a state dict is whole."""
         return torch.tensor(getattr(self, 'constants', []), **F64)

@@ -118,7 +118,7 @@ def pool_layer(window: Window, mode: str, pad_end: Tuple[int, int]) -> Layer:
 class _Prepared:
     """What the native library keeps for one weight tensor: its own layout, and a plan for each shape of input."""
 
-    def __init__(self, version: Tuple[int, int]) -> None:
+    def __init__(self, version: Tuple[Any, int]) -> None:
         self.version = version
         self.generation = native.generation()
         self.weights: Dict[Tuple[int, ...], Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]] = {}
@@ -169,9 +169,9 @@ def _pointer(tensor: Optional[torch.Tensor]) -> Optional[int]:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _version(weight: torch.Tensor) -> Tuple[int, int]:
-    """Changes when the weight is written to or moves. Inference tensors do not count; `deploy` makes none."""
-    return 0 if weight.is_inference() else weight._version, weight.data_ptr()
+def _version(tensor: torch.Tensor) -> Tuple[Any, int]:
+    """Changes when the tensor is written to or moves; at each look at an inference tensor, which counts no writes."""
+    return object() if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def _facts(tensor: Optional[torch.Tensor]) -> Optional[Tuple[Any, ...]]:
