@@ -262,3 +262,22 @@ def test_the_recipe_for_separable_hosts_is_chosen_by_their_convolutions():
             (timm.create_model('mobilenetv2_100'), 'el_mobilenet'), (torchvision.models.mobilenet_v2(), 'el_mobilenet'),
             (timm.create_model('regnetx_002'), 'el'), (timm.create_model('resnext26ts'), 'el')):
         assert timm_el.binarize(model).binarize_report.recipe.name == recipe
+
+
+def test_a_norm_that_a_batch_got_before_it_failed_is_no_more_there():
+    """Small images are tried first. What they find counts for nothing if they fail; the next ones are judged anew."""
+    class Tall(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            x = self.c(self.b(self.a(x)) ** 2 + 1)  # a square, which nothing can take away
+            if x.shape[-1] < 100:
+                raise ValueError('the image is too small')
+            return x
+
+    model = timm_el.binarize(Tall())
+    assert model.c.pre is not None and model.binarize_report.revived == ('c',)
+    twin = timm_el.binarize(Tall(), like=model.binarize_report.plan())
+    twin.load_state_dict(model.state_dict(), strict=True)

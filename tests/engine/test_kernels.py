@@ -1,10 +1,14 @@
 """The C sources by themselves: warnings are errors, their own driver finds nothing wrong, sanitizers neither."""
+import importlib.util
 import itertools
 import os
+import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import Sequence
 
 import pytest
 import torch
@@ -22,11 +26,12 @@ FLAGS = [flag for line in (KERNELS / 'flags.txt').read_text().splitlines() for f
 CC = os.environ.get('CC') or shutil.which('cc') or shutil.which('gcc') or shutil.which('clang')
 
 
-def build(folder: Path, compiler: str, *extra: str) -> str:
-    program = str(folder / 'driver')
-    sources = [str(path) for path in sorted(KERNELS.glob('*.c'))]
-    subprocess.run(
-        [compiler, *FLAGS, '-Wall', '-Wextra', '-Werror', *extra, '-o', program, *sources, '-lm'], check=True)
+def build(folder: Path, compiler: str, *extra: str, before: Sequence[str] = (), sources: Path = KERNELS) -> str:
+    program = str(folder / 'driver.exe')  # a name that Windows needs and nobody else minds
+    files = [str(path) for path in sorted(sources.glob('*.c'))]
+    libraries = ['-lm', '-ldl'] if sys.platform == 'linux' and '-windows-' not in ' '.join(extra) else ['-lm']
+    command = [compiler, *before, *FLAGS, '-Wall', '-Wextra', '-Werror', *extra, '-o', program, *files, *libraries]
+    subprocess.run(command, check=True)
     return program
 
 
@@ -53,9 +58,7 @@ def test_the_driver_sees_a_wrong_kernel(tmp_path):
     body = (wrong / 'body.h').read_text()
     assert '(n + n)' in body
     (wrong / 'body.h').write_text(body.replace('(n + n)', '(n + n + 1)'))
-    program = str(tmp_path / 'wrong')
-    subprocess.run([CC, *FLAGS, '-o', program, *map(str, wrong.glob('*.c')), '-lm'], check=True)
-    result = subprocess.run([program, '40'], capture_output=True, text=True)
+    result = subprocess.run([build(tmp_path, CC, sources=wrong), '40'], capture_output=True, text=True)
     assert result.returncode == 1 and 'differs' in result.stdout
 
 
@@ -191,3 +194,24 @@ def test_the_neon_body_is_right_under_an_emulator(tmp_path):
     program = build(tmp_path, 'aarch64-linux-gnu-gcc', '-static')
     out = run('qemu-aarch64', program, '400', '3', 'nofork')
     assert 'bodies neon portable: 0 wrong' in out
+
+
+TARGETS = {  # and what runs the driver there, if it is installed
+    'x86_64-linux-gnu.2.17': [], 'aarch64-linux-gnu.2.17': ['qemu-aarch64', '-L', '/usr/aarch64-linux-gnu'],
+    'x86_64-windows-gnu': ['wine'], 'x86_64-macos.11.0': None, 'aarch64-macos.11.0': None}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec('ziglang'), reason='needs the package ziglang')
+@pytest.mark.parametrize('target', TARGETS)
+def test_the_sources_compile_without_a_warning_for_every_platform(tmp_path, target):
+    runner = TARGETS[target]
+    program = build(tmp_path, sys.executable, '-target', target, '-mcpu=baseline', before=['-m', 'ziglang', 'cc'])
+    if runner is None or (runner and not shutil.which(runner[0])):
+        return
+    if not runner and (sys.platform != 'linux' or platform.machine() != 'x86_64'):
+        return
+    out = run(*runner, program, '100', '5', 'nofork')
+    assert ': 0 wrong' in out
+    if not runner:
+        assert ' '.join(timm_el.engine.info()['available']) in out

@@ -54,7 +54,7 @@ double el_count_time(int words, int channels, int pixels, int repeats) {
     const int stride = round_up(channels, EL_REAL_BLOCK);
     const size_t start = 0;
     uint64_t *rows = malloc(((size_t)channels + (size_t)pixels) * (size_t)words * 8);
-    void *weight = aligned_alloc(64, aligned(el_body_active->weight_size(words, channels)));
+    void *weight = el_aligned_alloc(64, el_body_active->weight_size(words, channels));
     int32_t *counts = malloc((size_t)MOST_TILE * (size_t)stride * sizeof(int32_t));
     double seconds = 0.;
     if (rows && weight && counts) {
@@ -81,7 +81,7 @@ double el_count_time(int words, int channels, int pixels, int repeats) {
         }
     }
     free(rows);
-    free(weight);
+    el_aligned_free(weight);
     free(counts);
     return seconds;
 }

@@ -1,7 +1,8 @@
 /* The kernels' own test: random convolutions on every body and several thread counts against loops written from the
- * formula in engine.h, then chains, several callers at once, and a fork. For sanitizers and emulators: no Python.
+ * formula in engine.h, then chains, several callers at once, and, where there is one, a fork. For sanitizers and emulators:
+ * no Python.
  *
- *     cc $(cat flags.txt) -o driver *.c -lm && ./driver [cases [seed [nofork]]]
+ *     cc $(cat flags.txt) -o driver *.c -lm -ldl && ./driver [cases [seed [nofork]]]
  */
 #include "engine.h"
 
@@ -10,8 +11,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#if !defined(_WIN32)
 #include <sys/wait.h>
 #include <unistd.h>
+#endif
 
 static uint64_t state = 1;
 
@@ -116,10 +119,11 @@ static void lay_out(subject *s) {
     el_plan *p = &s->plan;
     const int taps = p->conv.kh * p->conv.kw, cg = p->c_in / p->groups, og = p->c_out / p->groups;
     const int depthwise = p->groups > 1 && p->groups == p->c_in && p->c_in == p->c_out, words = (cg + 63) / 64;
-    free((void *)p->weight), free((void *)p->tap_sums), free(s->stored);
+    el_aligned_free((void *)p->weight), free((void *)p->tap_sums), free(s->stored);
     p->weight = p->tap_sums = s->stored = NULL;
     if (p->real) {
-        float *stored = calloc(depthwise ? (size_t)taps * up(p->c_out, 16) : up(p->c_out, 64) * (size_t)(taps * cg), sizeof(float));
+        float *stored = el_aligned_alloc(64, el_weight_size(p));
+        memset(stored, 0, el_weight_size(p));
         for (int o = 0; o < p->c_out; o++)
             for (int i = 0; i < cg; i++)
                 for (int t = 0; t < taps; t++)
@@ -138,7 +142,7 @@ static void lay_out(subject *s) {
                 if (depthwise) stored[(size_t)t * up(p->c_out, 64) / 64 + (size_t)(o / 64)] |= bit << (o % 64);
                 else stored[(size_t)(o / og) * group + (size_t)((o % og / 8 * taps * words + t * words + i / 64) * 8 + o % og % 8)] |= bit << (i % 64);
             }
-    void *weight = aligned_alloc(64, up((int)el_weight_size(p) + 1, 64));
+    void *weight = el_aligned_alloc(64, el_weight_size(p) + 1);
     el_lay_out(p, stored, weight);
     p->weight = weight;
     if (!s->padded) return;
@@ -148,7 +152,7 @@ static void lay_out(subject *s) {
 }
 
 static void discard(subject *s) {
-    free((void *)s->plan.weight);
+    el_aligned_free((void *)s->plan.weight);
     free((void *)s->plan.tap_sums);
     free(s->stored), free(s->bits), free(s->weight), free(s->table), free(s->threshold), free(s->flip);
 }
@@ -383,6 +387,23 @@ static void *call(void *argument) {
     return NULL;
 }
 
+/* A child has no workers, and calls all the same. */
+static void in_a_fork(caller *c) {
+#if defined(_WIN32)
+    (void)c;
+#else
+    fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+        call(c);
+        _exit(c->wrong ? 1 : 0);
+    }
+    int status = 1;
+    waitpid(child, &status, 0);
+    if (status) report("fork", 0, 3);
+#endif
+}
+
 static void callers_at_once(int with_fork) {
     caller c[4];
     pthread_t threads[4];
@@ -397,17 +418,7 @@ static void callers_at_once(int with_fork) {
     }
     for (int i = 0; i < 4; i++) pthread_create(&threads[i], NULL, call, &c[i]);
     for (int i = 0; i < 4; i++) pthread_join(threads[i], NULL);
-    fflush(stdout);
-    if (with_fork) {
-        const pid_t child = fork(); /* which has no workers */
-        if (child == 0) {
-            call(&c[0]);
-            _exit(c[0].wrong ? 1 : 0);
-        }
-        int status = 1;
-        waitpid(child, &status, 0);
-        if (status) report("fork", 0, 3);
-    }
+    if (with_fork) in_a_fork(c);
     for (int i = 0; i < 4; i++) {
         if (c[i].wrong) report("callers at once", i, 3);
         free(c[i].x), free(c[i].expected), free(c[i].y);

@@ -122,6 +122,9 @@ extern const el_body el_body_portable, el_body_avx2, el_body_avx512, el_body_neo
 
 /* threads.c: run(context, i) for i in 0 .. n-1, on up to `threads` threads, the caller's among them. */
 void el_parallel(void (*run)(void *context, int i), void *context, int n, int threads);
+/* memory.c: a block whose address is a multiple of `align`; NULL if there is none. Only el_aligned_free takes it back. */
+void *el_aligned_alloc(size_t align, size_t bytes);
+void el_aligned_free(void *block);
 /* A block of memory that belongs to the calling thread, until it asks for the slot again; NULL if there is none. */
 enum { EL_SLOT_BAND, EL_SLOT_RUN, EL_SLOT_VALUES, EL_SLOTS = EL_SLOT_VALUES + EL_MAX_VALUES };
 void *el_scratch(int slot, size_t bytes);

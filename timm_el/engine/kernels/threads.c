@@ -21,7 +21,6 @@
 #include <string.h>
 #if defined(__linux__)
 #include <dlfcn.h>
-#include <sys/mman.h>
 #endif
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -82,6 +81,7 @@ static void *worker(void *argument) {
 
 static atomic_int forked; /* this process is the child of one that had the library */
 
+#if !defined(_WIN32)
 static void child_of_fork(void) {
     atomic_store(&forked, 1);
     pthread_mutex_init(&in_use, NULL);
@@ -92,15 +92,10 @@ static void child_of_fork(void) {
     atomic_store(&running, 0);
 }
 
-static pthread_once_t once = PTHREAD_ONCE_INIT;
-static pthread_key_t scratch_keys[EL_SLOTS];
-
 /* When the library is loaded: a process may fork before the first region, and after torch's. */
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, child_of_fork); }
+#endif
 
-static void set_up(void) {
-    for (int i = 0; i < EL_SLOTS; i++) pthread_key_create(&scratch_keys[i], free);
-}
 
 typedef void (*team)(void (*member)(void *), void *data, unsigned threads, unsigned flags);
 
@@ -134,7 +129,6 @@ static void take_work(void *data) {
 }
 
 void el_parallel(void (*run)(void *, int), void *context, int n, int threads) {
-    pthread_once(&once, set_up);
     if (threads > MAX_THREADS) threads = MAX_THREADS;
     if (threads > 1 && n > 1 && !atomic_load_explicit(&forked, memory_order_relaxed)) {
         const team region = find_team();
@@ -182,32 +176,4 @@ void el_parallel(void (*run)(void *, int), void *context, int n, int threads) {
         else sched_yield(); /* more threads than processors */
     }
     pthread_mutex_unlock(&in_use);
-}
-
-/* The size stands in front of the block, at a cache line of its own. */
-void *el_scratch(int slot, size_t bytes) {
-    pthread_once(&once, set_up);
-    char *block = pthread_getspecific(scratch_keys[slot]);
-    if (block && *(size_t *)block >= bytes) return block + 64;
-    free(block);
-    pthread_setspecific(scratch_keys[slot], NULL);
-    const size_t align = bytes < EL_HUGE_PAGE ? 64 : EL_HUGE_PAGE, size = (bytes + 64 + align - 1) / align * align;
-    block = aligned_alloc(align, size);
-    if (!block) return NULL;
-    el_advise(block, size);
-    *(size_t *)block = size - 64;
-    pthread_setspecific(scratch_keys[slot], block);
-    return block + 64;
-}
-
-/* Large pages, where the system has them: with small ones a processor looks up more addresses than it remembers. */
-void el_advise(const void *memory, size_t bytes) {
-#if defined(__linux__)
-    const uintptr_t from = ((uintptr_t)memory + EL_HUGE_PAGE - 1) / EL_HUGE_PAGE * EL_HUGE_PAGE;
-    const uintptr_t to = ((uintptr_t)memory + bytes) / EL_HUGE_PAGE * EL_HUGE_PAGE;
-    if (from < to) madvise((void *)from, to - from, MADV_HUGEPAGE); /* it is advice: nothing depends on it */
-#else
-    (void)memory;
-    (void)bytes;
-#endif
 }
