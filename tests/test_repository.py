@@ -56,8 +56,9 @@ PUBLIC = {
     'timm_el.engine': 'DeployedBlock DeployedConv DeployedLinear DeployedPool DeployedStage DeployedUnit '
                       'SlowEngineWarning chip_rate count_rate deploy info use_isa',
     'timm_el.layers': 'BinaryConv2d BinaryLinear BinaryUnit ElasticLink HOST_ATTRIBUTES RPReLU RSign Shift '
-                      'StandardizedBinaryConv2d ZeroShortcut check_own_tensors check_tensors expected_statistics '
-                      'guard_input input_scale input_sign_shares real_weights same_pads weight_scale',
+                      'StandardizedBinaryConv2d ZeroShortcut check_own_tensors check_tensors check_unwrapped '
+                      'expected_statistics guard_input input_scale input_sign_shares real_weights same_pads '
+                      'weight_scale',
     'timm_el.training': 'DistillationTask JsonLines Telemetry attention_loss attention_map binary_layers '
                         'clip_latent_weights distributional_loss logit_loss residual_blocks',
 }

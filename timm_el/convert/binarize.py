@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from ..dry_run import WEIGHTED, own_input_size, run_layers
-from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_tensors, guard_input
+from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_tensors, check_unwrapped, guard_input
 from ..recipes import Recipe, get_recipe
 from ..weights.loading import RECIPE_CODE, guard_loading
 from ..weights.parameter_map import ParameterMap, RenewedNorm, tensors_of
@@ -32,15 +32,10 @@ from .sites import Act, Convert, Decision, Network
 
 __all__ = ['binarize']
 
-WRAPPERS = ('OptimizedModule', 'DistributedDataParallel', 'DataParallel', 'FullyShardedDataParallel')
-
 
 def _refuse_unfit(model: nn.Module) -> None:
     """Raise for modules that cannot be swapped without changing more than themselves."""
-    if isinstance(model, torch.jit.ScriptModule) or type(model).__name__ in WRAPPERS:
-        raise ValueError(
-            f'model: found a {type(model).__name__}, expected the model that it was made of; '
-            f'convert that one first, then script, compile or wrap it')
+    check_unwrapped(model, 'convert')
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise ValueError(f'model: {type(model).__name__} has no Conv2d, there is nothing to binarize')
     for path, module in model.named_modules():

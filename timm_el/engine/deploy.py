@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 import torch
 import torch.nn as nn
 
-from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit
+from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_unwrapped
 from . import native
 from .blocks import join_layers
 from .calls import HOOKS, computed_tensors, copied, has_hooks, has_own_forward, is_altered, without_hooks
@@ -55,10 +55,9 @@ def _replace_float(
 def _refuse_unfit(model: nn.Module, float_dtype: torch.dtype) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
-    if isinstance(model, torch.jit.ScriptModule) or type(model).__name__ in (
-            'OptimizedModule', 'DistributedDataParallel', 'DataParallel', 'FullyShardedDataParallel', 'GraphModule'):
-        raise ValueError(
-            f'model: found a {type(model).__name__}, expected the model that it was made of; deploy that one')
+    check_unwrapped(model, 'deploy')
+    if isinstance(model, torch.fx.GraphModule):
+        raise ValueError('model: found a GraphModule, expected the model that it was traced from; deploy that one')
     if float_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f'float_dtype: found {float_dtype}, expected torch.float32, torch.bfloat16 or torch.float16')
     units = 0

@@ -5,6 +5,7 @@ from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 
+from ..kinds import is_identity_in_eval
 from ..layers import ElasticLink, RPReLU, RSign, Shift
 from .spec import ROWS, Window, table_stride
 
@@ -65,8 +66,7 @@ def act_of(act: Optional[nn.Module]) -> Optional[Tuple[str, Any, Any]]:
 
 def drops(module: nn.Module) -> bool:
     """Does nothing in eval mode."""
-    known = isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d)) and _is_known(module)
-    return known or type(module).__name__ == 'DropPath'
+    return is_identity_in_eval(module) and _is_known(module)
 
 
 class Fusion:

@@ -13,8 +13,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ..quantizers import is_symbolic
 
-__all__ = ['check_positive', 'check_float', 'check_images', 'check_tensors', 'check_own_tensors', 'guard_input']
+__all__ = [
+    'check_float', 'check_images', 'check_own_tensors', 'check_positive', 'check_tensors', 'check_unwrapped',
+    'guard_input',
+]
 
+WRAPPERS = ('OptimizedModule', 'DistributedDataParallel', 'DataParallel', 'FullyShardedDataParallel')
 QUANTIZED = ('torch.ao.', 'torch.nn.quantized', 'torchao.')
 # torch's hooks that compute a tensor from others before each pass, and what makes it a parameter again.
 COMPUTING = {
@@ -55,6 +59,19 @@ def check_images(x: torch.Tensor, channels: int, where: str) -> None:
         raise ValueError(
             f'{where} input: found shape {tuple(x.shape)}, expected (N, {channels}, H, W); '
             f'a single image needs a batch axis: x.unsqueeze(0)')
+
+
+def check_unwrapped(model: nn.Module, verb: str) -> None:
+    """Raise ValueError if a model is a wrapper around another one: compiled, scripted, or for several processes.
+
+    Args:
+        model: What somebody wants to change or copy.
+        verb: What for, for the error.
+    """
+    if isinstance(model, torch.jit.ScriptModule) or type(model).__name__ in WRAPPERS:
+        raise ValueError(
+            f'model: found a {type(model).__name__}, expected the model that it was made of; '
+            f'{verb} that one first, then script, compile or wrap it')
 
 
 def check_tensors(module: nn.Module, path: str) -> None:
