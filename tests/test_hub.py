@@ -56,10 +56,150 @@ def test_a_converted_net_comes_back_with_its_norms_and_kept_layers(name, tmp_pat
     assert torch.equal(outputs(loaded), outputs(twin))
     assert loaded.binarize_report.plan() == model.binarize_report.plan()
     assert 'timm_el.from_hub(' in (folder / 'README.md').read_text()
-    with pytest.raises((RuntimeError, ValueError)):  # timm alone would build the float host
-        timm.create_model(f'local-dir:{folder}', pretrained=True)
-    with pytest.raises(ValueError, match='num_classes: .* is a converted net, which takes no arguments'):
-        timm_el.from_hub(folder, num_classes=3)
+
+
+# ------------------------------------------------------------------------------------- folders of converted nets
+
+HOSTS = {  # known blocks; traced, with new norms; linear layers on pixels; a last convolution without a norm
+    'test_resnet': {}, 'test_efficientnet': dict(keep=('classifier', 'blocks.1.0.conv_exp')), 'test_convnext': {},
+    'test_nfnet': {}}
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    """A converted net and its folder, by its host's name."""
+    made = {}
+    for name, kwargs in HOSTS.items():
+        torch.manual_seed(0)
+        model = randomise(timm_el.binarize(timm.create_model(name, num_classes=5), **kwargs))
+        folder = timm_el.save_for_hub(model, tmp_path_factory.mktemp(name))
+        made[name] = timm_el.load_packed(model, folder / 'model.safetensors').eval(), folder
+    return made
+
+
+def by_timm(folder, **kwargs):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+
+
+def units(model):
+    return sum(isinstance(m, timm_el.layers.BinaryUnit) for m in model.modules())
+
+
+OPENERS = {'create_model': by_timm, 'from_hub': lambda folder, **kwargs: timm_el.from_hub(folder, **kwargs).eval()}
+
+
+@pytest.mark.parametrize('name', HOSTS)
+@pytest.mark.parametrize('opener', OPENERS)
+def test_a_folder_of_a_converted_net_opens_with_any_argument_as_that_net(name, opener, folders):
+    model, folder = folders[name]
+    x, opened = torch.randn(2, 3, 64, 64), OPENERS[opener]
+    with torch.no_grad():
+        features, maps = model.forward_features(x), model.forward_intermediates(x, intermediates_only=True)
+        for kwargs in ({}, dict(num_classes=5), dict(num_classes=3), dict(num_classes=0), dict(global_pool='max')):
+            other = opened(folder, **kwargs)
+            assert torch.equal(other.forward_features(x), features) and units(other) == units(model), kwargs
+            classes = kwargs.get('num_classes', 5)
+            assert other(x).shape == (2, classes or model.num_features) and other.num_classes == classes, kwargs
+        assert torch.equal(opened(folder)(x), model(x))
+        gray, weight = opened(folder, in_chans=1), model.pretrained_cfg['first_conv'] + '.weight'
+        assert units(gray) == units(model) and gray(x[:, :1]).shape == (2, 5)
+        for key, value in gray.state_dict().items():
+            expected = model.state_dict()[key]
+            assert torch.equal(value, expected.sum(1, keepdim=True) if key == weight else expected), key
+        for kwargs in ({}, dict(feature_cls='fx'), dict(feature_cls='hook'), dict(feature_cls='getter')):
+            found = opened(folder, features_only=True, **kwargs)(x)
+            assert all(torch.equal(a, b) for a, b in zip(found, maps, strict=True)), kwargs
+        two = opened(folder, features_only=True, out_indices=(1, 2))
+        assert all(torch.equal(a, b) for a, b in zip(two(x), maps[1:3], strict=True))
+        assert two.feature_info.channels() == [m.shape[1] for m in maps[1:3]]
+
+
+def test_a_folder_of_a_converted_net_is_none_of_timms_own(folders, tmp_path):
+    """Without this package its name is not known, and the error says it."""
+    folder = folders['test_resnet'][1]
+    code = f"""
+import timm
+try:
+    timm.create_model('local-dir:{folder}', pretrained=True, num_classes=3)
+except RuntimeError as e:
+    print(e)
+"""
+    assert run(['-c', code]) == 'Unknown model (timm_el_converted)\n'
+    assert json.loads((folder / 'config.json').read_text())['timm_el'] == {'format_version': 2, 'converted': True}
+
+
+def test_a_net_from_a_folder_is_written_and_opened_again(folders, tmp_path):
+    model, folder = folders['test_efficientnet']
+    timm_el.save_for_hub(timm_el.from_hub(folder), tmp_path / 'again')
+    assert file_facts(tmp_path / 'again' / 'model.safetensors') == file_facts(folder / 'model.safetensors')
+    assert json.loads((tmp_path / 'again' / 'config.json').read_text())['model_args']['host'] == 'test_efficientnet'
+    assert '# test_efficientnet, binarized' in (tmp_path / 'again' / 'README.md').read_text()
+    narrow = by_timm(folder, num_classes=3)
+    timm_el.save_for_hub(narrow, tmp_path / 'narrow')
+    assert torch.equal(outputs(by_timm(tmp_path / 'narrow')), outputs(narrow))
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_a_folder_of_the_first_version_opens_by_from_hub_with_any_argument(name, folders, tmp_path):
+    """There the architecture was the host's, and the plan stood beside it."""
+    model, folder = folders[name]
+    config = json.loads((folder / 'config.json').read_text())
+    plan, host = config['model_args'].pop('plan'), config['model_args'].pop('host')
+    config.update(architecture=host, timm_el={'format_version': 1, 'plan': plan, 'converted': True})
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    (tmp_path / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes())
+    assert torch.equal(outputs(timm_el.from_hub(tmp_path)), outputs(model))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for kwargs in (dict(num_classes=3), dict(num_classes=0)):
+            other = timm_el.from_hub(tmp_path, **kwargs).eval()
+            assert torch.equal(other.forward_features(x), model.forward_features(x))
+        last = timm_el.from_hub(tmp_path, features_only=True).eval()(x)[-1]
+        assert torch.equal(last, model.forward_intermediates(x, intermediates_only=True)[-1])
+
+
+def test_an_argument_that_makes_another_net_is_refused_and_not_half_loaded(folders, tmp_path):
+    _, folder = folders['test_resnet']
+    for name in ('config.json', 'model.safetensors'):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    for kwargs in (dict(layers=(1, 2, 1, 1), num_classes=3), dict(host='test_efficientnet', num_classes=3),
+                   dict(recipe='el', plan={**timm_el.binarize(timm.create_model('test_resnet'), 'r2b').
+                                           binarize_report.plan()}, num_classes=3)):
+        with pytest.raises(timm_el.CheckpointError, match=r'load the folder without it: timm_el.from_hub\(folder\)'):
+            by_timm(tmp_path, **kwargs)
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'registered'])
+def test_a_damaged_folder_is_called_that(name, folders, tmp_path):
+    if name == 'registered':
+        folder = timm_el.save_for_hub(timm.create_model('el_resnet20'), tmp_path / 'made')
+    else:
+        folder = folders[name][1]
+    (tmp_path / 'config.json').write_bytes((folder / 'config.json').read_bytes())
+    data = (folder / 'model.safetensors').read_bytes()
+    for bad in (data[:-100], data[:-1] + bytes([data[-1] ^ 1])):
+        (tmp_path / 'model.safetensors').write_bytes(bad)
+        with pytest.raises(timm_el.CheckpointError, match=f'^{tmp_path}/model.safetensors: .*damaged'):
+            timm_el.from_hub(tmp_path)
+
+
+def test_features_of_a_net_are_no_folder(tmp_path):
+    for model in (timm.create_model('el_resnet20', features_only=True),
+                  timm_el.binarize(timm.create_model('test_resnet', features_only=True))):
+        with pytest.raises(ValueError, match='features_only=True, expected the whole net'):
+            timm_el.save_for_hub(model, tmp_path / 'x')
+    assert not (tmp_path / 'x').exists()
+
+
+def test_any_net_of_timm_is_there_by_name(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model('timm_el_converted', host='test_resnet', recipe='bireal', num_classes=4)
+    torch.manual_seed(0)
+    twin = timm_el.binarize(timm.create_model('test_resnet', num_classes=4), 'bireal')
+    assert torch.equal(outputs(model), outputs(twin)) and model.binarize_report.recipe.name == 'bireal'
+    assert model.pretrained_cfg['input_size'] == twin.pretrained_cfg['input_size']
+    with pytest.raises(RuntimeError, match='No pretrained weights exist for timm_el_converted'):
+        timm.create_model('timm_el_converted', host='test_resnet', pretrained=True)
 
 
 def test_what_is_no_binarized_net_of_timm_is_refused(tmp_path):
@@ -73,7 +213,7 @@ def test_what_is_no_binarized_net_of_timm_is_refused(tmp_path):
     with pytest.raises(ValueError, match='no entry timm_el'):
         timm_el.from_hub(tmp_path)
     (tmp_path / 'config.json').write_text('{"architecture": "resnet18", "timm_el": {"format_version": 9}}')
-    with pytest.raises(ValueError, match='found format version 9, expected at most 1'):
+    with pytest.raises(ValueError, match='found format version 9, expected at most 2'):
         timm_el.from_hub(tmp_path)
 
 
@@ -96,7 +236,9 @@ facts = dict(
     timm=out(timm.create_model("hf-hub:user/net", pretrained=True)),
     again=out(timm.create_model("hf-hub:user/net", pretrained=True)),
     ours=out(timm_el.from_hub("user/net")),
-    converted=out(timm_el.from_hub("hf-hub:user/other")))
+    converted=out(timm_el.from_hub("hf-hub:user/other")),
+    by_timm=out(timm.create_model("hf-hub:user/other", pretrained=True)),
+    adapted=len(out(timm.create_model("hf-hub:user/other", pretrained=True, num_classes=7))))
 print(json.dumps(facts))
 '''
 
@@ -124,6 +266,7 @@ def test_push_list_download_and_offline_reuse_with_the_real_client(tmp_path):
         first = json.loads(run(['-c', CLIENT], **env))
         assert set(first['files']) >= {'README.md', 'config.json', 'model.safetensors'}
         assert first['timm'] == first['ours'] == first['again'] and len(first['converted']) == 3
+        assert first['by_timm'] == first['converted'] and first['adapted'] == 7
         downloads = [line for line in hub.log if line.startswith('GET') and 'model.safetensors' in line]
         assert len(downloads) == 2  # one for each net: the etag is the same, nothing is fetched again
     offline = json.loads(run(['-c', CLIENT], **{**env, 'HF_HUB_OFFLINE': '1'}))

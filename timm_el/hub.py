@@ -1,8 +1,8 @@
 """Hub folders: packed weights, timm's config.json and a model card, written, checked, uploaded and loaded again.
 
-A folder of a registered model is one that timm reads: `timm.create_model("hf-hub:user/repo", pretrained=True)` after
-`import timm_el`. A net that `binarize` converted keeps its host's name, so its folder carries the plan of the
-conversion too, and `from_hub` builds it again; timm alone would build the float host, and refuse the packed file.
+A folder is one that timm reads: `timm.create_model("hf-hub:user/repo", pretrained=True)` after `import timm_el`, with
+any argument. A net that `binarize` converted has `timm_el_converted` for its architecture there, and its host's name
+and the plan of the conversion among its arguments, so that timm alone cannot take it for the float host.
 """
 import copy
 import hashlib
@@ -17,16 +17,17 @@ import torch.nn as nn
 from timm.models import is_model, model_entrypoint
 from timm.models._hub import save_config_for_hf
 
-from .convert.binarize import binarize
 from .dry_run import own_input_size, undisturbed
+from .models.converted import CONVERTED
 from .recipes import Recipe
 from .summary import summarize
 from .weights.loading import load_packed
-from .weights.packed import FORMAT_VERSION, pack_state_dict, save_packed
+from .weights.packed import FORMAT_VERSION, pack_state_dict, read_packed, save_packed
 
 __all__ = ['save_for_hub', 'from_hub', 'push_to_hub', 'file_facts', 'read_metrics']
 
 WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
+FOLDER_VERSION = 2  # of folders of converted nets; in the first one the architecture was the host's
 
 
 def file_facts(path: Union[str, os.PathLike]) -> Dict[str, Any]:
@@ -46,7 +47,7 @@ def read_metrics(folder: Union[str, os.PathLike]) -> Dict[str, float]:
 
 def _is_registered(model: nn.Module) -> bool:
     name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', '')
-    return is_model(name) and model_entrypoint(name).__module__.startswith(f'{__package__}.')
+    return is_model(name) and name != CONVERTED and model_entrypoint(name).__module__.startswith(f'{__package__}.')
 
 
 def save_for_hub(
@@ -86,22 +87,29 @@ def save_for_hub(
     if not registered and report is None:
         raise ValueError(
             f'model: {type(model).__name__} is neither registered by timm_el nor converted by timm_el.binarize')
-    if not is_model((getattr(model, 'pretrained_cfg', None) or {}).get('architecture', '')):
+    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', '')
+    if not is_model(name):
         raise ValueError(
             f'model: {type(model).__name__} was not made by timm.create_model, from_hub could not build its host')
+    if not hasattr(model, 'num_classes'):
+        raise ValueError(
+            f'model: found a {type(model).__name__} of features_only=True, expected the whole net; from_hub and '
+            f'timm.create_model take features_only=True for its folder')
     folder = Path(folder)
     pack_state_dict(model, float_dtype)  # what cannot be packed is refused before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     save_packed(model, folder / WEIGHTS, float_dtype)
-    facts: Dict[str, Any] = {'format_version': FORMAT_VERSION}
-    if report is not None:
-        facts['plan'] = report.plan()
-    facts['converted'] = not registered
     args = {k: v.to_dict() if isinstance(v, Recipe) else v
             for k, v in {**getattr(model, '_model_args', {}), **(model_args or {})}.items()}
+    facts: Dict[str, Any] = {'format_version': FORMAT_VERSION, 'converted': not registered}
+    cfg = dict(pretrained_cfg or {})
+    if not registered:
+        facts['format_version'], cfg['architecture'] = FOLDER_VERSION, CONVERTED
+        args = {'host': name, **args, 'plan': report.plan()}  # what was loaded from a folder has its host there
+    elif report is not None:
+        facts['plan'] = report.plan()
     save_config_for_hf(
-        model, folder / CONFIG,
-        model_config={'timm_el': facts, 'pretrained_cfg': pretrained_cfg or {}}, model_args=args)
+        model, folder / CONFIG, model_config={'timm_el': facts, 'pretrained_cfg': cfg}, model_args=args)
     (folder / CARD).write_text(
         _card(model, registered, metrics or {}, dataset, details, repo_id, folder), encoding='utf-8')
     _verify(model, folder)
@@ -137,13 +145,13 @@ def from_hub(
         repo: 'user/repo', with or without 'hf-hub:', or a folder.
         revision: Branch, tag or commit on the Hub.
         cache_dir: Where downloads are kept.
-        kwargs: As for `timm.create_model`, for registered models; converted nets take none.
+        kwargs: As for `timm.create_model`: num_classes, in_chans, features_only and so on.
 
     Returns:
         The model, with latent weights of +-alpha.
 
     Raises:
-        ValueError: The repository was not written by `save_for_hub`, or `kwargs` for a converted net.
+        ValueError: The repository was not written by `save_for_hub`.
         CheckpointError: Its weights are damaged or do not fit.
     """
     from huggingface_hub import hf_hub_download
@@ -157,20 +165,16 @@ def from_hub(
     facts = config.get('timm_el')
     if not isinstance(facts, dict):
         raise ValueError(f'{repo}: its config.json has no entry timm_el; timm.create_model loads models of timm')
-    if facts.get('format_version', 0) > FORMAT_VERSION:
+    if facts.get('format_version', 0) > FOLDER_VERSION:
         raise ValueError(
-            f'{repo}: found format version {facts["format_version"]}, expected at most {FORMAT_VERSION}; '
+            f'{repo}: found format version {facts["format_version"]}, expected at most {FOLDER_VERSION}; '
             f'pip install -U timm-el')
-    if not facts.get('converted'):
-        return timm.create_model(f'local-dir:{os.path.dirname(fetch[CONFIG])}', pretrained=True, **kwargs)
-    if kwargs:
-        raise ValueError(f'{next(iter(kwargs))}: {repo} is a converted net, which takes no arguments; load it, then '
-                         f'change it (reset_classifier)')
-    args = dict(config.get('model_args') or {})
-    args.setdefault('num_classes', config['num_classes'])
-    model = timm.create_model(config['architecture'], **args)
-    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **config['pretrained_cfg']}
-    return load_packed(binarize(model, like=facts['plan']), fetch[WEIGHTS])
+    read_packed(fetch[WEIGHTS])  # timm would not say which file is damaged
+    if facts.get('converted') and config['architecture'] != CONVERTED:
+        cfg = {**config['pretrained_cfg'], 'num_classes': config['num_classes'], 'file': os.fspath(fetch[WEIGHTS])}
+        args = {**(config.get('model_args') or {}), 'host': config['architecture'], 'plan': facts['plan'], **kwargs}
+        return timm.create_model(CONVERTED, pretrained=True, pretrained_cfg=cfg, **args)
+    return timm.create_model(f'local-dir:{os.path.dirname(fetch[CONFIG])}', pretrained=True, **kwargs)
 
 
 def push_to_hub(
@@ -194,9 +198,9 @@ def _card(
         folder: Path,
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData
-    cfg = model.pretrained_cfg
-    name, report = cfg['architecture'], getattr(model, 'binarize_report', None)
-    size = tuple(json.loads((folder / CONFIG).read_text())['pretrained_cfg']['input_size'])
+    cfg, report = model.pretrained_cfg, getattr(model, 'binarize_report', None)
+    config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
+    name, size = config['model_args'].get('host', cfg['architecture']), tuple(config['pretrained_cfg']['input_size'])
     summary = summarize(model, size)
     on = dataset or 'unknown'
     results = [

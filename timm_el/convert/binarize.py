@@ -111,9 +111,8 @@ def binarize(
     if like is not None:
         recipe, keep = Recipe.from_dict(like['recipe']), like['keep']
     chosen, notes = _choose_recipe(model, recipe)
-    size = (like or {}).get('input_size') if example_input is None else example_input.shape[1:]
     question, not_run = _ask(
-        model, chosen.with_real_weights() if real_weights else chosen, keep, tuple(size or own_input_size(model)))
+        model, chosen.with_real_weights() if real_weights else chosen, keep, _image_size(model, example_input, like))
     before = tensors_of(model)
     networks = find_sites(model, question.runs)
     decisions, edits = [], {}
@@ -145,6 +144,17 @@ def binarize(
         model.parameter_map = ParameterMap.between(before, model, _renewed_norms(decisions))
         undo.pop_all()
     return model
+
+
+def _image_size(
+        model: nn.Module, example_input: Optional[torch.Tensor], like: Optional[dict[str, Any]],
+) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the image on which a host is looked at."""
+    if example_input is not None:
+        return tuple(example_input.shape[1:])
+    own = own_input_size(model)
+    planned = (like or {}).get('input_size') or own
+    return (own[0], *planned[1:])  # a net of other channels has the same plan
 
 
 def _choose_recipe(model: nn.Module, recipe: Union[str, Recipe, dict[str, Any]]) -> tuple[Recipe, list[str]]:

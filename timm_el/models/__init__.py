@@ -5,6 +5,7 @@ A graph that goes through a unit has neither its weights as one bit nor its esti
 from timm.models import register_notrace_module
 
 from ..layers import BinaryUnit
+from .converted import *
 from .efficientnet import *
 from .reactnet import *
 from .resnet import *

@@ -25,8 +25,8 @@ from .packed import (
 from .parameter_map import ParameterMap
 
 __all__ = [
-    'CheckpointError', 'CheckedLoading', 'check_state_dict', 'float_to_latent', 'load_float', 'load_packed',
-    'guard_loading',
+    'CheckpointError', 'CheckedLoading', 'check_adapted', 'check_state_dict', 'float_to_latent', 'load_float',
+    'load_packed', 'guard_loading',
 ]
 
 
@@ -216,6 +216,19 @@ def check_state_dict(module: nn.Module, state_dict: Dict[str, Any], strict: bool
             hint = _shape_hint(key, tuple(given[key].shape), tuple(value.shape), module)
             raise CheckpointError(
                 f'{prefix}{key}: found shape {tuple(given[key].shape)}, expected {tuple(value.shape)}{hint}')
+
+
+def check_adapted(model: nn.Module, state_dict: Dict[str, Any]) -> None:
+    """Raise CheckpointError unless a state dict fits a model but for the classifier and the channels of the images."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    first = cfg.get('first_conv') or ()
+    adapted = tuple(f'{name}.' for name in ([first] if isinstance(first, str) else first))
+
+    def stays(key: str) -> bool:
+        return not key.startswith(adapted) and not _in_classifier(key, model)
+
+    own = {key: value for key, value in model.state_dict().items() if not stays(key)}
+    check_state_dict(model, {**own, **{key: value for key, value in state_dict.items() if stays(key)}})
 
 
 def _raise_mismatch(module: nn.Module, missing: List[str], unknown: List[str], prefix: str) -> None:
