@@ -64,7 +64,9 @@ def _features(
 
 
 def _own_tensors(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Return the latent state dict of a packed one; timm loads it without asking whether it fits, if the classifier differs.
+    """Return the latent state dict of a packed one.
+
+    timm loads it without asking whether it fits, if the classifier differs.
 
     Raises:
         CheckpointError: Something else than the classifier and the channels of the images differs.

@@ -69,9 +69,14 @@ class ParameterMap:
         return cls(sources, gone, renewed)
 
     def host_only(self, state_dict: State, own: State) -> Optional[str]:
-        """Return a key of a state dict that only the float host has, or None: then it is none of the host's."""
-        moved = (old for new, old in self.sources.items() if old != new)
-        return next((old for old in moved if old in state_dict and old not in own), None)
+        """Return a key of a state dict of the float host that the model has not, or None if it is none of the host's.
+
+        It is the host's if none of the tensors that moved is where it moved to.
+        """
+        moved = {new: old for new, old in self.sources.items() if old != new}
+        if any(new in state_dict for new in moved):
+            return None
+        return next((old for old in moved.values() if old in state_dict and old not in own), None)
 
     def new_key(self, old: str) -> Optional[str]:
         """Return the key in the binarized model of a tensor of its host, None if it has no place there."""
