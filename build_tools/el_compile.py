@@ -14,7 +14,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 ZIG = 'ziglang>=0.13'
@@ -88,7 +87,7 @@ def base_flags() -> list[str]:
     return (load_abi().KERNELS / 'flags.txt').read_text().split()
 
 
-def host_target() -> Optional[str]:
+def host_target() -> str | None:
     """Return the key of `TARGETS` for this machine, or None."""
     system = {'Darwin': 'macos'}.get(platform.system(), platform.system().lower())
     machine = platform.machine().lower()
@@ -97,7 +96,7 @@ def host_target() -> Optional[str]:
     return key if key in TARGETS else None
 
 
-def system_compiler() -> Optional[Compiler]:
+def system_compiler() -> Compiler | None:
     """Return a compiler that compiles and links one small file with our flags, or None.
 
     It is $CC if that is set, else cc, gcc or clang.
@@ -116,7 +115,7 @@ def system_compiler() -> Optional[Compiler]:
     return None
 
 
-def zig_compiler(target: str) -> Optional[Compiler]:
+def zig_compiler(target: str) -> Compiler | None:
     """Return Zig's C compiler for a key of `TARGETS`, or None if Zig is not installed.
 
     Without a target and -mcpu=baseline Zig builds for the processor and the C library of the machine it runs on.
@@ -128,7 +127,7 @@ def zig_compiler(target: str) -> Optional[Compiler]:
     return Compiler(command, ('-Wno-unused-command-line-argument',), links)
 
 
-def find_compiler(target: Optional[str] = None) -> Compiler:
+def find_compiler(target: str | None = None) -> Compiler:
     """Return what to compile with: a compiler of this machine, else Zig.
 
     Args:

@@ -1,6 +1,6 @@
 """Shared helpers: images, randomised batch norms, and the models that this package registers."""
 import os
-from typing import Iterable, List
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 torch.set_num_threads(int(os.environ['OMP_NUM_THREADS']))
 
 
-def with_slow(default: Iterable, slow: Iterable) -> List:
+def with_slow(default: Iterable, slow: Iterable) -> list:
     """Parameters of a test: the default ones, then the others, which are left to `pytest -m slow`."""
     default = list(default)
     return default + [

@@ -5,7 +5,6 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Dict, List
 
 
 class Hub:
@@ -17,8 +16,8 @@ class Hub:
     """
 
     def __init__(self) -> None:
-        self.files: Dict[str, Dict[str, bytes]] = {}
-        self.log: List[str] = []
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.log: list[str] = []
 
     def __enter__(self) -> 'Hub':
         hub = self

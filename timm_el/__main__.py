@@ -2,12 +2,11 @@
 import importlib
 import os
 import sys
-from typing import Optional
 
 from .cli import VERBS
 
 
-def main(argv: Optional[list[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run a verb; without one, print which there are. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ('-h', '--help'):

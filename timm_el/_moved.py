@@ -1,7 +1,6 @@
 """Modules that moved: an import by the old name says where they are."""
 import importlib.abc
 import sys
-from typing import Optional
 
 __all__ = ['moved_to']
 
@@ -13,7 +12,7 @@ MOVED = {
 }
 
 
-def moved_to(name: str) -> Optional[str]:
+def moved_to(name: str) -> str | None:
     """Return a sentence that says where a module is now, None if it has not moved."""
     return f'{name} is {MOVED[name]} now' if name in MOVED else None
 

@@ -1,9 +1,10 @@
 """What runs in a network for one image: order, shapes and operations of its layers; nothing is computed."""
 import copy
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -26,18 +27,18 @@ class LayerRun:
         calls: How often it ran.
         macs: Multiply-accumulates of all calls; values of the output for what is neither convolution nor linear layer.
     """
-    input: Tuple[int, ...]
-    output: Tuple[int, ...]
+    input: tuple[int, ...]
+    output: tuple[int, ...]
     calls: int
     macs: int
 
 
 def run_layers(
         model: nn.Module,
-        input_size: Tuple[int, int, int],
+        input_size: tuple[int, int, int],
         extra: Iterable[str] = (),
         compute: bool = False,
-) -> Dict[str, LayerRun]:
+) -> dict[str, LayerRun]:
     """Run a copy of a network, in eval mode, on the meta device, where shapes are computed and values are not.
 
     Args:
@@ -62,11 +63,11 @@ def run_layers(
 
 
 def _record(
-        model: nn.Module, device: Union[str, torch.device], input_size: Tuple[int, int, int], extra: Set[str],
-) -> Dict[str, LayerRun]:
-    runs: Dict[str, LayerRun] = {}
+        model: nn.Module, device: str | torch.device, input_size: tuple[int, int, int], extra: set[str],
+) -> dict[str, LayerRun]:
+    runs: dict[str, LayerRun] = {}
 
-    def record(module: nn.Module, args: Tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def record(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         path = paths[module]
         old = runs.get(path, LayerRun(tuple(args[0].shape) if args else (), (), 0, 0))
         runs[path] = LayerRun(
@@ -84,7 +85,7 @@ def _record(
     return runs
 
 
-def _macs(module: nn.Module, args: Tuple[torch.Tensor, ...], output: torch.Tensor) -> int:
+def _macs(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> int:
     if isinstance(module, TRANSPOSED):
         return args[0].numel() * module.weight[0].numel()
     if isinstance(module, CONVOLUTIONS):
@@ -92,7 +93,7 @@ def _macs(module: nn.Module, args: Tuple[torch.Tensor, ...], output: torch.Tenso
     return output.numel() * (module.in_features if isinstance(module, nn.Linear) else 1)
 
 
-def own_input_size(model: nn.Module) -> Tuple[int, int, int]:
+def own_input_size(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) that a model was made for; 224 pixels if it does not say."""
     cfg = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
@@ -150,10 +151,10 @@ def _copy(model: nn.Module, twin_of: Callable[[torch.Tensor], torch.Tensor]) -> 
     """A deep copy of a model without hooks, with other tensors in its parameters, buffers and attributes."""
     attributes = [value for module in model.modules() for value in vars(module).values()]
     tensors = [*model.parameters(), *model.buffers(), *(v for v in attributes if isinstance(v, torch.Tensor))]
-    memo: Dict[int, Any] = {id(tensor): twin_of(tensor) for tensor in tensors}
+    memo: dict[int, Any] = {id(tensor): twin_of(tensor) for tensor in tensors}
     with undisturbed(model):
         return copy.deepcopy(model, memo)
 
 
-def _float_dtype(model: nn.Module) -> Optional[torch.dtype]:
+def _float_dtype(model: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())

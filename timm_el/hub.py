@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any
 
 import timm
 import torch
@@ -30,13 +30,13 @@ WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
 FOLDER_VERSION = 2  # of folders of converted nets; in the first one the architecture was the host's
 
 
-def file_facts(path: Union[str, os.PathLike]) -> Dict[str, Any]:
+def file_facts(path: str | os.PathLike) -> dict[str, Any]:
     """SHA-256 and size in bytes of a file, as the manifest has them."""
     data = Path(path).read_bytes()
     return {'sha256': hashlib.sha256(data).hexdigest(), 'size': len(data)}
 
 
-def read_metrics(folder: Union[str, os.PathLike]) -> Dict[str, float]:
+def read_metrics(folder: str | os.PathLike) -> dict[str, float]:
     """Metrics by name, such as top1, that the model card of a Hub folder gives; empty without a card."""
     from huggingface_hub import ModelCard
     card = Path(folder) / CARD
@@ -52,15 +52,15 @@ def _is_registered(model: nn.Module) -> bool:
 
 def save_for_hub(
         model: nn.Module,
-        folder: Union[str, os.PathLike],
+        folder: str | os.PathLike,
         *,
-        float_dtype: Optional[torch.dtype] = None,
-        metrics: Optional[Dict[str, float]] = None,
-        dataset: Optional[str] = None,
+        float_dtype: torch.dtype | None = None,
+        metrics: dict[str, float] | None = None,
+        dataset: str | None = None,
         details: str = '',
         repo_id: str = 'USER/REPO',
-        model_args: Optional[Dict[str, Any]] = None,
-        pretrained_cfg: Optional[Dict[str, Any]] = None,
+        model_args: dict[str, Any] | None = None,
+        pretrained_cfg: dict[str, Any] | None = None,
 ) -> Path:
     """Write a Hub folder and check it by loading it back.
 
@@ -101,7 +101,7 @@ def save_for_hub(
     save_packed(model, folder / WEIGHTS, float_dtype)
     args = {k: v.to_dict() if isinstance(v, Recipe) else v
             for k, v in {**getattr(model, '_model_args', {}), **(model_args or {})}.items()}
-    facts: Dict[str, Any] = {'format_version': FORMAT_VERSION, 'converted': not registered}
+    facts: dict[str, Any] = {'format_version': FORMAT_VERSION, 'converted': not registered}
     cfg = dict(pretrained_cfg or {})
     if not registered:
         facts['format_version'], cfg['architecture'] = FOLDER_VERSION, CONVERTED
@@ -133,10 +133,10 @@ def _verify(model: nn.Module, folder: Path) -> None:
 
 
 def from_hub(
-        repo: Union[str, os.PathLike],
+        repo: str | os.PathLike,
         *,
-        revision: Optional[str] = None,
-        cache_dir: Optional[Union[str, os.PathLike]] = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
         **kwargs,
 ) -> nn.Module:
     """Load a network from a Hub repository or a folder of the same form.
@@ -178,7 +178,7 @@ def from_hub(
 
 
 def push_to_hub(
-        folder: Union[str, os.PathLike], repo_id: str, *, private: bool = False, token: Optional[str] = None) -> str:
+        folder: str | os.PathLike, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
     """Upload a folder that `save_for_hub` wrote; returns its address."""
     from huggingface_hub import HfApi
     api = HfApi(token=token, library_name='timm_el')
@@ -191,8 +191,8 @@ def push_to_hub(
 def _card(
         model: nn.Module,
         registered: bool,
-        metrics: Dict[str, float],
-        dataset: Optional[str],
+        metrics: dict[str, float],
+        dataset: str | None,
         details: str,
         repo_id: str,
         folder: Path,
@@ -214,7 +214,7 @@ def _card(
         datasets=[dataset.lower()] if dataset else None, model_name=name, eval_results=results or None)
     create = (f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()' if registered
               else f'model = timm_el.from_hub("{repo_id}").eval()')
-    rows: List[str] = [f'| {key} | {value:.2f} |' for key, value in metrics.items()]
+    rows: list[str] = [f'| {key} | {value:.2f} |' for key, value in metrics.items()]
     facts = [
         ('recipe', report.recipe.name if report is not None else name),
         ('image', 'x'.join(map(str, size))),

@@ -1,5 +1,4 @@
 """Kinds of modules: norms, activations, and modules that pass a signal on."""
-from typing import Optional
 
 import torch.nn as nn
 from timm.layers import DropBlock2d, DropPath
@@ -17,27 +16,27 @@ POOLS_AND_SHUFFLES = (
     nn.PixelShuffle, nn.Flatten)
 
 
-def is_norm(module: Optional[nn.Module]) -> bool:
+def is_norm(module: nn.Module | None) -> bool:
     """Return whether a module normalizes: torch's norms, and whatever has running statistics (timm's frozen norms)."""
     return isinstance(module, NORMS) or module is not None and hasattr(module, 'running_mean')
 
 
-def is_act(module: Optional[nn.Module]) -> bool:
+def is_act(module: nn.Module | None) -> bool:
     """Return whether a module is an activation of torch or timm."""
     return module is not None and not isinstance(module, NO_ACTS) and type(module).__module__.startswith(ACT_MODULES)
 
 
-def is_identity_in_eval(module: Optional[nn.Module]) -> bool:
+def is_identity_in_eval(module: nn.Module | None) -> bool:
     """Return whether a module gives its input back in eval mode."""
     return isinstance(module, IDENTITIES_IN_EVAL) or type(module).__name__ == 'DropPath'  # timm and torchvision copy it
 
 
-def is_pass_through(module: Optional[nn.Module]) -> bool:
+def is_pass_through(module: nn.Module | None) -> bool:
     """Return whether a module mixes no values of different sign: a non-negative input stays non-negative."""
     return is_identity_in_eval(module) or isinstance(module, POOLS_AND_SHUFFLES)
 
 
-def fused_act(norm: Optional[nn.Module]) -> Optional[nn.Module]:
+def fused_act(norm: nn.Module | None) -> nn.Module | None:
     """Return the activation inside a norm of timm, or None."""
     act = getattr(norm, 'act', None) if is_norm(norm) else None
     return act if isinstance(act, nn.Module) and not isinstance(act, nn.Identity) else None

@@ -9,7 +9,8 @@ A quantizer of activations maps a float tensor to one of the same shape and dtyp
 
 Quantizers that weights alone have (TWN, TTQ, ABC-Net) are the last section; their scale is part of them.
 """
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.fx
@@ -74,7 +75,7 @@ def ternary(x: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
 
 def tbn_threshold(x: torch.Tensor) -> torch.Tensor:
     """TBN's threshold of each image: 0.4 * mean(abs(x)), over all axes but the first, which are kept with size 1."""
-    axes: List[int] = [axis for axis in range(1, x.dim())]  # TorchScript has no list(range())
+    axes: list[int] = [axis for axis in range(1, x.dim())]  # TorchScript has no list(range())
     return x.detach().abs().mean(axes, keepdim=True) * 0.4
 
 
@@ -246,7 +247,7 @@ def tanh(x: torch.Tensor) -> torch.Tensor:
     return torch.tanh(x)
 
 
-def lean(x: torch.Tensor, name: Optional[str]) -> torch.Tensor:
+def lean(x: torch.Tensor, name: str | None) -> torch.Tensor:
     """A quantizer by name in its lean form; without gradient mode, just its values."""
     return _Quantize.apply(x, name) if torch.is_grad_enabled() else ESTIMATORS[name].quantize(x)
 
@@ -327,12 +328,12 @@ def ttq_levels(weight: torch.Tensor) -> torch.Tensor:
     return torch.where(count > 0, mean, torch.ones_like(mean)).to(weight.dtype)
 
 
-def abc_offsets(count: int) -> List[float]:
+def abc_offsets(count: int) -> list[float]:
     """Offsets of ABC-Net's bases (its section 3.1.1): u_m = -1 + 2 (m - 1) / (M - 1); 0 where there is one base."""
     return [0.] if count == 1 else [-1. + 2. * m / (count - 1) for m in range(count)]
 
 
-def abc_weight_bases(weight: torch.Tensor, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
+def abc_weight_bases(weight: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Binary bases of a weight and the scales that fit it best (ABC-Net, Lin et al. 2017, eq. 2 to 4). No gradient.
 
     B_m = Sign(W - mean(W) + u_m * std(W)), alpha = argmin |w - sum_m alpha_m B_m|^2 = (B^T B)^-1 B^T w, mean and std
@@ -384,16 +385,16 @@ def abc_input(x: torch.Tensor, shift: torch.Tensor, beta: torch.Tensor, count: i
     return total
 
 
-ESTIMATORS: Dict[Optional[str], Estimator] = {
+ESTIMATORS: dict[str | None, Estimator] = {
     'ste': _STE, 'approx': _APPROX, 'ternary': _TERNARY, 'tanh': _TANH, None: _REAL}
-QUANTIZERS: Dict[Optional[str], Callable[[torch.Tensor], torch.Tensor]] = {
+QUANTIZERS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
     'ste': ste_sign,
     'approx': approx_sign,
     'ternary': ternary_sign,
     'tanh': tanh,
     None: real,
 }
-WEIGHT_QUANTIZERS: Dict[Optional[str], Callable[[torch.Tensor], torch.Tensor]] = {
+WEIGHT_QUANTIZERS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
     'ste': ste_sign,
     'approx': approx_sign,
     'twn': twn,
@@ -404,9 +405,9 @@ BITS = {'ste': 1, 'approx': 1, 'ternary': 2, 'twn': 2, 'ttq': 2}
 
 
 def get_quantizer(
-        name: Optional[str],
+        name: str | None,
         argument: str = 'quantizer',
-        known: Dict[Optional[str], Callable[[torch.Tensor], torch.Tensor]] = QUANTIZERS,
+        known: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = QUANTIZERS,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Look a quantizer up by name.
 

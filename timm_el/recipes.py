@@ -7,7 +7,7 @@ import dataclasses
 import json
 import zlib
 from dataclasses import dataclass
-from typing import Annotated, Any, Dict, Literal, Optional, Tuple, Union
+from typing import Annotated, Any, Literal
 
 from .fields import check_fields
 from .quantizers import WEIGHT_QUANTIZERS, get_quantizer
@@ -27,8 +27,8 @@ TERNARY = ('twn', 'ttq')
 def role_of_shape(
         in_channels: int,
         out_channels: int,
-        kernel_size: Tuple[int, int],
-        stride: Tuple[int, int],
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
         groups: int,
 ) -> str:
     """Role of a convolution that no known block gives a role."""
@@ -87,8 +87,8 @@ class Recipe:
             weights with quantized inputs; bases of inputs other than signs; another version.
     """
     name: str
-    input_quantizer: Optional[str] = 'ste'
-    weight_quantizer: Optional[str] = 'ste'
+    input_quantizer: str | None = 'ste'
+    weight_quantizer: str | None = 'ste'
     scale_weight: bool = True
     scale_input: Roles = ()
     link: Roles = ()
@@ -98,7 +98,7 @@ class Recipe:
     act: Literal['keep', 'drop', 'branch', 'ends', 'prelu', 'rprelu'] = 'drop'
     real: Roles = ('downsample',)
     omit: Roles = ()
-    paper_top1: Optional[float] = None
+    paper_top1: float | None = None
     version: int = 1
     scale_weight_grad: bool = False
     scale_output: Literal[None, 'channel', 'rank1', 'gate'] = None
@@ -165,14 +165,14 @@ class Recipe:
                 f'train that, and load it with timm_el.load_float')
         return self.replace(weight_quantizer=None)
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return plain data, as in JSON; later fields at their default are left out."""
         left_out = set(LATER_FIELDS) - set(self._later())
         facts = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}
 
     @classmethod
-    def from_dict(cls, data: Dict[str, Any]) -> 'Recipe':
+    def from_dict(cls, data: dict[str, Any]) -> 'Recipe':
         """Inverse of `to_dict`. Raises ValueError for a field that is unknown."""
         if not isinstance(data, dict):
             raise ValueError(f'recipe: found a {type(data).__name__}, expected an object with the fields of Recipe')
@@ -252,10 +252,10 @@ _ROWS = (
     Recipe('ttq', **_WEIGHTS, weight_quantizer='ttq'),
 )
 
-RECIPES: Dict[str, Recipe] = {row.name: row for row in _ROWS}
+RECIPES: dict[str, Recipe] = {row.name: row for row in _ROWS}
 
 
-def get_recipe(recipe: Union[str, Recipe, Dict[str, Any]]) -> Recipe:
+def get_recipe(recipe: str | Recipe | dict[str, Any]) -> Recipe:
     """A recipe from its name, its data, or itself.
 
     Raises:

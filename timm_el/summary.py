@@ -4,7 +4,7 @@ OPs follow Bi-Real Net and ReActNet: OPs = float MACs + binary MACs / 64, one MA
 layers only. What the links add (one fused multiply-add for each value that a link adds) stands in a column of its own.
 """
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch.nn as nn
 
@@ -35,7 +35,7 @@ class LayerSummary:
     """
     path: str
     kind: str
-    output: Optional[Tuple[int, ...]]
+    output: tuple[int, ...] | None
     bit_params: int = 0
     real_params: int = 0
     binary_macs: int = 0
@@ -52,8 +52,8 @@ class LayerSummary:
 @dataclass(frozen=True)
 class Summary:
     """Layers and totals. Prints as a table; `to_dict` gives the same as data."""
-    input_size: Tuple[int, int, int]
-    layers: Tuple[LayerSummary, ...]
+    input_size: tuple[int, int, int]
+    layers: tuple[LayerSummary, ...]
 
     def _sum(self, name: str) -> int:
         return sum(getattr(layer, name) for layer in self.layers)
@@ -98,7 +98,7 @@ class Summary:
         """real_macs + binary_macs / 64."""
         return self.real_macs + self.binary_macs / BINARY_MACS_PER_OP
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         totals = ('params', 'bit_params', 'real_params', 'mbit', 'binary_macs', 'real_macs', 'ops', 'link_ops')
         return {
@@ -124,7 +124,7 @@ class Summary:
         return '\n'.join(lines)
 
 
-def summarize(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = None) -> Summary:
+def summarize(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Summary:
     """Count bits, bytes and operations of a network for one image. The model is not changed and nothing is computed.
 
     Operations are counted in convolutions and linear layers; attention's own products are not.
@@ -153,7 +153,7 @@ def summarize(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = Non
              if isinstance(m, BinaryUnit) and m.link is not None}
     runs = run_layers(model, input_size, links)
 
-    layers: List[LayerSummary] = []
+    layers: list[LayerSummary] = []
     seen = set()
     for module, path in paths.items():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]

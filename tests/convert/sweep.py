@@ -6,7 +6,8 @@ import json
 import sys
 import time
 from collections import Counter
-from typing import Any, Callable, Dict, List
+from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -41,7 +42,7 @@ def first_output(output: Any) -> torch.Tensor:
         output.values() if isinstance(output, dict) else output))
 
 
-def sweep_one(make: Callable[[], nn.Module], size: int = 96, recipe: str = 'el') -> Dict[str, Any]:
+def sweep_one(make: Callable[[], nn.Module], size: int = 96, recipe: str = 'el') -> dict[str, Any]:
     """Convert a net and look at it.
 
     Args:
@@ -80,7 +81,7 @@ def sweep_one(make: Callable[[], nn.Module], size: int = 96, recipe: str = 'el')
     }
 
 
-def main(patterns: List[str]) -> None:
+def main(patterns: list[str]) -> None:
     """Print a line for each net."""
     for name in [n for p in patterns for n in ([p] if p.startswith('tv:') else timm.list_models(p))]:
         try:

@@ -2,9 +2,10 @@
 import copy
 import math
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import timm
 import torch
@@ -36,7 +37,7 @@ class Contestant:
     original: torch.Tensor
     note: str = ''
 
-    def difference(self) -> Tuple[float, float]:
+    def difference(self) -> tuple[float, float]:
         """Largest difference of a logit from the original's, relative to the largest logit, and top-1 agreement."""
         found = torch.as_tensor(self.run()).float()
         difference = (found - self.original).abs().max() / self.original.abs().max()
@@ -67,17 +68,17 @@ def runner(net: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 def measure_inference(
         model: str,
-        host: Optional[str] = None,
-        recipe: Optional[str] = None,
+        host: str | None = None,
+        recipe: str | None = None,
         batch: int = 1,
-        size: Optional[int] = None,
+        size: int | None = None,
         pairs: int = 21,
         warmup: int = 2,
         peers: str = 'all',
         also: Sequence[str] = (),
-        float_dtype: Optional[str] = None,
+        float_dtype: str | None = None,
         allow_reference: bool = False,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """Measure all contestants in turns, and the layers of the deployed model.
 
     Args:
@@ -107,7 +108,7 @@ def measure_inference(
     x = torch.randn(batch, channels, *pixels)
     batch_of_norms = torch.randn(4, channels, *pixels)
 
-    def prepare(net: nn.Module) -> Tuple[nn.Module, torch.Tensor]:
+    def prepare(net: nn.Module) -> tuple[nn.Module, torch.Tensor]:
         """A net with norms that suit its values, and its logits."""
         net = settle_norms(net, batch_of_norms)
         return net, runner(net, x)().clone()
@@ -148,7 +149,7 @@ def measure_inference(
     }
 
 
-def _race(contestants: Dict[str, Contestant], rounds: int, warmup: int) -> List[Dict[str, Any]]:
+def _race(contestants: dict[str, Contestant], rounds: int, warmup: int) -> list[dict[str, Any]]:
     differences = {name: contestant.difference() for name, contestant in contestants.items()}
     seconds = take_turns({name: c.run for name, c in contestants.items()}, rounds, warmup, settle=True)
     ratio = ratios(seconds, 'deployed')
@@ -162,11 +163,11 @@ def _race(contestants: Dict[str, Contestant], rounds: int, warmup: int) -> List[
 
 
 def _binary_rates(
-        kinds: Dict[str, Dict[str, float]],
+        kinds: dict[str, dict[str, float]],
         alone: nn.Module,
         latent: nn.Module,
         x: torch.Tensor,
-) -> Optional[Dict[str, float]]:
+) -> dict[str, float] | None:
     """Rates of the binary layers beside what the chip can do, in binary MAC/s of one core; None without binary layers.
 
     'macs_per_s' is that of whole units, signs, packing, products, scale and shift and link together. 'gemm_macs_per_s'
@@ -188,7 +189,7 @@ def _binary_rates(
     return rates
 
 
-def _gemm_rate(alone: nn.Module, latent: nn.Module, x: torch.Tensor) -> Optional[float]:
+def _gemm_rate(alone: nn.Module, latent: nn.Module, x: torch.Tensor) -> float | None:
     """Binary MAC/s of the kernel over all full and grouped binary convolutions of a net, one after the other."""
     runs = run_layers(latent, tuple(x.shape[1:]))
     macs = seconds = 0.

@@ -2,7 +2,7 @@
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -37,14 +37,14 @@ class LayerTime:
         """Multiply-accumulates of both sorts per second; 0 if there are none."""
         return (self.binary_macs + self.real_macs) / max(self.ms * 1e-3, 1e-9)
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {**asdict(self), 'macs_per_s': self.macs_per_s}
 
 
-def timed_modules(model: nn.Module) -> Dict[str, nn.Module]:
+def timed_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that are timed, by path: those without children, and the outermost of `WHOLE`; no identities."""
-    found: Dict[str, nn.Module] = {}
+    found: dict[str, nn.Module] = {}
 
     def visit(path: str, module: nn.Module) -> None:
         children = list(module.named_children())
@@ -60,7 +60,7 @@ def timed_modules(model: nn.Module) -> Dict[str, nn.Module]:
 
 
 @torch.inference_mode()
-def layer_times(model: nn.Module, x: torch.Tensor, repeats: int = 20) -> Tuple[Dict[str, float], float]:
+def layer_times(model: nn.Module, x: torch.Tensor, repeats: int = 20) -> tuple[dict[str, float], float]:
     """Time the layers of a net by forward hooks, which add a few microseconds to each.
 
     Args:
@@ -73,9 +73,9 @@ def layer_times(model: nn.Module, x: torch.Tensor, repeats: int = 20) -> Tuple[D
     """
     modules = timed_modules(model)
     paths = {module: path for path, module in reversed(modules.items())}  # a module used twice has one path, its first
-    samples: Dict[str, List[float]] = {path: [] for path in paths.values()}
-    current: Dict[str, float] = {}
-    started: Dict[str, float] = {}
+    samples: dict[str, list[float]] = {path: [] for path in paths.values()}
+    current: dict[str, float] = {}
+    started: dict[str, float] = {}
 
     def before(module: nn.Module, args: Any) -> None:
         started[paths[module]] = time.perf_counter()
@@ -85,7 +85,7 @@ def layer_times(model: nn.Module, x: torch.Tensor, repeats: int = 20) -> Tuple[D
         current[path] = current.get(path, 0.) + time.perf_counter() - started[path]
 
     handles = [h for m in paths for h in (m.register_forward_pre_hook(before), m.register_forward_hook(after))]
-    whole: List[float] = []
+    whole: list[float] = []
     try:
         for i in range(repeats + 1):
             current.clear()
@@ -102,7 +102,7 @@ def layer_times(model: nn.Module, x: torch.Tensor, repeats: int = 20) -> Tuple[D
     return ms, 1e3 * statistics.median(whole)
 
 
-def layer_table(model: nn.Module, counted: nn.Module, x: torch.Tensor, repeats: int = 20) -> Dict[str, Any]:
+def layer_table(model: nn.Module, counted: nn.Module, x: torch.Tensor, repeats: int = 20) -> dict[str, Any]:
     """Layers of `model` with their times, and the operations of the layers of `counted` at or below the same paths.
 
     Args:
@@ -126,13 +126,13 @@ def layer_table(model: nn.Module, counted: nn.Module, x: torch.Tensor, repeats: 
     return {'layers': [row.to_dict() for row in rows], 'kinds': kinds, 'whole_ms': whole}
 
 
-def _total(kind: str, rows: List[LayerTime], whole: float) -> Dict[str, float]:
+def _total(kind: str, rows: list[LayerTime], whole: float) -> dict[str, float]:
     ms, binary, real = (sum(getattr(row, name) for row in rows) for name in ('ms', 'binary_macs', 'real_macs'))
     total = LayerTime('', kind, ms, binary, real)
     return {'ms': ms, 'share': ms / whole, 'binary_macs': binary, 'real_macs': real, 'macs_per_s': total.macs_per_s}
 
 
-def _layer(path: str, module: nn.Module, ms: float, operations: Tuple[LayerSummary, ...], batch: int) -> LayerTime:
+def _layer(path: str, module: nn.Module, ms: float, operations: tuple[LayerSummary, ...], batch: int) -> LayerTime:
     inside = [row for row in operations if row.path == path or row.path.startswith(path + '.')]
     binary, real = (batch * sum(getattr(row, name) for row in inside) for name in ('binary_macs', 'real_macs'))
     linear = any('Linear' in row.kind for row in inside)

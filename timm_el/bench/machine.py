@@ -2,7 +2,8 @@
 import importlib.metadata
 import os
 import platform
-from typing import Any, Dict, Iterable, Optional
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ import torch
 SETTINGS = ('TIMM_EL_ISA', 'ONEDNN_MAX_CPU_ISA', 'OMP_NUM_THREADS', 'OMP_WAIT_POLICY')
 
 
-def _cpuinfo(field: str) -> Optional[str]:
+def _cpuinfo(field: str) -> str | None:
     """First value of a field of Linux's /proc/cpuinfo; None elsewhere."""
     try:
         with open('/proc/cpuinfo') as f:
@@ -24,13 +25,13 @@ def cpu_name() -> str:
     return _cpuinfo('model name') or platform.processor() or platform.machine()
 
 
-def has_amx() -> Optional[bool]:
+def has_amx() -> bool | None:
     """True if the processor has AMX tiles, which int8 and bfloat16 kernels use; None where it cannot be known."""
     flags = _cpuinfo('flags')
     return None if flags is None else 'amx_tile' in flags.split()
 
 
-def describe(packages: Iterable[str] = ()) -> Dict[str, Any]:
+def describe(packages: Iterable[str] = ()) -> dict[str, Any]:
     """Processor, AMX, versions of torch and of those given packages that are installed, and settings in force."""
     versions = {}
     for package in ('torch', 'timm', *packages):

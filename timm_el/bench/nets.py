@@ -1,5 +1,4 @@
 """The nets that are compared: a binarized model and the float net that it stands for."""
-from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -13,7 +12,7 @@ FLOAT_HOSTS = {
 }
 
 
-def host_name(model: str, host: Optional[str], recipe: Optional[str]) -> str:
+def host_name(model: str, host: str | None, recipe: str | None) -> str:
     """Name of the float net to compare with.
 
     Raises:

@@ -14,7 +14,8 @@ What was learnt of OpenVINO 2026.4's BinaryConvolution, by comparing it with flo
   thresholds are one constant.
 """
 import copy
-from typing import Any, Callable, Dict, Optional, Tuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -32,7 +33,7 @@ def is_supported(conv: BinaryConv2d) -> bool:
     return conv.is_binary and conv.groups == 1 and conv.in_channels % 8 == 0 and not conv.pad_first
 
 
-def binary_model(latent: nn.Module, x: torch.Tensor) -> Tuple[ov.Model, str]:
+def binary_model(latent: nn.Module, x: torch.Tensor) -> tuple[ov.Model, str]:
     """The OpenVINO model of a binarized net for images of one size.
 
     Args:
@@ -63,9 +64,9 @@ def binary_model(latent: nn.Module, x: torch.Tensor) -> Tuple[ov.Model, str]:
     return model, f'{rest} of {len(convs)} binary convs float, OpenVINO has no op for them' if rest else ''
 
 
-def rewrite(model: ov.Model) -> Dict[str, int]:
+def rewrite(model: ov.Model) -> dict[str, int]:
     """Replace ops by what `REWRITES` makes of them. Returns how many of each type were replaced."""
-    counts: Dict[str, int] = {}
+    counts: dict[str, int] = {}
     for op in model.get_ordered_ops():
         name = op.get_type_name()
         new = REWRITES[name](op) if name in REWRITES else None
@@ -77,7 +78,7 @@ def rewrite(model: ov.Model) -> Dict[str, int]:
     return counts
 
 
-def binary_convolution(op: ov.Node) -> Optional[ov.Node]:
+def binary_convolution(op: ov.Node) -> ov.Node | None:
     """Convolution of a Sign -> FakeQuantize, BinaryConvolution, and the absolute weight of each channel as a factor.
 
     The converter may have folded alpha and a norm's scale into the weight; sign and size of it are all that is needed.
@@ -103,7 +104,7 @@ def binary_convolution(op: ov.Node) -> Optional[ov.Node]:
     return opset1.multiply(y, size.reshape(1, -1, 1, 1))
 
 
-def mean_of_abs(op: ov.Node) -> Optional[ov.Node]:
+def mean_of_abs(op: ov.Node) -> ov.Node | None:
     """ReduceMean of Abs over all channels (K) -> ReduceL1, which writes no tensor of absolute values between."""
     source = op.input_value(0).get_node()
     if source.get_type_name() == 'Reshape':  # (N, C, H, W) -> (N, 1, C, H, W)
@@ -117,7 +118,7 @@ def mean_of_abs(op: ov.Node) -> Optional[ov.Node]:
     return opset1.multiply(total, np.float32(1 / channels))
 
 
-def max_pool(op: ov.Node) -> Optional[ov.Node]:
+def max_pool(op: ov.Node) -> ov.Node | None:
     """MaxPool with indices, which are computed though nobody asks for them -> MaxPool, where the sizes are the same."""
     attributes = op.get_attributes()
     if any(n != 1 for n in attributes.get('dilations', ())):
@@ -129,6 +130,6 @@ def max_pool(op: ov.Node) -> Optional[ov.Node]:
     return new if new.get_output_shape(0) == op.get_output_shape(0) else None
 
 
-REWRITES: Dict[str, Callable[[Any], Optional[ov.Node]]] = {
+REWRITES: dict[str, Callable[[Any], ov.Node | None]] = {
     'Convolution': binary_convolution, 'ReduceMean': mean_of_abs, 'MaxPool': max_pool,
 }

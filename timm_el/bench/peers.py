@@ -6,9 +6,10 @@ the batch and the number of threads of the deployed model.
 import importlib.util
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,11 +57,11 @@ class Peer:
         build: Makes it ready to run.
         binary: It runs the binarized net, not its float host.
     """
-    packages: Tuple[str, ...]
+    packages: tuple[str, ...]
     build: Callable[[Setting], Built]
     binary: bool = False
 
-    def missing(self) -> List[str]:
+    def missing(self) -> list[str]:
         """Packages that are not installed."""
         return [name for name in self.packages if importlib.util.find_spec(name) is None]
 
@@ -88,7 +89,7 @@ def export_int8(setting: Setting) -> Path:
             self.batches = iter([
                 {'x': torch.randn(setting.x.shape, generator=generator).numpy()} for _ in range(CALIBRATION_BATCHES)])
 
-        def get_next(self) -> Optional[Dict[str, np.ndarray]]:
+        def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.batches, None)
 
     path = setting.folder / 'host_int8.onnx'
@@ -138,7 +139,7 @@ def openvino(export: Callable[[Setting], Any], precision: str) -> Callable[[Sett
 
 def convolution_kernels(compiled: Any) -> str:
     """Which kernels the convolutions of a compiled OpenVINO model run, such as '36 brgconv_avx512_1x1_f32'."""
-    counts: Dict[str, int] = {}
+    counts: dict[str, int] = {}
     for op in compiled.get_runtime_model().get_ordered_ops():
         facts = op.get_rt_info()
         if facts['layerType'].astype(str) in ('Convolution', 'GroupConvolution', 'BinaryConvolution'):
@@ -147,13 +148,13 @@ def convolution_kernels(compiled: Any) -> str:
     return ' + '.join(f'{n} {kernel}' for kernel, n in counts.items())
 
 
-def _binary_model(setting: Setting) -> Tuple[Any, str]:
+def _binary_model(setting: Setting) -> tuple[Any, str]:
     from .openvino_binary import binary_model
     return binary_model(setting.latent, setting.x)
 
 
 ONNX = ('onnx', 'onnxscript')
-PEERS: Dict[str, Peer] = {
+PEERS: dict[str, Peer] = {
     'onnxruntime-f32': Peer((*ONNX, 'onnxruntime'), onnxruntime(export_float)),
     'onnxruntime-int8': Peer((*ONNX, 'onnxruntime'), onnxruntime(export_int8)),
     'openvino-f32': Peer((*ONNX, 'openvino'), openvino(export_float, 'f32')),
@@ -164,7 +165,7 @@ PEERS: Dict[str, Peer] = {
 PACKAGES = tuple(dict.fromkeys(name for peer in PEERS.values() for name in peer.packages))
 
 
-def choose(names: str) -> Dict[str, Peer]:
+def choose(names: str) -> dict[str, Peer]:
     """Peers from 'all', 'none', or names separated by commas.
 
     Raises:
@@ -179,14 +180,14 @@ def choose(names: str) -> Dict[str, Peer]:
     return {name: PEERS[name] for name in chosen}
 
 
-def build_all(peers: Dict[str, Peer], setting: Setting) -> Tuple[Dict[str, Built], Dict[str, str]]:
+def build_all(peers: dict[str, Peer], setting: Setting) -> tuple[dict[str, Built], dict[str, str]]:
     """Make peers ready to run.
 
     Returns:
         Those that run, and for each of the others why it does not, with the remedy.
     """
-    built: Dict[str, Built] = {}
-    absent: Dict[str, str] = {}
+    built: dict[str, Built] = {}
+    absent: dict[str, str] = {}
     for name, peer in peers.items():
         missing = peer.missing()
         if missing:

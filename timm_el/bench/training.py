@@ -3,7 +3,8 @@
 One step is forward, backward and optimizer step on the same random batch. Memory is what autograd keeps for backward,
 parameters excluded.
 """
-from typing import Any, Callable, Dict, Optional
+from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -28,7 +29,7 @@ def saved_bytes(model: nn.Module, x: torch.Tensor, amp: bool = False) -> int:
     Each storage counts once; parameters and the input are excluded.
     """
     known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), x]}
-    storages: Dict[int, int] = {}
+    storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -66,8 +67,8 @@ def train_step(
 
 def measure_training(
         model: str,
-        host: Optional[str] = None,
-        recipe: Optional[str] = None,
+        host: str | None = None,
+        recipe: str | None = None,
         batch: int = 32,
         size: int = 64,
         pairs: int = 9,
@@ -77,7 +78,7 @@ def measure_training(
         channels_last: bool = False,
         device: str = 'cpu',
         amp: bool = False,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """Measure times and saved bytes of a training step of a model and of its float host.
 
     Args:

@@ -1,7 +1,8 @@
 """Paired runs: all contestants take turns, so that whatever else the machine does hits all of them alike."""
 import statistics
 import time
-from typing import Any, Callable, Dict, List, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
 class Spread(NamedTuple):
@@ -11,17 +12,17 @@ class Spread(NamedTuple):
     max: float
 
     @classmethod
-    def of(cls, values: List[float]) -> 'Spread':
+    def of(cls, values: list[float]) -> 'Spread':
         """Of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 def take_turns(
-        contestants: Dict[str, Callable[[], Any]],
+        contestants: dict[str, Callable[[], Any]],
         rounds: int,
         warmup: int = 2,
         settle: bool = False,
-) -> Dict[str, List[float]]:
+) -> dict[str, list[float]]:
     """Run all contestants in each round, one after the other.
 
     Args:
@@ -34,7 +35,7 @@ def take_turns(
     Returns:
         Name -> seconds, one value a round.
     """
-    seconds: Dict[str, List[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(warmup + rounds):
         for name, run in contestants.items():
             if settle:
@@ -46,6 +47,6 @@ def take_turns(
     return seconds
 
 
-def ratios(seconds: Dict[str, List[float]], base: str) -> Dict[str, Spread]:
+def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, Spread]:
     """Of each contestant to `base`, from the pairs of each round: above 1 it is slower than `base`."""
     return {name: Spread.of([a / b for a, b in zip(values, seconds[base])]) for name, values in seconds.items()}

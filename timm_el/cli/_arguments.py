@@ -1,6 +1,5 @@
 """Arguments that several verbs have."""
 import argparse
-from typing import Optional
 
 __all__ = ['add_changes', 'add_json', 'add_places', 'add_threads', 'parser_of', 'positive', 'set_threads']
 
@@ -28,7 +27,7 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--threads', type=positive, help="threads of everybody (default: torch's own choice)")
 
 
-def set_threads(threads: Optional[int]) -> None:
+def set_threads(threads: int | None) -> None:
     """Set the number of threads that was asked for, if any."""
     import torch
     if threads is not None:

@@ -11,7 +11,7 @@ import fnmatch
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -55,13 +55,13 @@ def _is_separable(model: nn.Module) -> bool:
 
 def binarize(
         model: nn.Module,
-        recipe: Union[str, Recipe, dict[str, Any]] = 'el',
+        recipe: str | Recipe | dict[str, Any] = 'el',
         *,
         keep: Sequence[str] = (),
-        example_input: Optional[torch.Tensor] = None,
+        example_input: torch.Tensor | None = None,
         real_weights: bool = False,
         strict: bool = False,
-        like: Optional[dict[str, Any]] = None,
+        like: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Binarize a network in place: every conv-norm-act chain becomes one `BinaryUnit`.
 
@@ -147,7 +147,7 @@ def binarize(
 
 
 def _image_size(
-        model: nn.Module, example_input: Optional[torch.Tensor], like: Optional[dict[str, Any]],
+        model: nn.Module, example_input: torch.Tensor | None, like: dict[str, Any] | None,
 ) -> tuple[int, int, int]:
     """Return (channels, height, width) of the image on which a host is looked at."""
     if example_input is not None:
@@ -157,7 +157,7 @@ def _image_size(
     return (own[0], *planned[1:])  # a net of other channels has the same plan
 
 
-def _choose_recipe(model: nn.Module, recipe: Union[str, Recipe, dict[str, Any]]) -> tuple[Recipe, list[str]]:
+def _choose_recipe(model: nn.Module, recipe: str | Recipe | dict[str, Any]) -> tuple[Recipe, list[str]]:
     """Return the recipe, and a note where it is not the one that was named."""
     chosen = get_recipe(recipe)
     if isinstance(recipe, str) and recipe == 'el' and _is_separable(model):
@@ -224,8 +224,8 @@ def _judge(
         model: nn.Module,
         networks: Sequence[Network],
         question: Question,
-        example_input: Optional[torch.Tensor],
-        like: Optional[dict[str, Any]],
+        example_input: torch.Tensor | None,
+        like: dict[str, Any] | None,
 ) -> Verdict:
     """Return which signs are dead: as another conversion found, or by running the network that no table describes."""
     if question.recipe.act == 'keep' or not any(network.is_traced for network in networks):

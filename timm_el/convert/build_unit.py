@@ -3,7 +3,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -36,7 +36,7 @@ STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 POOLED_BIAS = -0.4
 
 
-def build_unit(decision: Convert, recipe: Recipe, run: Optional[LayerRun], image: str) -> BinaryUnit:
+def build_unit(decision: Convert, recipe: Recipe, run: LayerRun | None, image: str) -> BinaryUnit:
     """Return the unit that takes the place of a site; the host's modules in it are the host's own.
 
     Args:
@@ -68,7 +68,7 @@ def build_unit(decision: Convert, recipe: Recipe, run: Optional[LayerRun], image
     return unit
 
 
-def build_conv(decision: Convert, recipe: Recipe) -> Optional[nn.Module]:
+def build_conv(decision: Convert, recipe: Recipe) -> nn.Module | None:
     """Return the layer inside a unit: binary, the host's own, or None."""
     host = decision.site.conv.module
     if decision.conv is not Conv.BINARY:
@@ -81,8 +81,8 @@ def build_conv(decision: Convert, recipe: Recipe) -> Optional[nn.Module]:
 
 
 def norm_and_act(
-        decision: Convert, recipe: Recipe, conv: Optional[nn.Module],
-) -> tuple[Optional[nn.Module], Optional[nn.Module]]:
+        decision: Convert, recipe: Recipe, conv: nn.Module | None,
+) -> tuple[nn.Module | None, nn.Module | None]:
     """Return the norm and the activation of a unit's branch."""
     site = decision.site
     norm = site.norm.module if site.norm else None
@@ -116,7 +116,7 @@ def act_for_branch(site: Site) -> nn.Module:
     return inside if inside is not None else copy.deepcopy(site.act.module)
 
 
-def build_tail(site: Site) -> Optional[nn.Module]:
+def build_tail(site: Site) -> nn.Module | None:
     """Return what the host has behind the norm, as one module, or None."""
     places = present(site.tail)
     if len(places) < 2:
@@ -143,7 +143,7 @@ def build_pre(pre: Pre, host: nn.Module) -> nn.Module:
     return new_beside(nn.BatchNorm2d if pre is Pre.NORM else Shift, host.in_channels, host)
 
 
-def build_scale(site: Site, recipe: Recipe, run: Optional[LayerRun], image: str) -> nn.Module:
+def build_scale(site: Site, recipe: Recipe, run: LayerRun | None, image: str) -> nn.Module:
     """Return the learned factor of a convolution's output."""
     conv = site.conv.module
     if recipe.scale_output == 'gate':
@@ -162,7 +162,7 @@ def build_scale(site: Site, recipe: Recipe, run: Optional[LayerRun], image: str)
 # Single modules
 
 
-def split_norm_act(norm: Optional[nn.Module]) -> Optional[nn.Module]:
+def split_norm_act(norm: nn.Module | None) -> nn.Module | None:
     """Return a fused norm-and-activation of timm as a norm alone that shares its tensors; other norms as they are."""
     if not isinstance(getattr(norm, 'act', None), nn.Module):
         return norm
@@ -180,7 +180,7 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def norm_after_act(norm: Optional[nn.Module], act: nn.Module, conv: nn.Module) -> Optional[nn.Module]:
+def norm_after_act(norm: nn.Module | None, act: nn.Module, conv: nn.Module) -> nn.Module | None:
     """Return the norm for conv -> act -> norm, where the host had conv -> norm -> act.
 
     The host's running statistics describe another tensor, and used here in eval mode they leave every sign at +1. The
@@ -196,7 +196,7 @@ def norm_after_act(norm: Optional[nn.Module], act: nn.Module, conv: nn.Module) -
     return twin
 
 
-def has_statistics(norm: Optional[nn.Module]) -> bool:
+def has_statistics(norm: nn.Module | None) -> bool:
     """Return whether a norm has running statistics."""
     return getattr(norm, 'running_mean', None) is not None and getattr(norm, 'running_var', None) is not None
 
@@ -206,7 +206,7 @@ def pads_same(layer: nn.Module) -> bool:
     return isinstance(layer, Conv2dSame) or bool(getattr(layer, 'same_pad', False))
 
 
-def binary_form(layer: nn.Module, recipe: Recipe) -> Union[Callable[..., nn.Module], Why]:
+def binary_form(layer: nn.Module, recipe: Recipe) -> Callable[..., nn.Module] | Why:
     """Return what makes the binary form of a layer, or why there is none."""
     cls = type(layer)
     if issubclass(cls, nn.Linear):
@@ -228,7 +228,7 @@ def binary_form(layer: nn.Module, recipe: Recipe) -> Union[Callable[..., nn.Modu
 
 
 @torch.no_grad()
-def shift_before_pool(norm: Optional[nn.Module]) -> None:
+def shift_before_pool(norm: nn.Module | None) -> None:
     """Start the bias of a fresh norm in front of a max-pool below zero.
 
     The largest of nine values is positive for 99.8 % of white noise (1 - 2^-9), and so would be the sign that comes

@@ -2,7 +2,6 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -33,7 +32,7 @@ class Verdict:
     notes: list[str] = field(default_factory=list)
 
 
-def judge_signs(model: nn.Module, images: Optional[torch.Tensor] = None) -> Verdict:
+def judge_signs(model: nn.Module, images: torch.Tensor | None = None) -> Verdict:
     """Run images through a converted network and judge each sign by its share of +1.
 
     They pass in training and in eval mode, until a pass finds nothing. What is found dead gets a norm for the rest of
@@ -115,7 +114,7 @@ def _pass(
     """Run one batch in one mode and return the units that got a norm. Modes and buffers are as before afterwards."""
     revived: list[str] = []
 
-    def judge(layer: nn.Module, args: tuple[torch.Tensor]) -> Optional[tuple[torch.Tensor]]:
+    def judge(layer: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
         shares = [(half >= 0).to(torch.float32).mean().item() for half in args[0].chunk(2)]
         if all(ALIVE[0] < share < ALIVE[1] for share in shares):
             return None

@@ -1,7 +1,6 @@
 """Decide what becomes of each site of a host. Nothing is built or changed here; one function answers each question."""
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Optional
 
 import torch.nn as nn
 
@@ -44,7 +43,7 @@ class Question:
     asked: dict[str, str]
     shared: dict[str, str]
     runs: dict[str, LayerRun]
-    input_size: Optional[tuple[int, int, int]]
+    input_size: tuple[int, int, int] | None
     keep: tuple[str, ...] = ()
 
 
@@ -59,7 +58,7 @@ def decide(network: Network, question: Question) -> list[Decision]:
 
 
 def _decide_group(
-        group: Group, network: Network, whys: dict[str, Optional[Why]], question: Question) -> Iterator[Decision]:
+        group: Group, network: Network, whys: dict[str, Why | None], question: Question) -> Iterator[Decision]:
     recipe, split = question.recipe, splits_shortcut(group, whys, question.recipe)
     for i, site in enumerate(group.sites):
         stays = site in ends_of(network, recipe)
@@ -76,7 +75,7 @@ def _decide_group(
 
 
 def _decide_unit(
-        site: Site, recipe: Recipe, link: Optional[nn.Module], no_link: Optional[Why], act_stays: bool) -> Convert:
+        site: Site, recipe: Recipe, link: nn.Module | None, no_link: Why | None, act_stays: bool) -> Convert:
     conv, why = choose_conv(site, recipe)
     if conv is Conv.OMITTED and link is None:
         raise ValueError(f'{site.path}: recipe {recipe.name!r} omits it and gives it no link, nothing is left')
@@ -109,7 +108,7 @@ def decide_dead_signs(
 # Questions
 
 
-def why_kept(site: Site, question: Question) -> Optional[Why]:
+def why_kept(site: Site, question: Question) -> Why | None:
     """Return why a site's layer stays float, outside any unit, or None."""
     if site.path in question.asked:
         return Reason.ASKED.why(question.asked[site.path])
@@ -130,7 +129,7 @@ def ends_of(network: Network, recipe: Recipe) -> tuple[Site, ...]:
     return (network.stem, last) if alone else (network.stem,)
 
 
-def splits_shortcut(group: Group, whys: dict[str, Optional[Why]], recipe: Recipe) -> bool:
+def splits_shortcut(group: Group, whys: dict[str, Why | None], recipe: Recipe) -> bool:
     """Return whether a basic block gets one shortcut a convolution in place of its own."""
     if not group.is_basic or 'spatial' not in recipe.link or any(whys[site.path] for site in group.sites):
         return False
@@ -138,7 +137,7 @@ def splits_shortcut(group: Group, whys: dict[str, Optional[Why]], recipe: Recipe
     return first.out_channels == second.out_channels
 
 
-def no_sign_follows(site: Site, group: Group, network: Network, whys: dict[str, Optional[Why]]) -> bool:
+def no_sign_follows(site: Site, group: Group, network: Network, whys: dict[str, Why | None]) -> bool:
     """Return whether no binarized layer comes next after any of the places of the activation of a kept layer.
 
     That is known of networks on one path; in a traced one only activations that go are in a site at all.
@@ -159,7 +158,7 @@ def has_act(site: Site) -> bool:
     return site.act is not None and not isinstance(site.act.module, nn.Identity)
 
 
-def act_of_kept(site: Site, recipe: Recipe, stays: bool) -> Optional[Act]:
+def act_of_kept(site: Site, recipe: Recipe, stays: bool) -> Act | None:
     """Return what becomes of the activation of a layer that stays float."""
     if not has_act(site):
         return None
@@ -172,7 +171,7 @@ def act_of_kept(site: Site, recipe: Recipe, stays: bool) -> Optional[Act]:
     return Act.IN_BRANCH if recipe.act == 'branch' else Act.DROPPED
 
 
-def act_of_unit(site: Site, recipe: Recipe, stays: bool) -> Optional[Act]:
+def act_of_unit(site: Site, recipe: Recipe, stays: bool) -> Act | None:
     """Return what becomes of the activation of a unit."""
     if stays or recipe.act == 'keep':
         return Act.KEPT if has_act(site) else None
@@ -183,7 +182,7 @@ def act_of_unit(site: Site, recipe: Recipe, stays: bool) -> Optional[Act]:
     return {'branch': Act.IN_BRANCH, 'rprelu': Act.REPLACED}.get(recipe.act, Act.DROPPED)
 
 
-def choose_conv(site: Site, recipe: Recipe) -> tuple[Conv, Optional[Why]]:
+def choose_conv(site: Site, recipe: Recipe) -> tuple[Conv, Why | None]:
     """Return what becomes of the layer inside a unit, and why it is not binarized."""
     if site.role in recipe.omit:
         return Conv.OMITTED, Reason.OMITTED.why(site.role)
@@ -194,7 +193,7 @@ def choose_conv(site: Site, recipe: Recipe) -> tuple[Conv, Optional[Why]]:
     return Conv.BINARY, None
 
 
-def choose_link(site: Site, recipe: Recipe, host_skip: bool) -> tuple[Optional[nn.Module], Optional[Why]]:
+def choose_link(site: Site, recipe: Recipe, host_skip: bool) -> tuple[nn.Module | None, Why | None]:
     """Return the link around a site whose role gets one, or None and the reason.
 
     Args:
@@ -222,7 +221,7 @@ def _own_link(group: Group, i: int) -> nn.Module:
     return ElasticLink(channels, channels, gamma=None)
 
 
-def choose_pre(site: Site, recipe: Recipe) -> Optional[Pre]:
+def choose_pre(site: Site, recipe: Recipe) -> Pre | None:
     """Return what comes in front of the sign of a binarized layer."""
     if site.constant_sign and recipe.act != 'keep':
         return Pre.CENTRE

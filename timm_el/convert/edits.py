@@ -1,7 +1,6 @@
 """Build the edits of a conversion: which module goes where. The model is not changed yet."""
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Optional
 
 import torch.nn as nn
 
@@ -56,7 +55,7 @@ def build_units(decisions: Sequence[Decision], question: Question) -> dict[str, 
     return edits
 
 
-def _edit_act(site: Site, act: Optional[Act]) -> Iterator[Edit]:
+def _edit_act(site: Site, act: Act | None) -> Iterator[Edit]:
     """Yield what takes an activation away that is a module of its own."""
     separate = site.act is not None and not isinstance(site.act.module, nn.Identity)
     if act not in (None, Act.KEPT) and separate and (site.norm is None or fused_act(site.norm.module) is None):

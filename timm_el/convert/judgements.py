@@ -1,6 +1,6 @@
 """Judgements about the layers of a traced graph: which stay float, which activations go, where a link would do harm."""
 from collections.abc import Iterable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -18,7 +18,7 @@ NON_NEGATIVE_FUNCTIONS = {
     F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, torch.sigmoid, F.sigmoid, F.hardsigmoid, F.softplus, F.softmax}
 NON_NEGATIVE_METHODS = ('relu', 'relu_', 'sigmoid')
 
-MaybeNode = Optional[fx.Node]
+MaybeNode = fx.Node | None
 
 
 def pair(graph: TracedGraph, conv: fx.Node) -> tuple[MaybeNode, MaybeNode]:
@@ -42,13 +42,13 @@ def pair(graph: TracedGraph, conv: fx.Node) -> tuple[MaybeNode, MaybeNode]:
 # Which layers stay float. Each rule gives a reason or None.
 
 
-def runs_twice(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Optional[Reason]:
+def runs_twice(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Reason | None:
     """A layer that runs more than once has several followers, and one unit cannot hold them."""
     run = graph.run(conv)
     return Reason.TWICE if graph.uses[conv.target] > 1 or run is not None and run.calls > 1 else None
 
 
-def is_first(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Optional[Reason]:
+def is_first(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Reason | None:
     """Nothing with weights stands between the images and this layer.
 
         images -> (norm, activation, pool)* -> conv
@@ -65,7 +65,7 @@ def is_first(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Optional[Rea
     return Reason.FIRST if isinstance(module, nn.Conv2d) and module.in_channels == first.in_channels else None
 
 
-def is_on_means(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Optional[Reason]:
+def is_on_means(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Reason | None:
     """Its input has been averaged over the image, perhaps through other small layers.
 
         x -> mean -> (1x1 conv, activation)* -> conv -> output                 classifier
@@ -96,7 +96,7 @@ def _averages(graph: TracedGraph, node: fx.Node) -> bool:
         name_of(node) == 'adaptive_avg_pool2d' and (*node.args[1:], *node.kwargs.values())[0] in (1, (1, 1)))
 
 
-def is_last(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Optional[Reason]:
+def is_last(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Reason | None:
     """A layer without a norm, whose output is the model's.
 
         conv -> (pool, activation)* -> output
@@ -104,7 +104,7 @@ def is_last(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Optional[Reas
     return Reason.CLASSIFIER if norm is None and graph.is_end and graph.reaches_output(conv) else None
 
 
-def is_downsample(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Optional[Reason]:
+def is_downsample(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Reason | None:
     """A layer alone on one side of an addition, with two others or more on the other side.
 
         x -> conv ----------------> +
@@ -126,7 +126,7 @@ def is_downsample(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Optiona
 KEEP_RULES = (runs_twice, is_first, is_on_means, is_last, is_downsample)
 
 
-def why_kept(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Optional[Why]:
+def why_kept(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Why | None:
     """Return why a layer stays float by its place in the network, or None."""
     found = (rule(graph, conv, norm) for rule in KEEP_RULES)
     return next((reason.why() for reason in found if reason), None)
@@ -157,7 +157,7 @@ def acts_before(graph: TracedGraph, starts: Iterable[Any]) -> set[str]:
 
 
 def is_non_negative(
-        graph: TracedGraph, node: Any, dropped: set[str], known: Optional[dict[fx.Node, bool]] = None) -> bool:
+        graph: TracedGraph, node: Any, dropped: set[str], known: dict[fx.Node, bool] | None = None) -> bool:
     """Return whether a node cannot be negative once the activations in `dropped` are gone.
 
     Args:
@@ -197,7 +197,7 @@ def _is_sum_of_non_negative(graph: TracedGraph, node: fx.Node, dropped: set[str]
 
 def why_no_link(
         graph: TracedGraph, conv: fx.Node, norm: MaybeNode, binary: list[fx.Node], dropped: set[str],
-) -> Optional[Why]:
+) -> Why | None:
     """Return why a layer gets no link, or None.
 
     Args:

@@ -2,7 +2,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Optional
 
 import torch.nn as nn
 from timm.models import efficientnet, resnet
@@ -19,9 +18,9 @@ __all__ = ['KNOWN_BLOCKS', 'Block', 'Names', 'find_known_networks']
 class Names:
     """Attributes of a block that hold a convolution and what belongs to it; see `Site`."""
     conv: str
-    norm: Optional[str] = None
-    act: Optional[str] = None
-    role: Optional[str] = None
+    norm: str | None = None
+    act: str | None = None
+    role: str | None = None
     tail: tuple[str, ...] = ()
 
 
@@ -40,12 +39,12 @@ class Block:
         pool: Attribute of a root that pools behind the stem.
     """
     sites: tuple[Names, ...]
-    shortcut: Optional[str] = None
+    shortcut: str | None = None
     is_basic: bool = False
     is_root: bool = False
     last: tuple[Names, ...] = ()
     sides: tuple[str, ...] = ()
-    pool: Optional[str] = None
+    pool: str | None = None
 
 
 KNOWN_BLOCKS: dict[type[nn.Module], Block] = {
@@ -77,7 +76,7 @@ KNOWN_BLOCKS: dict[type[nn.Module], Block] = {
 }
 
 
-def known_block(module: nn.Module) -> Optional[Block]:
+def known_block(module: nn.Module) -> Block | None:
     """Return the description of a block whose class, or a base class with the same forward, is known, or None."""
     cls = type(module)
     for base in cls.__mro__:
@@ -88,7 +87,7 @@ def known_block(module: nn.Module) -> Optional[Block]:
     return None
 
 
-def find_known_networks(model: nn.Module) -> Optional[list[Network]]:
+def find_known_networks(model: nn.Module) -> list[Network] | None:
     """Return the networks of known blocks in a model, or None if it holds other networks too, or none.
 
     A network is known only if every convolution and activation in it belongs to a site, a shortcut or a side branch:
@@ -105,7 +104,7 @@ def find_known_networks(model: nn.Module) -> Optional[list[Network]]:
     return networks or None
 
 
-def _network(model: nn.Module, path: str, root: nn.Module, block: Block) -> Optional[Network]:
+def _network(model: nn.Module, path: str, root: nn.Module, block: Block) -> Network | None:
     """Return the network of a known root, or None if there is something in it that is not known."""
     inside = dict(root.named_modules(prefix=path))
     blocks = {name: known for name, module in inside.items() if module is not root and (known := known_block(module))}
@@ -160,12 +159,12 @@ def _sites(model: nn.Module, path: str, rows: Sequence[Names]) -> Iterator[Site]
             yield from _sites_of_row(conv, norm, act)
 
 
-def _place(model: nn.Module, path: Optional[str]) -> Optional[Place]:
+def _place(model: nn.Module, path: str | None) -> Place | None:
     module = get_module(model, path)
     return None if module is None else Place(path, module)
 
 
-def _sites_of_row(row: Place, norm: Optional[Place], act: Optional[Place]) -> Iterator[Site]:
+def _sites_of_row(row: Place, norm: Place | None, act: Place | None) -> Iterator[Site]:
     """Yield the sites of convolutions, norms and activations in a row; the last one has what comes behind the row."""
     parts = [Place(f'{row.path}.{name}', module) for name, module in row.module.named_children()]
     starts = [i for i, part in enumerate(parts) if isinstance(part.module, nn.Conv2d)]

@@ -1,7 +1,7 @@
 """Report of a conversion: what `binarize` did to each layer, made once from the decisions."""
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import torch.nn as nn
 
@@ -41,14 +41,14 @@ class ReportRow:
     path: str
     kind: str
     status: str
-    why: Optional[Why] = None
-    role: Optional[str] = None
-    link: Optional[str] = None
+    why: Why | None = None
+    role: str | None = None
+    link: str | None = None
     scale_input: bool = False
-    norm: Optional[str] = None
-    act: Optional[Act] = None
+    norm: str | None = None
+    act: Act | None = None
     params: int = 0
-    macs: Optional[int] = None
+    macs: int | None = None
 
     @property
     def reason(self) -> str:
@@ -96,7 +96,7 @@ class Report:
     rows: list[ReportRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
-    input_size: Optional[tuple[int, int, int]] = None
+    input_size: tuple[int, int, int] | None = None
     keep: tuple[str, ...] = ()
     revived: tuple[str, ...] = ()
     hopeless: tuple[str, ...] = ()
@@ -118,16 +118,16 @@ class Report:
         return sum(row.params for row in self.rows if row.status == 'binarized') / max(total, 1)
 
     @property
-    def macs_share(self) -> Optional[float]:
+    def macs_share(self) -> float | None:
         """Share of the multiply-accumulates of all layers that are binary, 0 to 1; None if they were not counted."""
         return self._macs_share(self.rows)
 
     @property
-    def eligible_macs_share(self) -> Optional[float]:
+    def eligible_macs_share(self) -> float | None:
         """The same among layers that are neither first convolution, classifier, residual downsample nor on vectors."""
         return self._macs_share([row for row in self.rows if not row.exempt])
 
-    def _macs_share(self, rows: Sequence[ReportRow]) -> Optional[float]:
+    def _macs_share(self, rows: Sequence[ReportRow]) -> float | None:
         rows = [row for row in rows if row.stays]
         if self.input_size is None:
             return None
@@ -201,7 +201,7 @@ def _rows(
         question: Question,
 ) -> Iterator[ReportRow]:
     """Yield a row for each layer: those of sites, of shortcuts that are gone, and all others."""
-    def row(path: str, status: str, why: Optional[Why], **facts: Any) -> ReportRow:
+    def row(path: str, status: str, why: Why | None, **facts: Any) -> ReportRow:
         run = question.runs.get(path)
         macs = (run.macs if run else 0) if question.input_size else None
         with undisturbed(layers[path]):  # a weight that is computed may change buffers
@@ -231,7 +231,7 @@ def find_failures(
     return [(path, why) for path, why in whys if why is not None and why.reason in FAILURES]
 
 
-def _facts(decision: Decision, edits: dict[str, Edit]) -> tuple[str, Optional[Why]]:
+def _facts(decision: Decision, edits: dict[str, Edit]) -> tuple[str, Why | None]:
     """Return status and reason of a site's layer."""
     if isinstance(decision, Keep):
         return 'kept', decision.why

@@ -9,7 +9,6 @@ All are frozen: no stage changes what another one made.
 """
 import enum
 from dataclasses import dataclass
-from typing import Optional, Union
 
 import torch.nn as nn
 
@@ -103,7 +102,7 @@ class Pre(enum.Enum):
 class Place:
     """A module of the host and its path; the module is None where the host has an attribute that is None."""
     path: str
-    module: Optional[nn.Module]
+    module: nn.Module | None
 
 
 @dataclass(frozen=True)
@@ -122,12 +121,12 @@ class Site:
         constant_sign: True where only a new norm keeps the sign from being +1 everywhere.
     """
     conv: Place
-    norm: Optional[Place] = None
-    act: Optional[Place] = None
+    norm: Place | None = None
+    act: Place | None = None
     role: str = 'mix'
     tail: tuple[Place, ...] = ()
-    kept: Optional[Why] = None
-    no_link: Optional[Why] = None
+    kept: Why | None = None
+    no_link: Why | None = None
     constant_sign: bool = False
 
     @property
@@ -147,7 +146,7 @@ class Group:
             in Bi-Real Net, and the host's module goes around the first.
     """
     sites: tuple[Site, ...]
-    shortcut: Optional[Place] = None
+    shortcut: Place | None = None
     is_basic: bool = False
 
 
@@ -168,10 +167,10 @@ class Network:
     """
     groups: tuple[Group, ...]
     is_traced: bool = False
-    stem: Optional[Site] = None
-    stem_pool: Optional[Place] = None
+    stem: Site | None = None
+    stem_pool: Place | None = None
     loose_acts: tuple[Place, ...] = ()
-    image_conv: Optional[Place] = None
+    image_conv: Place | None = None
     stride: int = 1
     side_paths: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -193,7 +192,7 @@ class Keep:
     """
     site: Site
     why: Why
-    act: Optional[Act] = None
+    act: Act | None = None
 
 
 @dataclass(frozen=True)
@@ -210,13 +209,13 @@ class Convert:
     """
     site: Site
     conv: Conv
-    link: Optional[nn.Module] = None
-    act: Optional[Act] = None
-    pre: Optional[Pre] = None
-    why: Optional[Why] = None
+    link: nn.Module | None = None
+    act: Act | None = None
+    pre: Pre | None = None
+    why: Why | None = None
 
 
-Decision = Union[Keep, Convert]
+Decision = Keep | Convert
 
 
 @dataclass(frozen=True)
@@ -230,18 +229,18 @@ class Edit:
     """
     path: str
     module: nn.Module
-    moved_to: Optional[str] = None
+    moved_to: str | None = None
 
 
-def get_module(model: nn.Module, path: Optional[str]) -> Optional[nn.Module]:
+def get_module(model: nn.Module, path: str | None) -> nn.Module | None:
     """Return the module at a path, or None where the path is None or names an attribute that is None."""
-    module: Optional[nn.Module] = model
+    module: nn.Module | None = model
     for name in path.split('.') if path else ():
         module = getattr(module, name)
     return module if path else None
 
 
-def join_path(prefix: str, name: Optional[str]) -> Optional[str]:
+def join_path(prefix: str, name: str | None) -> str | None:
     """Return the path of `name` inside `prefix`."""
     return f'{prefix}.{name}' if prefix and name else name
 
@@ -253,7 +252,7 @@ def channels_of(layer: nn.Module) -> tuple[int, int]:
     return layer.in_channels, layer.out_channels
 
 
-def role_of(layer: nn.Module, known: Optional[str] = None) -> str:
+def role_of(layer: nn.Module, known: str | None = None) -> str:
     """Return the role of a layer: what a known block says, else by its shape."""
     geometry = ((1, 1), (1, 1), 1) if isinstance(layer, nn.Linear) else (layer.kernel_size, layer.stride, layer.groups)
     return known or role_of_shape(*channels_of(layer), *geometry)

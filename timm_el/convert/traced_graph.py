@@ -6,7 +6,7 @@ convert in one thread while another runs a model; the registered models are not 
 """
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -48,7 +48,7 @@ class Untraceable:
     error: str
 
 
-def is_layer(module: Optional[nn.Module]) -> bool:
+def is_layer(module: nn.Module | None) -> bool:
     """Return whether a module is a two-dimensional convolution or a linear layer."""
     return isinstance(module, (nn.Conv2d, nn.Linear))
 
@@ -76,7 +76,7 @@ class TracedGraph:
             modules: dict[str, nn.Module],
             paths: dict[nn.Module, str],
             runs: Runs,
-            reads_images: Optional[bool],
+            reads_images: bool | None,
             is_end: bool,
     ) -> None:
         self.nodes = list(graph.nodes)
@@ -95,7 +95,7 @@ class TracedGraph:
 
     # one node
 
-    def module(self, node: Any) -> Optional[nn.Module]:
+    def module(self, node: Any) -> nn.Module | None:
         """Return the module that a node calls, or None."""
         return self.modules.get(node.target) if isinstance(node, fx.Node) and node.op == 'call_module' else None
 
@@ -103,7 +103,7 @@ class TracedGraph:
         """Return the path in the model of the module that a node calls."""
         return self.paths[self.module(node)]
 
-    def run(self, node: fx.Node) -> Optional[LayerRun]:
+    def run(self, node: fx.Node) -> LayerRun | None:
         """Return how the layer of a node ran, or None if that is not known."""
         module = self.module(node)
         return None if module is None else self.runs.get(self.paths.get(module))
@@ -127,7 +127,7 @@ class TracedGraph:
         name = type(self.module(node)).__name__ if node.op == 'call_module' else name_of(node)
         return any(gate in name.lower() for gate in GATES)  # timm has classes of its own for them
 
-    def is_product(self, node: Optional[fx.Node]) -> bool:
+    def is_product(self, node: fx.Node | None) -> bool:
         """Return whether a node multiplies two signals."""
         return node is not None and name_of(node) == 'mul' and len(self.signals(node)) > 1
 
@@ -139,7 +139,7 @@ class TracedGraph:
 
     # forwards, backwards
 
-    def follower(self, node: fx.Node) -> Optional[fx.Node]:
+    def follower(self, node: fx.Node) -> fx.Node | None:
         """Return the only reader of a node, modules that do nothing passed over; None if there are several."""
         while len(node.users) == 1:
             node = next(iter(node.users))
@@ -147,7 +147,7 @@ class TracedGraph:
                 return node
         return None
 
-    def follower_through(self, node: fx.Node) -> Optional[fx.Node]:
+    def follower_through(self, node: fx.Node) -> fx.Node | None:
         """Return the next reader that does more than pass the signal on or scale it by a number, or None."""
         follower = self.follower(node)
         while follower is not None and (
@@ -201,7 +201,7 @@ class TracedGraph:
 
         return any(node.op == 'placeholder' for start in starts for node in self.walk_back(start, onward))
 
-    def reaches_output(self, node: fx.Node, through: Callable[[Optional[nn.Module]], bool] = lambda _: False) -> bool:
+    def reaches_output(self, node: fx.Node, through: Callable[[nn.Module | None], bool] = lambda _: False) -> bool:
         """Return whether a node's output becomes the graph's with nothing but pools and activations between.
 
         Args:
@@ -223,7 +223,7 @@ def is_addition(node: fx.Node) -> bool:
     return node.op in ('call_function', 'call_method') and name_of(node) in ADDITIONS
 
 
-def is_candidate(module: Optional[nn.Module], run: Optional[LayerRun]) -> bool:
+def is_candidate(module: nn.Module | None, run: LayerRun | None) -> bool:
     """Return whether a layer may be binarized: a convolution, or a linear layer on pixels (N, H, W, C), a 1x1 one."""
     if isinstance(module, nn.Linear):
         return run is not None and len(run.input) == 4
@@ -258,7 +258,7 @@ def trace(model: nn.Module, runs: Runs) -> tuple[list[TracedGraph], list[Untrace
 
 def _trace_parts(
         module: nn.Module,
-        reads_images: Optional[bool],
+        reads_images: bool | None,
         is_end: bool,
         paths: dict[nn.Module, str],
         runs: Runs,
@@ -306,7 +306,7 @@ def weightless(graph: TracedGraph) -> Callable[[fx.Node], bool]:
 
 def _trace_whole(
         module: nn.Module,
-        reads_images: Optional[bool],
+        reads_images: bool | None,
         is_end: bool,
         paths: dict[nn.Module, str],
         runs: Runs,

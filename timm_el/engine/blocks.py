@@ -1,6 +1,6 @@
 """Blocks and stages of the host that are nothing but layers in a row and shortcuts around them, run as one operator."""
 import inspect
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn as nn
@@ -27,7 +27,7 @@ class _Joined(Chained):
             return one_by_one(x)
         return chain(x, self._other(x)) if chain.takes_other else chain(x)
 
-    def _other(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+    def _other(self, x: torch.Tensor) -> torch.Tensor | None:
         return None
 
 
@@ -38,7 +38,7 @@ class DeployedStage(_Joined, nn.Sequential):
     appended to, and its modules exchanged.
     """
 
-    def as_layers(self) -> List[ops.Layer]:
+    def as_layers(self) -> list[ops.Layer]:
         return layers_of(self, of_stage=True) or []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,17 +55,17 @@ class DeployedBlock(_Joined):
         parts: Names of the parts, in order.
         shortcut: None if nothing is added, '' if x itself is, or the name of the module that makes it of x.
     """
-    row: Tuple[str, ...] = ()
-    row_shortcut: Optional[str] = None
+    row: tuple[str, ...] = ()
+    row_shortcut: str | None = None
 
-    def __init__(self, block: nn.Module, parts: Sequence[str], shortcut: Optional[str] = None) -> None:
+    def __init__(self, block: nn.Module, parts: Sequence[str], shortcut: str | None = None) -> None:
         super().__init__()
         self.__dict__.update({k: v for k, v in block.__dict__.items() if k not in self.__dict__})
         self.__dict__['_modules'] = block._modules
         self.__dict__['_block'] = block  # no child: its forward, for who wants to see what lies between
         self.row, self.row_shortcut = tuple(parts), shortcut
 
-    def as_layers(self) -> List[ops.Layer]:
+    def as_layers(self) -> list[ops.Layer]:
         rows = [layers_of(self.get_submodule(name)) for name in self.row]
         if any(row is None for row in rows):
             return []
@@ -94,7 +94,7 @@ class DeployedBlock(_Joined):
         return f'row={self.row}, shortcut={self.row_shortcut!r}'
 
 
-def layers_of(module: nn.Module, of_stage: bool = False) -> Optional[List[ops.Layer]]:
+def layers_of(module: nn.Module, of_stage: bool = False) -> list[ops.Layer] | None:
     """The layers of a module, none if it does nothing; None if it is not a row of layers."""
     if drops(module):
         return []
@@ -107,7 +107,7 @@ def layers_of(module: nn.Module, of_stage: bool = False) -> Optional[List[ops.La
     return None if any(part is None for part in parts) else ops.in_row(*parts)
 
 
-def _joined(block: nn.Module) -> Optional[nn.Module]:
+def _joined(block: nn.Module) -> nn.Module | None:
     """What gives what the block gives, bit for bit, as one operator; None if there is nothing."""
     if any(map(is_altered, block.modules())) or any(hasattr(DeployedBlock, name) for name in block._modules):
         return None
@@ -121,7 +121,7 @@ def _joined(block: nn.Module) -> Optional[nn.Module]:
     return stage
 
 
-def _outermost(module: nn.Module, prefix: str = '') -> Iterator[Tuple[str, Chained]]:
+def _outermost(module: nn.Module, prefix: str = '') -> Iterator[tuple[str, Chained]]:
     for name, child in module.named_children():
         if isinstance(child, Chained):
             yield prefix + name, child
@@ -129,7 +129,7 @@ def _outermost(module: nn.Module, prefix: str = '') -> Iterator[Tuple[str, Chain
             yield from _outermost(child, f'{prefix}{name}.')
 
 
-def _by_trial(block: nn.Module) -> Optional[DeployedBlock]:
+def _by_trial(block: nn.Module) -> DeployedBlock | None:
     """Found out by watching batches of images pass."""
     parts = {m: name for name, m in _outermost(block)}
     units = {m: name for m, name in parts.items() if any(isinstance(n, DeployedUnit) for n in m.modules())}
@@ -140,7 +140,7 @@ def _by_trial(block: nn.Module) -> Optional[DeployedBlock]:
     own = (*block._parameters.values(), *block._buffers.values())
     if any(tensor is not None for tensor in own):  # what it does with them may not show, at their values of now
         return None
-    calls: List[Tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
+    calls: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
     handles = [m.register_forward_hook(lambda m, args, out: calls.append((m, args[0], out)))
                for m in block.modules() if m is not block]
     generator = torch.Generator('cpu').manual_seed(0)
@@ -167,9 +167,9 @@ def _by_trial(block: nn.Module) -> Optional[DeployedBlock]:
         return None
     if row[0][1] is not x or any(b[1] is not a[2] for a, b in zip(row, row[1:])):
         return None
-    names: Dict[nn.Module, str] = {m: name for name, m in block.named_children()}
+    names: dict[nn.Module, str] = {m: name for name, m in block.named_children()}
     inside = {id(n) for m in units for n in m.modules()}
-    shortcuts: List[Optional[str]] = [None, '']
+    shortcuts: list[str | None] = [None, '']
     shortcuts += [names[m] for m, source, _ in calls if source is x and m in names and id(m) not in inside]
     for shortcut in shortcuts:
         joined = DeployedBlock(block, [units[m] for m, _, _ in row], shortcut)
@@ -185,7 +185,7 @@ def _by_trial(block: nn.Module) -> Optional[DeployedBlock]:
     return None
 
 
-def join_layers(model: nn.Module, done: Optional[Dict[nn.Module, nn.Module]] = None) -> None:
+def join_layers(model: nn.Module, done: dict[nn.Module, nn.Module] | None = None) -> None:
     """Put a `DeployedBlock` or `DeployedStage` in place of each block, and of each stage, that is a row of layers."""
     done = {} if done is None else done
     for name, child in list(model._modules.items()):

@@ -4,7 +4,8 @@ Profilers, offloaders and timers put them there, and so do pruning, weight norm 
 its result must count, where the engine would go past the module.
 """
 import copy
-from typing import Any, Dict, Iterable, List, Optional
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -31,7 +32,7 @@ def has_own_forward(module: nn.Module) -> bool:
     return 'forward' in vars(module) and not isinstance(module, torch.jit.ScriptModule)
 
 
-def computed_tensors(module: nn.Module) -> List[str]:
+def computed_tensors(module: nn.Module) -> list[str]:
     """Names of the tensors that the module computes anew in each pass, by a parametrization or in a hook."""
     names = list(module.parametrizations) if is_parametrized(module) else []
     if has_hooks(module):
@@ -44,7 +45,7 @@ def is_altered(module: nn.Module) -> bool:
     return has_hooks(module) or has_own_forward(module) or is_parametrized(module)
 
 
-def copied(module: Optional[nn.Module], memo: Optional[Dict[int, Any]] = None) -> Optional[nn.Module]:
+def copied(module: nn.Module | None, memo: dict[int, Any] | None = None) -> nn.Module | None:
     """A deep copy; tensors that somebody computed and left in it lose their history, with which torch copies none."""
     memo = {} if memo is None else memo
     for part in () if module is None else module.modules():

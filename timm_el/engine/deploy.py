@@ -6,7 +6,8 @@ whatever is left, as the modules that it was. A float convolution takes its norm
 engine runs it.
 """
 import copy
-from typing import Any, Dict, List, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -24,12 +25,12 @@ __all__ = ['deploy']
 
 
 def _replace_float(
-        path: str, conv: nn.Conv2d, chain: Sequence[Tuple[str, nn.Module]], float_dtype: torch.dtype,
-) -> Tuple[nn.Module, Dict[str, nn.Module]]:
+        path: str, conv: nn.Conv2d, chain: Sequence[tuple[str, nn.Module]], float_dtype: torch.dtype,
+) -> tuple[nn.Module, dict[str, nn.Module]]:
     """What replaces a float convolution, and the modules after it that it takes in."""
     fusion = Fusion(conv.out_channels, None, conv.bias)
     own = engine_runs(conv, float_dtype)
-    taken: Dict[str, nn.Module] = {}
+    taken: dict[str, nn.Module] = {}
     for after, module in chain:
         norm, act = module, getattr(module, 'act', None) if isinstance(module, NORMS) else None
         if isinstance(module, NORMS):
@@ -156,8 +157,8 @@ def deploy(
 
 
 def _deployed(model: nn.Module, float_dtype: torch.dtype, fuse_blocks: bool) -> nn.Module:
-    memo: Dict[int, Any] = {}
-    replaced: List[Tuple[nn.Module, nn.Module]] = []
+    memo: dict[int, Any] = {}
+    replaced: list[tuple[nn.Module, nn.Module]] = []
 
     def exchange(old: nn.Module, new: nn.Module) -> None:
         memo[id(old)] = new.eval().requires_grad_(False)

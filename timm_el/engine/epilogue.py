@@ -1,6 +1,7 @@
 """What follows a convolution, folded into the constants of one operator, in float64, as far as it can be."""
 import math
-from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -23,7 +24,7 @@ class Affine(NamedTuple):
     shift: torch.Tensor
 
 
-def affine_of(norm: Optional[nn.Module], channels: int) -> Optional[Affine]:
+def affine_of(norm: nn.Module | None, channels: int) -> Affine | None:
     """A norm as an affine map in float64, None if it depends on its input."""
     one, zero = torch.ones(channels, **F64), torch.zeros(channels, **F64)
     if norm is None or drops(norm):
@@ -47,7 +48,7 @@ def _is_known(module: nn.Module) -> bool:
     return type(module).forward.__module__.startswith(('torch.nn.', 'timm.layers.'))
 
 
-def act_of(act: Optional[nn.Module]) -> Optional[Tuple[str, Any, Any]]:
+def act_of(act: nn.Module | None) -> tuple[str, Any, Any] | None:
     """An activation as ('none' | 'clip' | 'prelu', lo or slope, hi), None if it is neither."""
     if act is None or drops(act):
         return 'none', -INF, INF
@@ -72,7 +73,7 @@ def drops(module: nn.Module) -> bool:
 class Fusion:
     """The epilogue of one convolution as it grows, step by step, until a step does not fit."""
 
-    def __init__(self, channels: int, scale: Optional[torch.Tensor], bias: Optional[torch.Tensor]) -> None:
+    def __init__(self, channels: int, scale: torch.Tensor | None, bias: torch.Tensor | None) -> None:
         self.channels = channels
         one, zero = torch.ones(channels, **F64), torch.zeros(channels, **F64)
         self.rows = {name: one if 'scale' in name else zero for name in ROWS}
@@ -80,7 +81,7 @@ class Fusion:
             self.rows['scale'] = scale.double()
         if bias is not None:
             self.rows['shift'] = bias.detach().double()
-        self.facts: Dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}
         self.constants = [-INF, INF, 1.]
         self.stage = 0  # 0: affine, 1: after the activation, 2: after the second affine, 3: after the link, 4: closed
 
@@ -93,7 +94,7 @@ class Fusion:
             self.rows[name] = self.rows[name] * channel.detach().double()
         return True
 
-    def norm(self, norm: Optional[nn.Module]) -> bool:
+    def norm(self, norm: nn.Module | None) -> bool:
         """Take a norm in; False if it does not fit."""
         affine = affine_of(norm, self.channels)
         if affine is None or self.stage > 2:
@@ -105,7 +106,7 @@ class Fusion:
             self.facts['has_affine'], self.stage = True, 2
         return True
 
-    def act(self, act: Optional[nn.Module]) -> bool:
+    def act(self, act: nn.Module | None) -> bool:
         """Take an activation in."""
         known = act_of(act)
         if known is None:
@@ -141,7 +142,7 @@ class Fusion:
         self.facts.update(link='identity', link_c=self.channels)
         return True
 
-    def post(self, post: Optional[nn.Module]) -> bool:
+    def post(self, post: nn.Module | None) -> bool:
         """Take in what comes after the sum."""
         if post is None or drops(post):
             return True
@@ -167,11 +168,11 @@ class Fusion:
         return table
 
 
-def pair(value: Any) -> Tuple[int, int]:
+def pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def pool_of(pool: Optional[nn.Module]) -> Optional[Dict[str, Any]]:
+def pool_of(pool: nn.Module | None) -> dict[str, Any] | None:
     """Facts of a pooling that the kernel knows; None if it does not."""
     if pool is None or drops(pool):
         return {}
@@ -189,7 +190,7 @@ def pool_of(pool: Optional[nn.Module]) -> Optional[Dict[str, Any]]:
 
 
 def threshold_of(
-        pre: nn.Module, channels: int) -> Optional[Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]]:
+        pre: nn.Module, channels: int) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
     """Where the sign of what `pre` gives changes, for each channel, and whether it changes downwards; None if unknown.
 
     Sign(x + b) is x >= -b: a float sum has the sign of the exact one. For a norm the threshold is looked for, among all

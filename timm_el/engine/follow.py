@@ -1,5 +1,5 @@
 """Which norm and activation follow which convolution: seen by running the network once and watching who reads what."""
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,9 +17,9 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.readers: Dict[int, List[Any]] = {}
-        self.inside: List[nn.Module] = []
-        self.alive: List[Any] = []
+        self.readers: dict[int, list[Any]] = {}
+        self.inside: list[nn.Module] = []
+        self.alive: list[Any] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         reader = self.inside[-1] if self.inside else object()
@@ -34,8 +34,8 @@ class _Watch(TorchDispatchMode):
 
 
 def followers(
-        model: nn.Module, sources: Tuple[type, ...], others: Tuple[type, ...],
-) -> Dict[str, List[str]]:
+        model: nn.Module, sources: tuple[type, ...], others: tuple[type, ...],
+) -> dict[str, list[str]]:
     """What comes directly after each source layer, as long as nothing else reads the tensor in between.
 
     A layer that runs more than once, or whose output leaves the network, has no followers. What hooks, or a forward in
@@ -65,25 +65,25 @@ def _watch(
         network: nn.Module,
         device: Any,
         model: nn.Module,
-        sources: Tuple[type, ...],
-        others: Tuple[type, ...],
-) -> Dict[str, List[str]]:
+        sources: tuple[type, ...],
+        others: tuple[type, ...],
+) -> dict[str, list[str]]:
     watch = _Watch()
     altered = [path for path, m in model.named_modules() if path and (
         m._forward_hooks or has_own_forward(m) or computed_tensors(m) if isinstance(m, sources) else is_altered(m))]
     paths = {m: p for p, m in network.named_modules()}
-    ran: Dict[str, int] = {}
-    made: Dict[int, str] = {}  # id of an output: the module that gave it
-    took: Dict[str, int] = {}  # path: id of its input
-    gave: Dict[str, int] = {}
+    ran: dict[str, int] = {}
+    made: dict[int, str] = {}  # id of an output: the module that gave it
+    took: dict[str, int] = {}  # path: id of its input
+    gave: dict[str, int] = {}
 
-    def before(module: nn.Module, args: Tuple[torch.Tensor, ...]) -> None:
+    def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         watch.inside.append(module)
         if args and isinstance(args[0], torch.Tensor):
             took[paths[module]] = id(args[0])
             watch.alive.append(args[0])
 
-    def after(module: nn.Module, args: Tuple[torch.Tensor, ...], out: Any) -> None:
+    def after(module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
         watch.inside.pop()
         path = paths[module]
         ran[path] = ran.get(path, 0) + 1
@@ -108,14 +108,14 @@ def _watch(
     def single(path: str) -> bool:
         return ran.get(path) == 1 and path in gave and not any(f'{p}.'.startswith(f'{path}.') for p in altered)
 
-    def around(path: str) -> List[str]:
+    def around(path: str) -> list[str]:
         return [p for p in altered if path.startswith(f'{p}.')]
 
-    result: Dict[str, List[str]] = {}
+    result: dict[str, list[str]] = {}
     for path, module in modules.items():
         if not isinstance(module, sources) or not single(path):
             continue
-        chain: List[str] = []
+        chain: list[str] = []
         tensor = gave[path]
         while tensor not in leaving:
             # In the order of their calls.

@@ -7,7 +7,6 @@ output channels side by side. Real, depthwise: (taps, channels). What is missing
 zero. Words are little-endian. None has four or five axes, because torch takes those for images, whose memory format
 `model.to(memory_format=...)` changes.
 """
-from typing import Tuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ def _up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def stored_shape(spec: ConvSpec, real: bool) -> Tuple[int, ...]:
+def stored_shape(spec: ConvSpec, real: bool) -> tuple[int, ...]:
     """Shape of the weight of a convolution."""
     channels, outputs = spec.c_in // spec.groups, spec.c_out // spec.groups
     if spec.is_depthwise:

@@ -1,6 +1,7 @@
 """The modules of a deployed network, which stand where units and float convolutions stood."""
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -30,16 +31,16 @@ __all__ = ['DeployedConv', 'DeployedLinear', 'DeployedPool', 'DeployedUnit', 'En
 class Chained(nn.Module):
     """A module that is one operator, or may be."""
     joins = True  # it reads and gives images, so that its layers may stand in a row with others'
-    _chain: Optional[ops.Chain] = None
+    _chain: ops.Chain | None = None
     # For which body, of which tensors and modules, and how many of these.
-    _made: Optional[Tuple[int, List[Tuple[Dict[str, Any], str, Any]], List[Tuple[Dict[str, Any], int]]]] = None
-    _calls: Optional[Calls] = None  # of what is inside
+    _made: tuple[int, list[tuple[dict[str, Any], str, Any]], list[tuple[dict[str, Any], int]]] | None = None
+    _calls: Calls | None = None  # of what is inside
 
-    def as_layers(self) -> List[ops.Layer]:
+    def as_layers(self) -> list[ops.Layer]:
         """What runs here, nothing if that is more than one operator."""
         raise NotImplementedError
 
-    def as_chain(self) -> Optional[ops.Chain]:
+    def as_chain(self) -> ops.Chain | None:
         """The operator, None if there is more than one, or if calls of what is inside have to be made."""
         if ops.watched():  # its tensors may be those of a trace
             chain, calls = self._new_chain(direct=False), self._inner_calls()
@@ -58,18 +59,18 @@ class Chained(nn.Module):
     def _inner_calls(self) -> Calls:
         return Calls(m for m in self.modules() if m is not self)
 
-    def _new_chain(self, direct: bool) -> Optional[ops.Chain]:
+    def _new_chain(self, direct: bool) -> ops.Chain | None:
         layers = self.as_layers()
         return ops.Chain(self.path, layers, direct) if layers else None
 
-    def __getstate__(self) -> Dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), '_chain': None, '_made': None, '_calls': None}
 
 
 class Engine(Chained):
     """What `DeployedUnit` and `DeployedConv` share: tensors, constants, spec, and the attributes that hosts read."""
 
-    def hold(self, name: str, tensor: Optional[torch.Tensor]) -> None:
+    def hold(self, name: str, tensor: torch.Tensor | None) -> None:
         """Register real numbers as a parameter, bits as a buffer; no parameter is trained.
 
         Programs ask a network's first parameter for the device and dtype of its input.
@@ -79,7 +80,7 @@ class Engine(Chained):
         else:
             self.register_buffer(name, tensor)
 
-    def tensors(self) -> Tuple[Optional[torch.Tensor], ...]:
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """What was registered here."""
         return (*self._parameters.values(), *self._buffers.values())
 
@@ -90,7 +91,7 @@ class Engine(Chained):
         self.ints = list(self.spec.ints())
         self.host_attributes(source)
 
-    def host_attributes(self, source: Optional[nn.Module]) -> None:
+    def host_attributes(self, source: nn.Module | None) -> None:
         """Copy what hosts read off the layer that this module stands for."""
         for name in HOST_ATTRIBUTES:
             if hasattr(source, name):
@@ -101,7 +102,7 @@ class Engine(Chained):
         """None: it is part of the table."""
         return None
 
-    def __setstate__(self, state: Dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy or a file; its tensors count what is written to them, also if it was made in inference mode."""
         super().__setstate__(state)
         with torch.inference_mode(False):
@@ -138,10 +139,10 @@ class DeployedConv(Engine):
         self.hold('weight', store(weight.float(), spec_of(conv), True))
         self._set_up(conv, spec_of(conv), fusion)
 
-    def as_layers(self) -> List[ops.Layer]:
+    def as_layers(self) -> list[ops.Layer]:
         return [ops.Layer(self.weight, self.table, None, None, self.ints, self.constants, path=self.path)]
 
-    def forward(self, x: torch.Tensor, link: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, link: torch.Tensor | None = None) -> torch.Tensor:
         if link is None or link is x:
             return self.as_chain()(x)
         ops.check_input(self.path, x)
@@ -166,16 +167,16 @@ class DeployedUnit(Engine):
         if not binary:
             conv = float_layer(conv)
         self.linear = isinstance(conv, nn.Linear)
-        self.pre: Optional[nn.Module] = None
-        self.conv: Optional[nn.Module] = None
+        self.pre: nn.Module | None = None
+        self.conv: nn.Module | None = None
         self.same_pad = bool(getattr(conv, 'same_pad', False))
-        self.pad_mode: Optional[Tuple[str, List[int]]] = None
+        self.pad_mode: tuple[str, list[int]] | None = None
         channels = unit.out_features if self.linear else unit.out_channels
         scale, bias = _scale_and_bias(conv, channels) if binary else (None, getattr(conv, 'bias', None))
         fusion = Fusion(channels, scale, bias)
         steps = self._steps(unit)
         has_k = binary and conv.scale_input
-        self.loose_k: Optional[Dict[str, Any]] = None
+        self.loose_k: dict[str, Any] | None = None
         native_conv = binary or engine_runs(conv, float_dtype)
         if conv is None:
             fused = 0
@@ -203,7 +204,7 @@ class DeployedUnit(Engine):
         self.host_attributes(unit)
 
     @staticmethod
-    def _steps(unit: BinaryUnit) -> List[Tuple[str, nn.Module]]:
+    def _steps(unit: BinaryUnit) -> list[tuple[str, nn.Module]]:
         """What runs after the convolution, in order, without what does nothing in eval mode."""
         middle = [('norm', unit.norm), ('act', unit.act)]
         if unit.act_first:
@@ -211,7 +212,7 @@ class DeployedUnit(Engine):
         steps = [('scale', unit.scale), *middle, ('tail', unit.tail), ('link', unit.link), ('post', unit.post)]
         return [(name, m) for name, m in steps if m is not None and (name == 'link' or not drops(m))]
 
-    def _fuse(self, fusion: Fusion, steps: Sequence[Tuple[str, nn.Module]], native_conv: bool) -> int:
+    def _fuse(self, fusion: Fusion, steps: Sequence[tuple[str, nn.Module]], native_conv: bool) -> int:
         """How many of the steps the epilogue takes in."""
         takes = {
             'scale': fusion.scale, 'norm': fusion.norm, 'act': fusion.act, 'tail': lambda m: False, 'post': fusion.post,
@@ -251,7 +252,7 @@ class DeployedUnit(Engine):
     def _set_real(
             self,
             unit: BinaryUnit,
-            conv: Optional[nn.Module],
+            conv: nn.Module | None,
             fusion: Fusion,
             native_conv: bool,
             float_dtype: torch.dtype,
@@ -266,7 +267,7 @@ class DeployedUnit(Engine):
             self.conv = conv
 
     @property
-    def weight(self) -> Optional[torch.Tensor]:
+    def weight(self) -> torch.Tensor | None:
         """A float tensor of the unit: hosts ask it for dtype and device."""
         return self.table if hasattr(self, 'table') else None if self.conv is None else self.conv.weight
 
@@ -284,7 +285,7 @@ class DeployedUnit(Engine):
     def _is_link_alone(self) -> bool:
         return self.conv is None and not hasattr(self, 'table')
 
-    def as_layers(self) -> List[ops.Layer]:
+    def as_layers(self) -> list[ops.Layer]:
         modules = (self.link, self.pre, self.scale)
         if len(self.before_sum) or len(self.after_sum) or any(module is not None for module in modules):
             return []
@@ -318,7 +319,7 @@ class DeployedUnit(Engine):
             y = module(y)
         return y if link is None or self.link_fused else y + link
 
-    def _run_binary(self, x: torch.Tensor, link: Optional[torch.Tensor]) -> torch.Tensor:
+    def _run_binary(self, x: torch.Tensor, link: torch.Tensor | None) -> torch.Tensor:
         ints = self.ints
         signed = x
         if self.pad_mode is not None:
@@ -343,7 +344,7 @@ class DeployedUnit(Engine):
             y = y + (self.loose_bias if self.linear else self.loose_bias.reshape(-1, 1, 1))
         return y
 
-    def _run_linear(self, x: torch.Tensor, link: Optional[torch.Tensor]) -> torch.Tensor:
+    def _run_linear(self, x: torch.Tensor, link: torch.Tensor | None) -> torch.Tensor:
         """Rows of features are pixels of an image that is one pixel wide."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f'{self.path}: found shape {tuple(x.shape)}, expected (..., {self.in_features})')
@@ -371,7 +372,7 @@ def _as_image(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
 
 
-def _folds(conv: Optional[nn.Module]) -> bool:
+def _folds(conv: nn.Module | None) -> bool:
     """A factor may be taken into its weight."""
     return isinstance(conv, nn.Conv2d) and not isinstance(conv, BinaryConv2d)
 
@@ -380,7 +381,7 @@ def _pooled_link(link: nn.Module) -> bool:
     return isinstance(link, ElasticLink) and pool_of(link.pool) is not None
 
 
-def _scale_and_bias(conv: nn.Module, channels: int) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+def _scale_and_bias(conv: nn.Module, channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """alpha, with whatever else multiplies a binary convolution's output, and its bias."""
     scale = torch.ones(channels, **F64)
     if isinstance(conv, StandardizedBinaryConv2d):
@@ -410,7 +411,7 @@ class DeployedPool(Chained):
         pool: `torch.nn.MaxPool2d`, `AvgPool2d` or `AdaptiveAvgPool2d(1)`; it stays for inputs that the engine has no
             kernel for, such as means of more than 64 pixels.
     """
-    _means: Optional[Tuple[Window, ops.Chain]] = None  # of all pixels of images of one size
+    _means: tuple[Window, ops.Chain] | None = None  # of all pixels of images of one size
 
     def __init__(self, path: str, pool: nn.Module) -> None:
         super().__init__()
@@ -418,7 +419,7 @@ class DeployedPool(Chained):
         self.pool = copied(pool)
         facts = pool_of(pool) if type(pool) is not nn.AdaptiveAvgPool2d else None
         self.mode = 'avg' if facts is None else facts['link_pool']
-        self.window: Optional[Window] = None if facts is None else facts['pool']
+        self.window: Window | None = None if facts is None else facts['pool']
 
     @staticmethod
     def takes(pool: nn.Module) -> bool:
@@ -427,7 +428,7 @@ class DeployedPool(Chained):
             return pool.output_size in (1, (1, 1))
         return isinstance(pool, (nn.MaxPool2d, nn.AvgPool2d)) and bool(pool_of(pool))
 
-    def as_layers(self) -> List[ops.Layer]:
+    def as_layers(self) -> list[ops.Layer]:
         window = self.window
         if window is None:
             return []
@@ -444,7 +445,7 @@ class DeployedPool(Chained):
         chain = self.as_chain() if self.window is not None else self._mean_of(x.shape[2], x.shape[3])
         return self.pool(x) if chain is None else chain(x)
 
-    def _mean_of(self, height: int, width: int) -> Optional[ops.Chain]:
+    def _mean_of(self, height: int, width: int) -> ops.Chain | None:
         if not 1 <= height * width <= 64 or self._inner_calls().any_altered():
             return None
         size, direct = Window((height, width)), not ops.watched()
@@ -455,7 +456,7 @@ class DeployedPool(Chained):
             self._means = size, chain
         return chain
 
-    def __getstate__(self) -> Dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), '_means': None}
 
 
@@ -475,7 +476,7 @@ class DeployedLinear(Engine):
         self.hold('weight', store(linear.weight[:, :, None, None].float(), spec, True))
         self._set_up(linear, spec, Fusion(linear.out_features, None, linear.bias))
 
-    def as_layers(self) -> List[ops.Layer]:
+    def as_layers(self) -> list[ops.Layer]:
         return [ops.Layer(self.weight, self.table, None, None, self.ints, self.constants, path=self.path)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -489,7 +490,7 @@ class DeployedLinear(Engine):
 # ---------------------------------------------------------------------------------------------------------------------
 # Float layers
 
-def engine_runs(conv: Optional[nn.Module], float_dtype: torch.dtype) -> bool:
+def engine_runs(conv: nn.Module | None, float_dtype: torch.dtype) -> bool:
     """The engine's own real convolution takes this layer."""
     return (
         type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and float_dtype == torch.float32
@@ -512,7 +513,7 @@ class CastConv(nn.Module):
         return self.conv.weight
 
     @property
-    def bias(self) -> Optional[torch.Tensor]:
+    def bias(self) -> torch.Tensor | None:
         """The convolution's bias."""
         return self.conv.bias
 
@@ -520,7 +521,7 @@ class CastConv(nn.Module):
         return self.conv(x.to(self.conv.weight.dtype)).to(x.dtype)
 
 
-def float_layer(layer: Optional[nn.Module]) -> Optional[nn.Module]:
+def float_layer(layer: nn.Module | None) -> nn.Module | None:
     """A real layer, to be changed; one with a quantized weight becomes a plain one that holds the values in use."""
     if not isinstance(layer, (BinaryConv2d, BinaryLinear)) or layer.weight_quantizer is None:
         return copied(layer)

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 
@@ -26,7 +26,7 @@ class SlowEngineWarning(UserWarning):
     """The engine runs without the kernels of this processor, and nobody asked for that."""
 
 
-_lib: Optional[ctypes.CDLL] = None
+_lib: ctypes.CDLL | None = None
 _reason = ''
 _asked = False  # the body, or the reference, was chosen by name
 _warned = False
@@ -114,12 +114,12 @@ def _load() -> None:
         _lib, _reason = None, f'TIMM_EL_ISA: {e}'
 
 
-@functools.lru_cache(maxsize=None)
-def _bodies() -> List[str]:
+@functools.cache
+def _bodies() -> list[str]:
     return _lib.el_bodies().decode().split()
 
 
-def use_isa(name: Optional[str] = None) -> None:
+def use_isa(name: str | None = None) -> None:
     """Choose the body by name, the best one if None, or 'reference' for no native library at all.
 
     The environment variable TIMM_EL_ISA does the same when the package is first imported. Not to be called while
@@ -167,7 +167,7 @@ def warn_if_slow() -> None:
         f'TIMM_EL_ISA={found["body"]} asks for this on purpose', SlowEngineWarning, stacklevel=3)
 
 
-def library() -> Optional[ctypes.CDLL]:
+def library() -> ctypes.CDLL | None:
     """The library, None if the reference runs."""
     return _lib
 
@@ -177,7 +177,7 @@ def generation() -> int:
     return _generation
 
 
-def info() -> Dict[str, Any]:
+def info() -> dict[str, Any]:
     """Which path computes binary layers, and why.
 
     Returns:

@@ -4,8 +4,9 @@ Each has a schema, a fake kernel for tracing, a plain-torch reference (reference
 active, a kernel in C that gives the same bits. They are for inference: no gradient is defined.
 """
 import ctypes
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -37,10 +38,10 @@ class Layer(NamedTuple):
     """
     weight: torch.Tensor
     table: torch.Tensor
-    threshold: Optional[torch.Tensor]
-    flip: Optional[torch.Tensor]
-    ints: List[int]
-    constants: List[float]
+    threshold: torch.Tensor | None
+    flip: torch.Tensor | None
+    ints: list[int]
+    constants: list[float]
     source: int = 0  # the value that it reads, and links
     added: int = -1  # the value that is added to what it gives, or -1
     path: str = ''  # where it stands, for errors
@@ -60,7 +61,7 @@ class Layer(NamedTuple):
         spec = ConvSpec.of(self.ints)
         return replace(spec, c_in=channels, c_out=channels, link_c=channels) if self.is_pool else spec
 
-    def tensors(self) -> List[torch.Tensor]:
+    def tensors(self) -> list[torch.Tensor]:
         """Four tensors."""
         return [self.weight, self.table, *(
             self.table.new_empty(0) if t is None else t for t in (self.threshold, self.flip))]
@@ -72,8 +73,8 @@ class Layer(NamedTuple):
 
     @classmethod
     def all_of(
-            cls, tensors: List[torch.Tensor], specs: List[int], constants: List[float], wires: List[int],
-    ) -> List['Layer']:
+            cls, tensors: list[torch.Tensor], specs: list[int], constants: list[float], wires: list[int],
+    ) -> list['Layer']:
         """The layers of a call."""
         n, size = len(tensors) // 4, ConvSpec.SIZE
         if not n or len(tensors) != 4 * n or len(specs) != size * n or len(constants) != 3 * n or len(wires) != 2 * n:
@@ -100,15 +101,15 @@ class Layer(NamedTuple):
         return layers
 
 
-def in_row(*parts: Sequence[Layer]) -> List[Layer]:
+def in_row(*parts: Sequence[Layer]) -> list[Layer]:
     """Rows of layers one after another: what one gives is x to the next."""
-    row: List[Layer] = []
+    row: list[Layer] = []
     for part in parts:
         row += [layer.moved(len(row) - 1 + FIRST_VALUE if row else 0, len(row)) for layer in part]
     return row
 
 
-def pool_layer(window: Window, mode: str, pad_end: Tuple[int, int]) -> Layer:
+def pool_layer(window: Window, mode: str, pad_end: tuple[int, int]) -> Layer:
     """A pool; `pad_end` rows and columns may be missing after the last ones. A mean is that of pixels inside."""
     none = torch.empty(0, dtype=torch.float32, device='cpu')
     spec = ConvSpec(0, 0, window, pad_end, link='identity', link_pool=mode, pool=window)
@@ -118,11 +119,11 @@ def pool_layer(window: Window, mode: str, pad_end: Tuple[int, int]) -> Layer:
 class _Prepared:
     """What the native library keeps for one weight tensor: its own layout, and a plan for each shape of input."""
 
-    def __init__(self, version: Tuple[Any, int]) -> None:
+    def __init__(self, version: tuple[Any, int]) -> None:
         self.version = version
         self.generation = native.generation()
-        self.weights: Dict[Tuple[int, ...], Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]] = {}
-        self.plans: Dict[Tuple[Any, ...], Any] = {}
+        self.weights: dict[tuple[int, ...], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        self.plans: dict[tuple[Any, ...], Any] = {}
 
 
 _prepared = WeakTensorKeyDictionary()
@@ -132,11 +133,11 @@ def _check(
         x: torch.Tensor,
         weight: torch.Tensor,
         table: torch.Tensor,
-        threshold: Optional[torch.Tensor],
-        flip: Optional[torch.Tensor],
-        link: Optional[torch.Tensor],
+        threshold: torch.Tensor | None,
+        flip: torch.Tensor | None,
+        link: torch.Tensor | None,
         spec: ConvSpec,
-        constants: List[float],
+        constants: list[float],
         real: bool,
 ) -> None:
     """Raise ValueError or TypeError unless everything fits together."""
@@ -149,7 +150,7 @@ def _check(
         raise ValueError(problem)
     if real and (spec.has_k or 1 < spec.groups and not spec.is_depthwise):
         raise ValueError(f'spec: found {spec}, a real convolution has no K and is full or depthwise')
-    expected: Dict[str, Tuple[Optional[torch.Tensor], Tuple[int, ...], torch.dtype]] = {
+    expected: dict[str, tuple[torch.Tensor | None, tuple[int, ...], torch.dtype]] = {
         'weight': (weight, stored_shape(spec, real), torch.float32 if real else torch.uint8),
         'table': (table, (len(spec.rows), table_stride(spec.c_out)), torch.float32),
         'threshold': (threshold, (spec.c_in,), torch.float32),
@@ -165,16 +166,16 @@ def _check(
         raise ValueError(f'constants: found {len(constants)} numbers, expected lo, hi and 1 / gamma')
 
 
-def _pointer(tensor: Optional[torch.Tensor]) -> Optional[int]:
+def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _version(tensor: torch.Tensor) -> Tuple[Any, int]:
+def _version(tensor: torch.Tensor) -> tuple[Any, int]:
     """Changes when the tensor is written to or moves; at each look at an inference tensor, which counts no writes."""
     return object() if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
-def _facts(tensor: Optional[torch.Tensor]) -> Optional[Tuple[Any, ...]]:
+def _facts(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.is_contiguous())
 
 
@@ -185,7 +186,7 @@ def _prepared_for(weight: torch.Tensor) -> _Prepared:
     return prepared
 
 
-def _remember(plans: Dict[Any, Any], key: Any, value: Any) -> Any:
+def _remember(plans: dict[Any, Any], key: Any, value: Any) -> Any:
     if len(plans) >= MOST_PLANS:
         plans.clear()
     plans[key] = value
@@ -197,13 +198,13 @@ def _plan(
         x: torch.Tensor,
         weight: torch.Tensor,
         table: torch.Tensor,
-        threshold: Optional[torch.Tensor],
-        flip: Optional[torch.Tensor],
-        link: Optional[torch.Tensor],
-        ints: List[int],
-        constants: List[float],
+        threshold: torch.Tensor | None,
+        flip: torch.Tensor | None,
+        link: torch.Tensor | None,
+        ints: list[int],
+        constants: list[float],
         real: bool,
-) -> Tuple[int, List[int], native.Plan]:
+) -> tuple[int, list[int], native.Plan]:
     """Address of the C plan of a call, shape of its output, and the plan: made and checked once an input shape."""
     prepared = _prepared_for(weight)
     key = (
@@ -233,7 +234,7 @@ def _plan(
     return _remember(prepared.plans, key, (ctypes.addressof(plan), [n, spec.c_out, oh, ow], plan))
 
 
-def _pool_plan(x: torch.Tensor, spec: ConvSpec) -> Tuple[int, List[int], native.Plan]:
+def _pool_plan(x: torch.Tensor, spec: ConvSpec) -> tuple[int, list[int], native.Plan]:
     """The same of a pool."""
     _check_pool(x, spec)
     n, c, h, w = x.shape
@@ -257,7 +258,7 @@ def _check_pool(x: torch.Tensor, spec: ConvSpec) -> None:
 
 def _lay_out(
         lib: ctypes.CDLL, plan: native.Plan, weight: torch.Tensor, spec: ConvSpec, padded: bool, real: bool,
-) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The weight in the body's own layout, None if it reads the weight as it is, and what padding adds for each tap."""
     plan_at = ctypes.byref(plan)
     ready = sums = None
@@ -276,11 +277,11 @@ def _run(
         x: torch.Tensor,
         weight: torch.Tensor,
         table: torch.Tensor,
-        threshold: Optional[torch.Tensor],
-        flip: Optional[torch.Tensor],
-        link: Optional[torch.Tensor],
-        ints: List[int],
-        constants: List[float],
+        threshold: torch.Tensor | None,
+        flip: torch.Tensor | None,
+        link: torch.Tensor | None,
+        ints: list[int],
+        constants: list[float],
         real: bool,
 ) -> torch.Tensor:
     lib = native.library()
@@ -330,7 +331,7 @@ class Chain:
             if `watched()`.
     """
 
-    def __init__(self, path: str, layers: List[Layer], direct: bool) -> None:
+    def __init__(self, path: str, layers: list[Layer], direct: bool) -> None:
         self.path, self.layers, self.direct = path, layers, direct
         self.takes_other = any(layer.added == 1 for layer in layers)
         self.tensors = [t for layer in layers for t in layer.tensors()]
@@ -338,9 +339,9 @@ class Chain:
         self.ints = [i for layer in layers for i in layer.ints]
         self.wires = [v for layer in layers for v in (layer.source, layer.added)]
         self.constants = [layer.constants for layer in layers]
-        self.ready: Dict[Any, Tuple[Any, _Steps]] = {}
+        self.ready: dict[Any, tuple[Any, _Steps]] = {}
 
-    def __call__(self, x: torch.Tensor, other: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
         if not self.direct or type(x) is not torch.Tensor or x.device.type != 'cpu' or native.library() is None:
             return self._through_torch(x, other)
         lib, state, found = native.library(), self._state(), self.ready.get((x.shape, x.dtype))
@@ -350,7 +351,7 @@ class Chain:
             found = _remember(self.ready, (x.shape, x.dtype), (state, steps))
         return found[1].run(lib, x, other)
 
-    def _through_torch(self, x: torch.Tensor, other: Optional[torch.Tensor]) -> torch.Tensor:
+    def _through_torch(self, x: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
         self._check(x)
         weight, table, threshold, flip, ints, constants, *_ = layer = self.layers[0]
         if len(self.layers) > 1 or layer.added >= 0 or layer.is_pool:
@@ -365,10 +366,10 @@ class Chain:
         for layer in self.layers:
             check_place(layer.path, x, layer[:4])
 
-    def _constants(self) -> List[float]:
+    def _constants(self) -> list[float]:
         return [c for row in self.constants for c in row]
 
-    def _state(self) -> List[Any]:
+    def _state(self) -> list[Any]:
         """Changes with what the plans point to and with what they have copied."""
         return [*map(_version, self.present), *self._constants()]
 
@@ -382,7 +383,7 @@ def check_input(path: str, x: torch.Tensor) -> None:
         raise TypeError(f'{path}: found an input of {x.dtype}, expected torch.float32; convert it with .float()')
 
 
-def check_place(path: str, x: torch.Tensor, tensors: Iterable[Optional[torch.Tensor]]) -> None:
+def check_place(path: str, x: torch.Tensor, tensors: Iterable[torch.Tensor | None]) -> None:
     """Raise ValueError unless a layer's tensors are where the engine runs, or stand for tensors, as x does."""
     for tensor in tensors:
         if tensor is not None and tensor.device.type not in ('cpu', x.device.type):
@@ -406,11 +407,11 @@ def watched() -> bool:
 class _Steps:
     """A chain for one shape of x, as the native library takes it."""
 
-    def __init__(self, lib: ctypes.CDLL, x: torch.Tensor, layers: List[Layer]) -> None:
-        values: List[Optional[torch.Tensor]] = [x, None]
+    def __init__(self, lib: ctypes.CDLL, x: torch.Tensor, layers: list[Layer]) -> None:
+        values: list[torch.Tensor | None] = [x, None]
         self.array = (native.Step * len(layers))()
         self.keeps = []
-        self.other_shape: Optional[List[int]] = None
+        self.other_shape: list[int] | None = None
         for step, layer in zip(self.array, layers):
             source = values[layer.source]
             spec = layer.spec(source.shape[1])
@@ -429,7 +430,7 @@ class _Steps:
             values.append(torch.empty(shape, device='meta', dtype=torch.float32))
         self.shape = shape
 
-    def run(self, lib: ctypes.CDLL, x: torch.Tensor, other: Optional[torch.Tensor]) -> torch.Tensor:
+    def run(self, lib: ctypes.CDLL, x: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
         """The chain's output."""
         if self.other_shape is not None:
             _check_added(other, self.other_shape)
@@ -445,11 +446,11 @@ class _Steps:
 
 def _chain(
         x: torch.Tensor,
-        tensors: List[torch.Tensor],
-        specs: List[int],
-        constants: List[float],
-        wires: List[int],
-        other: Optional[torch.Tensor],
+        tensors: list[torch.Tensor],
+        specs: list[int],
+        constants: list[float],
+        wires: list[int],
+        other: torch.Tensor | None,
 ) -> torch.Tensor:
     lib, layers = native.library(), Layer.all_of(tensors, specs, constants, wires)
     if lib is not None:
@@ -471,7 +472,7 @@ def _chain(
     return y
 
 
-def _check_added(added: Optional[torch.Tensor], shape: List[int]) -> None:
+def _check_added(added: torch.Tensor | None, shape: list[int]) -> None:
     if added is None or list(added.shape) != shape or added.dtype != torch.float32:
         found = None if added is None else f'{added.dtype} {tuple(added.shape)}'
         raise ValueError(f'added: found {found}, expected torch.float32 {tuple(shape)}')

@@ -1,5 +1,5 @@
 """The arithmetic of the engine in plain torch: the oracle of the kernels, and what runs where there is no library."""
-from typing import List, Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,9 @@ def binary_conv2d(
         x: torch.Tensor,
         weight: torch.Tensor,
         table: torch.Tensor,
-        threshold: Optional[torch.Tensor],
-        flip: Optional[torch.Tensor],
-        link: Optional[torch.Tensor],
+        threshold: torch.Tensor | None,
+        flip: torch.Tensor | None,
+        link: torch.Tensor | None,
         spec: ConvSpec,
         constants: Sequence[float],
 ) -> torch.Tensor:
@@ -40,7 +40,7 @@ def real_conv2d(
         x: torch.Tensor,
         weight: torch.Tensor,
         table: torch.Tensor,
-        link: Optional[torch.Tensor],
+        link: torch.Tensor | None,
         spec: ConvSpec,
         constants: Sequence[float],
 ) -> torch.Tensor:
@@ -112,7 +112,7 @@ def _rows(table: torch.Tensor, spec: ConvSpec) -> dict:
 def _finish(
         v: torch.Tensor,
         rows: dict,
-        link: Optional[torch.Tensor],
+        link: torch.Tensor | None,
         spec: ConvSpec,
         constants: Sequence[float],
 ) -> torch.Tensor:
@@ -151,7 +151,7 @@ def _link(x: torch.Tensor, spec: ConvSpec, size: Sequence[int]) -> torch.Tensor:
 
 def pool2d(x: torch.Tensor, window: Window, mode: str, size: Sequence[int]) -> torch.Tensor:
     """Largest, or mean, of each window's pixels inside the image, in order; a NaN wins."""
-    pads: List[int] = []
+    pads: list[int] = []
     for i in (1, 0):
         last = (size[i] - 1) * window.stride[i] + (window.kernel[i] - 1) * window.dilation[i] + 1
         pads += [window.padding[i], max(0, last - window.padding[i] - x.shape[2 + i])]

@@ -1,6 +1,7 @@
 """What one convolution of the engine is: geometry and epilogue as plain numbers, for operator, reference and kernel."""
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, List, Optional, Sequence, Tuple
+from typing import ClassVar
 
 __all__ = ['ACTS', 'LINKS', 'POOLS', 'ROWS', 'ConvSpec', 'Window', 'has_empty_window', 'table_stride']
 
@@ -19,12 +20,12 @@ def table_stride(channels: int) -> int:
 @dataclass(frozen=True)
 class Window:
     """Kernel, stride, padding (before the first row and column) and dilation, rows first."""
-    kernel: Tuple[int, int] = (1, 1)
-    stride: Tuple[int, int] = (1, 1)
-    padding: Tuple[int, int] = (0, 0)
-    dilation: Tuple[int, int] = (1, 1)
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
 
-    def ints(self) -> Tuple[int, ...]:
+    def ints(self) -> tuple[int, ...]:
         """Eight integers."""
         return (*self.kernel, *self.stride, *self.padding, *self.dilation)
 
@@ -73,7 +74,7 @@ class ConvSpec:
     c_in: int
     c_out: int
     conv: Window = Window()
-    pad_end: Tuple[int, int] = (0, 0)
+    pad_end: tuple[int, int] = (0, 0)
     groups: int = 1
     pad_value: int = 0
     has_k: bool = False
@@ -85,7 +86,7 @@ class ConvSpec:
     link_pool: str = 'none'
     pool: Window = Window()
 
-    def ints(self) -> Tuple[int, ...]:
+    def ints(self) -> tuple[int, ...]:
         """The spec as integers: what the operator takes."""
         return (
             self.c_in, self.c_out, *self.conv.ints(), *self.pad_end, self.groups, self.pad_value, int(self.has_k),
@@ -115,7 +116,7 @@ class ConvSpec:
         return replace(self, conv=replace(self.conv, padding=(top, left)), pad_end=(bottom, right))
 
     @property
-    def rows(self) -> List[str]:
+    def rows(self) -> list[str]:
         """Names of the table's rows, in order."""
         wanted = {'slope': self.act == 'prelu', 'scale2': self.has_affine, 'shift2': self.has_affine}
         return [name for name in ROWS if wanted.get(name, self.has_post or not name.startswith('post'))]
@@ -130,7 +131,7 @@ class ConvSpec:
         """Each channel has a kernel of its own, and there is one."""
         return 1 < self.groups == self.c_in == self.c_out
 
-    def output_size(self, height: int, width: int) -> List[int]:
+    def output_size(self, height: int, width: int) -> list[int]:
         """Rows and columns of the output.
 
         Raises:
@@ -146,7 +147,7 @@ class ConvSpec:
             sizes.append(room // self.conv.stride[i] + 1)
         return sizes
 
-    def problem(self, x_shape: Sequence[int], link_shape: Optional[Sequence[int]]) -> Optional[str]:
+    def problem(self, x_shape: Sequence[int], link_shape: Sequence[int] | None) -> str | None:
         """Why the spec or the shapes make no sense; None if they do. Nothing is computed with what fails here."""
         windows = (self.conv, self.pool)
         sizes = [n for w in windows for n in (*w.kernel, *w.stride, *w.dilation)]

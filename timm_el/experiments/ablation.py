@@ -14,7 +14,8 @@ import math
 import os
 import shlex
 import statistics
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -29,7 +30,7 @@ TRAINS = 1.5  # times chance
 OF_THE_TABLE = ('rows', 'contrasts', 'published')
 
 
-def plan_rows(data: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
+def plan_rows(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Row name -> plain data of its run, with 'paper' beside the fields of `fit.FitConfig`.
 
     Raises:
@@ -39,7 +40,7 @@ def plan_rows(data: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
     if not data.get('rows'):
         raise ValueError("rows: found none, expected a list of recipes; a single run is started by 'fit'")
     base = {k: v for k, v in data.items() if k not in OF_THE_TABLE}
-    rows: Dict[str, Dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for row in data['rows']:
         changes = dict(name=row, recipe=row) if isinstance(row, str) else dict(row)
         name = changes.pop('name', None)
@@ -62,11 +63,11 @@ def plan_rows(data: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
 
 def run_table(
         table: str,
-        data: Dict[str, Any],
+        data: dict[str, Any],
         seeds: Sequence[int],
         output: str,
         data_dir: str,
-        cache: Optional[str] = None,
+        cache: str | None = None,
         changes: Sequence[str] = (),
         **places,
 ) -> None:
@@ -97,7 +98,7 @@ def run_table(
             os.remove(checkpoint)
 
 
-def paired(differences: Sequence[float]) -> Tuple[float, float, float, Tuple[float, float]]:
+def paired(differences: Sequence[float]) -> tuple[float, float, float, tuple[float, float]]:
     """Return mean, standard deviation, t statistic and 95 % confidence interval of paired differences.
 
     The interval is that of Student's t with n - 1 degrees of freedom.
@@ -121,20 +122,20 @@ def paired(differences: Sequence[float]) -> Tuple[float, float, float, Tuple[flo
     return mean, sd, float(test.statistic), (float(interval.low), float(interval.high))
 
 
-def verdict(interval: Tuple[float, float]) -> str:
+def verdict(interval: tuple[float, float]) -> str:
     """What an interval of (better - worse, as the paper has them) says."""
     return 'agrees' if interval[0] > 0 else 'disagrees' if interval[1] < 0 else 'open'
 
 
-def _number(value: Optional[float], form: str = '.1f') -> str:
+def _number(value: float | None, form: str = '.1f') -> str:
     return '' if value is None else f'{value:{form}}'
 
 
-def report(data: Dict[str, Any], lines: List[Dict[str, Any]]) -> str:
+def report(data: dict[str, Any], lines: list[dict[str, Any]]) -> str:
     """A table of results, one of contrasts, and one of what others published, in Markdown."""
     rows = plan_rows(data)
     chance = 100 / data.get('num_classes', 10)
-    top1: Dict[str, Dict[int, float]] = {row: {} for row in rows}
+    top1: dict[str, dict[int, float]] = {row: {} for row in rows}
     for line in lines:
         if line['row'] in top1:
             top1[line['row']][line['seed']] = line['top1']
@@ -171,7 +172,7 @@ def report(data: Dict[str, Any], lines: List[Dict[str, Any]]) -> str:
     return '\n'.join(out)
 
 
-def picked(data: Dict[str, Any], names: Optional[Sequence[str]]) -> Dict[str, Any]:
+def picked(data: dict[str, Any], names: Sequence[str] | None) -> dict[str, Any]:
     """Return a table with some of its rows, and without contrasts; all of it if `names` is None.
 
     Raises:

@@ -1,15 +1,16 @@
 """What a run of `fit` is: the fields of its YAML, checked, and the stages that it may have."""
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import torch
 import yaml
 
 from ..fields import check_fields
 
-Recipe = Union[str, Dict[str, Any]]
+Recipe = str | dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,20 @@ class FitConfig:
         ValueError: An unknown field, a value of the wrong type, or a count that is not positive.
     """
     model: str = 'el_resnet26'
-    recipe: Optional[Recipe] = None
-    model_kwargs: Dict[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
     num_classes: int = 10
     input_size: Sequence[int] = (3, 32, 32)
     mean: Sequence[float] = (0.4914, 0.4822, 0.4465)
     std: Sequence[float] = (0.2470, 0.2435, 0.2616)
-    initial_checkpoint: Optional[str] = None
+    initial_checkpoint: str | None = None
     seed: int = 0
     # images
     train_split: str = 'train'
     val_split: str = 'validation'
     batch_size: int = 64
-    pad_crop: Optional[int] = None
-    train_crop_mode: Optional[str] = None
+    pad_crop: int | None = None
+    train_crop_mode: str | None = None
     scale: Sequence[float] = (0.08, 1.0)
     hflip: float = 0.5
     color_jitter: float = 0.0
@@ -55,7 +56,7 @@ class FitConfig:
     # optimization
     epochs: int = 10
     opt: str = 'adam'
-    opt_kwargs: Dict[str, Any] = field(default_factory=dict)
+    opt_kwargs: dict[str, Any] = field(default_factory=dict)
     lr: float = 1e-3
     weight_decay: float = 0.0
     sched: str = 'cosine'
@@ -68,24 +69,24 @@ class FitConfig:
     smoothing: float = 0.0
     amp: bool = False
     amp_dtype: str = 'bfloat16'
-    torchcompile: Optional[str] = None
-    clip_latent: Optional[float] = None
+    torchcompile: str | None = None
+    clip_latent: float | None = None
     model_ema: bool = False
     model_ema_decay: float = 0.9998
     # teaching
-    teacher: Optional[str] = None
-    teacher_recipe: Optional[Recipe] = None
-    teacher_kwargs: Dict[str, Any] = field(default_factory=dict)
-    teacher_checkpoint: Optional[str] = None
+    teacher: str | None = None
+    teacher_recipe: Recipe | None = None
+    teacher_kwargs: dict[str, Any] = field(default_factory=dict)
+    teacher_checkpoint: str | None = None
     task_loss_weight: float = 1.0
     distill_loss_weight: float = 1.0
     kd_loss_type: str = 'kl'
     kd_temperature: float = 1.0
     attention_loss_weight: float = 0.0
-    match_layers: Optional[Sequence[str]] = None
+    match_layers: Sequence[str] | None = None
     attention_norm: str = 'l2'
     # records
-    telemetry_interval: Optional[int] = None
+    telemetry_interval: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, '; YAML takes 1e-3 for text, write 0.001 or 1.0e-3')
@@ -108,7 +109,7 @@ class FitConfig:
             raise ValueError(f"sched: found {self.sched!r}, expected another of timm's schedulers, such as 'constant'")
 
     @classmethod
-    def from_dict(cls, data: Dict[str, Any]) -> 'FitConfig':
+    def from_dict(cls, data: dict[str, Any]) -> 'FitConfig':
         """From the plain data of a YAML."""
         known = [f.name for f in dataclasses.fields(cls)]
         for key in data:
@@ -116,12 +117,12 @@ class FitConfig:
                 raise ValueError(f'{key}: no such field, expected some of {", ".join(known)}')
         return cls(**data)
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data, as in a YAML."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
-def merge(base: Dict[str, Any], changes: Dict[str, Any]) -> Dict[str, Any]:
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Fields of `base` with changes; dicts (model_kwargs, opt_kwargs, ...) are merged key by key."""
     merged = dict(base)
     for key, value in changes.items():
@@ -130,7 +131,7 @@ def merge(base: Dict[str, Any], changes: Dict[str, Any]) -> Dict[str, Any]:
     return merged
 
 
-def load_config(path: str, changes: Sequence[str] = ()) -> Dict[str, Any]:
+def load_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
     """A YAML as plain data, with changes to its fields, each as FIELD=VALUE."""
     with open(path) as f:
         data = yaml.safe_load(f)
@@ -144,7 +145,7 @@ def load_config(path: str, changes: Sequence[str] = ()) -> Dict[str, Any]:
     return data
 
 
-def plan_stages(data: Dict[str, Any], output: str) -> List[Tuple[str, FitConfig]]:
+def plan_stages(data: dict[str, Any], output: str) -> list[tuple[str, FitConfig]]:
     """(folder, FitConfig) of each stage, in order; a config without `stages` is one stage in `output` itself.
 
     Raises:
@@ -153,7 +154,7 @@ def plan_stages(data: Dict[str, Any], output: str) -> List[Tuple[str, FitConfig]
     base = {k: v for k, v in data.items() if k != 'stages'}
     if 'stages' not in data:
         return [(output, FitConfig.from_dict(base))]
-    plan: Dict[str, Tuple[str, FitConfig]] = {}
+    plan: dict[str, tuple[str, FitConfig]] = {}
     for stage in data['stages']:
         changes = dict(stage)
         name = changes.pop('name', None)

@@ -2,8 +2,9 @@
 import copy
 import math
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Optional
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -28,7 +29,7 @@ def as_packed(model: nn.Module) -> nn.Module:
 
 
 # What is made of the latent model, and by how many points its top-1 may differ from what was recorded.
-FORMS: Dict[str, Callable[[nn.Module], nn.Module]] = {
+FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     'latent': lambda model: model, 'packed': as_packed, 'deployed': deploy}
 TOLERANCE = {'latent': 0.1, 'packed': 0.1, 'deployed': 0.3}
 
@@ -37,8 +38,8 @@ def load_images(
         model: nn.Module,
         data_dir: str,
         split: str = 'validation',
-        img_size: Optional[int] = None,
-        limit: Optional[int] = None,
+        img_size: int | None = None,
+        limit: int | None = None,
         batch_size: int = 64,
         workers: int = 0,
         dataset: str = '',
@@ -74,7 +75,7 @@ def load_images(
     return DataLoader(Subset(data, chosen), batch_size, num_workers=workers)
 
 
-def count_right(nets: Dict[str, nn.Module], images: Iterable) -> Dict[str, Any]:
+def count_right(nets: dict[str, nn.Module], images: Iterable) -> dict[str, Any]:
     """Top-1 and top-5 of several nets on the same images, and how often two of them agree, in percent."""
     seen = 0
     right = {name: [0, 0] for name in nets}
@@ -99,11 +100,11 @@ def count_right(nets: Dict[str, nn.Module], images: Iterable) -> Dict[str, Any]:
 def evaluate_net(
         text: str,
         data_dir: str,
-        names: Optional[List[str]] = None,
-        limit: Optional[int] = None,
-        img_size: Optional[int] = None,
+        names: list[str] | None = None,
+        limit: int | None = None,
+        img_size: int | None = None,
         **images: Any,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """Return top-1 and top-5 of a network in several forms, and how often they agree.
 
     Args:

@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import time
-from typing import Any, Dict, Optional, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -38,11 +38,11 @@ def create_network(config: FitConfig) -> nn.Module:
     return model
 
 
-def _own_cfg(config: FitConfig) -> Dict[str, Any]:
+def _own_cfg(config: FitConfig) -> dict[str, Any]:
     return dict(mean=tuple(config.mean), std=tuple(config.std), input_size=tuple(config.input_size))
 
 
-def _create_teacher(config: FitConfig) -> Union[nn.Module, str, None]:
+def _create_teacher(config: FitConfig) -> nn.Module | str | None:
     if config.teacher_checkpoint is None:
         return config.teacher  # with its pretrained weights, or no teacher at all
     teacher = create(
@@ -71,7 +71,7 @@ def create_task(config: FitConfig, device: torch.device) -> TrainingTask:
 
 
 @torch.inference_mode()
-def evaluate(task: TrainingTask, images, device: torch.device) -> Dict[str, float]:
+def evaluate(task: TrainingTask, images, device: torch.device) -> dict[str, float]:
     """Loss and top-1 in percent, of the averaged weights where there are such."""
     model = unwrap_model(task.get_eval_model(ema=task.has_ema())).eval()
     evaluator = task.create_evaluator()
@@ -98,11 +98,11 @@ def fit(
         config: FitConfig,
         output: str,
         data_dir: str,
-        cache: Optional[str] = None,
+        cache: str | None = None,
         device: str = 'cpu',
         workers: int = 2,
-        stop_after: Optional[int] = None,
-) -> Dict[str, float]:
+        stop_after: int | None = None,
+) -> dict[str, float]:
     """Train, or go on with, one run.
 
     What is random in an epoch depends on the seed and the epoch alone, and schedules on the step alone, so that model,
@@ -188,7 +188,7 @@ def fit(
     return JsonLines.read(log.path)[-1]
 
 
-def _rounded(value: float) -> Optional[float]:
+def _rounded(value: float) -> float | None:
     return round(value, 5) if math.isfinite(value) else None  # JSON knows no NaN
 
 
@@ -196,9 +196,9 @@ def _rounded(value: float) -> Optional[float]:
 # Stages
 
 
-def fit_stages(data: Dict[str, Any], output: str, data_dir: str, **places: Any) -> Dict[str, float]:
+def fit_stages(data: dict[str, Any], output: str, data_dir: str, **places: Any) -> dict[str, float]:
     """Run or resume all stages; those that are finished are passed over. Returns the last one's result."""
-    result: Dict[str, float] = {}
+    result: dict[str, float] = {}
     for folder, config in plan_stages(data, output):
         result = fit(config, folder, data_dir, **places)
     return result

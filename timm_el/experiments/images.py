@@ -4,13 +4,13 @@ Both give the same batches for the same seed and epoch, so that a run can be res
 if all random numbers are seeded anew with `epoch_seed` before each epoch.
 """
 import os
-from typing import Iterator, Sequence, Tuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from timm.data import create_dataset, create_loader
 
-Batch = Tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, torch.Tensor]
 SEED_STEP = 10_000  # epochs between the seeds of two runs
 
 

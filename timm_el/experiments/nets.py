@@ -2,7 +2,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any
 
 import timm
 import torch.nn as nn
@@ -30,11 +30,11 @@ class Net:
     """
     text: str
     model: str
-    recipe: Optional[str] = None
-    weights: Optional[str] = None
+    recipe: str | None = None
+    weights: str | None = None
 
     @classmethod
-    def parse(cls, text: str, weights: Optional[str] = None) -> 'Net':
+    def parse(cls, text: str, weights: str | None = None) -> 'Net':
         """From text; `weights` are those of a text that names none.
 
         Raises:
@@ -71,14 +71,14 @@ class Net:
         load_checkpoint(model, self.weights)
         return model.eval()
 
-    def _classes(self) -> Dict[str, Any]:
+    def _classes(self) -> dict[str, Any]:
         """num_classes of the weights' own classifier, where it can be found."""
         from timm.models import load_state_dict
         cfg = timm.get_pretrained_cfg(self.model)
         weight = load_state_dict(self.weights).get(f'{cfg.classifier}.weight') if cfg is not None else None
         return {} if weight is None else {'num_classes': weight.shape[0]}
 
-    def recorded(self, model: nn.Module) -> Dict[str, float]:
+    def recorded(self, model: nn.Module) -> dict[str, float]:
         """Metrics by name that the log of a run, or the model card beside the weights of `model`, gives; else empty."""
         if os.path.isdir(self.model):
             return {'top1': read_log(self.model)['eval_top1'][-1]} if is_run(self.model) else read_metrics(self.model)

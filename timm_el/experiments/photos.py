@@ -1,6 +1,6 @@
 """Photographs: those that scikit-learn carries, and any that a user names, as a model wants to see them."""
 from pathlib import Path
-from typing import TYPE_CHECKING, List, Optional, Tuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -33,7 +33,7 @@ def read(name: str) -> 'Image':
         raise ValueError(f'{name}: this is no image that Pillow can read') from None
 
 
-def find(paths: List[str]) -> List[str]:
+def find(paths: list[str]) -> list[str]:
     """Images by path: files as they are, and those anywhere in a folder; scikit-learn's samples for no path.
 
     Raises:
@@ -41,7 +41,7 @@ def find(paths: List[str]) -> List[str]:
     """
     from PIL import Image
     known = Image.registered_extensions()
-    names: List[str] = []
+    names: list[str] = []
     for path in paths or SAMPLES:
         inside = [path]
         if Path(path).is_dir():
@@ -52,13 +52,13 @@ def find(paths: List[str]) -> List[str]:
     return names
 
 
-def prepare(model: nn.Module, image: 'Image', img_size: Optional[int] = None) -> torch.Tensor:
+def prepare(model: nn.Module, image: 'Image', img_size: int | None = None) -> torch.Tensor:
     """An image (C, H, W) as the config of the model says, at the model's own size if none is given."""
     config = resolve_data_config({'img_size': img_size}, model=model)
     return create_transform(**config)(image)
 
 
-def label_names(model: nn.Module) -> List[str]:
+def label_names(model: nn.Module) -> list[str]:
     """Names of the model's classes: its config's, ImageNet's for a head of that size, or numbers."""
     names = model.pretrained_cfg.get('label_names')
     if names and len(names) == model.num_classes:
@@ -71,7 +71,7 @@ def label_names(model: nn.Module) -> List[str]:
     return [info.index_to_description(i) for i in range(model.num_classes)]
 
 
-def classify(model: nn.Module, x: torch.Tensor, top: int = 3) -> List[Tuple[str, float]]:
+def classify(model: nn.Module, x: torch.Tensor, top: int = 3) -> list[tuple[str, float]]:
     """Names and probabilities of the most probable classes of one image (C, H, W)."""
     names = label_names(model)
     with torch.inference_mode():

@@ -2,7 +2,7 @@
 import csv
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Union
+from typing import Any
 
 import torch.nn as nn
 import yaml
@@ -18,17 +18,17 @@ COLUMNS = ('epoch', 'train_loss', 'eval_loss', 'eval_top1')
 LOGS = {'summary.csv': COLUMNS, 'log.jsonl': ('epoch', 'train_loss', 'loss', 'top1')}
 
 
-def is_run(folder: Union[str, Path]) -> bool:
+def is_run(folder: str | Path) -> bool:
     """train.py or `fit` wrote this folder."""
     return (Path(folder) / ARGS).is_file()
 
 
-def read_args(folder: Union[str, Path]) -> Dict[str, Any]:
+def read_args(folder: str | Path) -> dict[str, Any]:
     """The arguments of a run, by name; those of `fit` have a 'recipe'."""
     return yaml.safe_load((Path(folder) / ARGS).read_text())
 
 
-def load_run(folder: Union[str, Path]) -> nn.Module:
+def load_run(folder: str | Path) -> nn.Module:
     """The model of a run with the weights of its last epoch; its config says how the run prepared its images.
 
     Not those of the best epoch: they were chosen on the validation images, and among those since the last resume only.
@@ -51,7 +51,7 @@ def load_run(folder: Union[str, Path]) -> nn.Module:
     return model
 
 
-def read_log(run: Union[str, Path]) -> Dict[str, List[float]]:
+def read_log(run: str | Path) -> dict[str, list[float]]:
     """`COLUMNS` of a run's log by name; of an epoch that was run twice, because a job was resumed, the last run counts.
 
     Args:
@@ -76,7 +76,7 @@ def read_log(run: Union[str, Path]) -> Dict[str, List[float]]:
     return {column: [float(row[name]) for row in rows.values()] for column, name in zip(COLUMNS, names)}
 
 
-def training_log(folder: Union[str, Path]) -> str:
+def training_log(folder: str | Path) -> str:
     """Markdown for a model card: the arguments that matter, and loss and top-1 by epoch."""
     args, run = read_args(folder), read_log(folder)
     names = ('model', 'recipe', 'model_kwargs', 'epochs', 'batch_size', 'world_size', 'opt', 'lr', 'sched',

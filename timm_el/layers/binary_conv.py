@@ -1,5 +1,4 @@
 """Convolutions of binary inputs with binary weights (paper, equation 3)."""
-from typing import List, Optional, Tuple, Union
 
 import torch
 import torch.fx
@@ -17,7 +16,7 @@ __all__ = ['BinaryConv2d', 'StandardizedBinaryConv2d', 'same_pads']
 PAD_VALUES = (-1, 0, 1)
 
 
-def _quantized_weight(weight: torch.Tensor, alpha: Optional[torch.Tensor], quantizer: Optional[str]) -> torch.Tensor:
+def _quantized_weight(weight: torch.Tensor, alpha: torch.Tensor | None, quantizer: str | None) -> torch.Tensor:
     weight = ESTIMATORS[quantizer].quantize(weight)
     return weight if alpha is None else weight * alpha
 
@@ -108,18 +107,18 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
             self,
             in_channels: int,
             out_channels: int,
-            kernel_size: Union[int, Tuple[int, int]],
-            stride: Union[int, Tuple[int, int]] = 1,
-            padding: Union[str, int, Tuple[int, int]] = 0,
-            dilation: Union[int, Tuple[int, int]] = 1,
+            kernel_size: int | tuple[int, int],
+            stride: int | tuple[int, int] = 1,
+            padding: str | int | tuple[int, int] = 0,
+            dilation: int | tuple[int, int] = 1,
             groups: int = 1,
             bias: bool = True,
             padding_mode: str = 'zeros',
             device=None,
             dtype=None,
             *,
-            input_quantizer: Optional[str] = 'ste',
-            weight_quantizer: Optional[str] = 'ste',
+            input_quantizer: str | None = 'ste',
+            weight_quantizer: str | None = 'ste',
             scale_weight: bool = True,
             scale_input: bool = False,
             input_scale_grad: bool = False,
@@ -179,7 +178,7 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
                 y = y + bias.reshape(-1, 1, 1)
         return y
 
-    def convolve(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def convolve(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """( Sign(x) (*) Sign(W) ) . alpha + bias, spelled out."""
         signed = self.quantized_input(x)
         if self.pad_first:
@@ -189,14 +188,14 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
         return F.conv2d(
             signed, self.quantized_weight(), bias, self.stride, self.conv_padding, self.dilation, self.groups)
 
-    def pads(self, x: torch.Tensor) -> List[int]:
+    def pads(self, x: torch.Tensor) -> list[int]:
         """Rows and columns to pad: left, right, top, bottom."""
         if not self.same_pad:
             return self.pad_sides
         return same_pads(x, self.kernel_size, self.stride, self.dilation)
 
     @torch.jit.unused
-    def convolve_lean(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def convolve_lean(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The same as `convolve`, keeping one byte a value of the input for backward, and no copy of the weight."""
         alpha = self.alpha().reshape(self.scale_shape) if self.scale_weight else None
         return _QuantizedConv2d.apply(
@@ -271,12 +270,12 @@ class StandardizedBinaryConv2d(BinaryConv2d):
 
 def same_pads(
         x: torch.Tensor,
-        kernel_size: Tuple[int, int],
-        stride: Tuple[int, int],
-        dilation: Tuple[int, int],
-) -> List[int]:
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
+        dilation: tuple[int, int],
+) -> list[int]:
     """Left, right, top, bottom for an output of ceil(size / stride); the odd one of a pair goes right and down."""
-    pads: List[int] = []
+    pads: list[int] = []
     for i in (1, 0):
         size = x.shape[2 + i]
         steps = (size + stride[i] - 1) // stride[i] - 1

@@ -1,5 +1,4 @@
 """Linear layer of binary inputs and binary weights (paper, equation 3)."""
-from typing import Optional
 
 import torch
 import torch.fx
@@ -38,8 +37,8 @@ class BinaryLinear(_Quantized, nn.Linear):
             device=None,
             dtype=None,
             *,
-            input_quantizer: Optional[str] = 'ste',
-            weight_quantizer: Optional[str] = 'ste',
+            input_quantizer: str | None = 'ste',
+            weight_quantizer: str | None = 'ste',
             scale_weight: bool = True,
             scale_input: bool = False,
             input_scale_grad: bool = False,

@@ -1,6 +1,5 @@
 """What inputs and arguments must be, and the errors that say so."""
 import operator
-from typing import Tuple
 
 import torch
 import torch.nn as nn
@@ -142,7 +141,7 @@ def guard_input(conv: nn.Conv2d, min_size: int) -> RemovableHandle:
     return conv.register_forward_pre_hook(_guard_input)
 
 
-def _guard_input(self, input: Tuple[torch.Tensor]) -> None:
+def _guard_input(self, input: tuple[torch.Tensor]) -> None:
     x = input[0]
     check_images(x, self.in_channels, 'images')
     if torch.jit.is_scripting():

@@ -1,6 +1,6 @@
 """The Elastic-Link (paper, equations 4 and 5)."""
 import math
-from typing import Optional, Tuple, Union
+from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -43,9 +43,9 @@ class ElasticLink(nn.Module):
             self,
             in_channels: int,
             out_channels: int,
-            stride: Union[int, Tuple[int, int]] = 1,
-            gamma: Optional[str] = 'learnable',
-            pool: Optional[nn.Module] = None,
+            stride: int | tuple[int, int] = 1,
+            gamma: str | None = 'learnable',
+            pool: nn.Module | None = None,
             device=None,
             dtype=None,
             channels_last: bool = False,
@@ -81,7 +81,7 @@ class ElasticLink(nn.Module):
     def for_conv(
             cls,
             conv: nn.Module,
-            gamma: Optional[str] = 'learnable',
+            gamma: str | None = 'learnable',
             same_pad: bool = False,
             pool: str = 'max',
     ) -> Optional['ElasticLink']:

@@ -1,5 +1,5 @@
 """ABC-Net's convolution of several binary bases."""
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.fx

@@ -1,5 +1,4 @@
 """Factors of a binary convolution's output: XNOR-Net++'s learned scales, Real-to-Binary's gate."""
-from typing import Optional, Tuple
 
 import torch
 import torch.fx
@@ -37,7 +36,7 @@ class LearnedScale(nn.Module):
         size: (H', W') of the convolution's output; None for factors of channels alone.
     """
 
-    def __init__(self, channels: int, size: Optional[Tuple[int, int]] = None, device=None, dtype=None) -> None:
+    def __init__(self, channels: int, size: tuple[int, int] | None = None, device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
         check_positive(channels=channels)
         super().__init__()

@@ -2,7 +2,6 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Optional
 
 import torch
 import torch.fx
@@ -20,8 +19,8 @@ class _Quantized(nn.Module):
 
     def _set_quantization(
             self,
-            input_quantizer: Optional[str],
-            weight_quantizer: Optional[str],
+            input_quantizer: str | None,
+            weight_quantizer: str | None,
             scale_weight: bool,
             scale_input: bool,
             input_scale_grad: bool,

@@ -1,5 +1,4 @@
 """Scales of binary weights and inputs: alpha and K (paper, equation 3)."""
-from typing import Tuple
 
 import torch
 import torch.fx
@@ -30,10 +29,10 @@ def weight_scale(weight: torch.Tensor, grad: bool = False) -> torch.Tensor:
 
 def input_scale(
         x: torch.Tensor,
-        kernel_size: Tuple[int, int],
-        stride: Tuple[int, int],
-        padding: Tuple[int, int],
-        dilation: Tuple[int, int],
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
         groups: int = 1,
 ) -> torch.Tensor:
     """Scale of a binary input: K = box_filter( mean over channels of abs(x) ) (paper, eq. 3; XNOR-Net, section 3.2).

@@ -1,5 +1,4 @@
 """The unit that stands where a host had a convolution, its norm and its activation."""
-from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -46,15 +45,15 @@ class BinaryUnit(nn.Module):
 
     def __init__(
             self,
-            conv: Optional[nn.Module],
-            norm: Optional[nn.Module] = None,
-            act: Optional[nn.Module] = None,
-            link: Optional[nn.Module] = None,
-            pre: Optional[nn.Module] = None,
-            post: Optional[nn.Module] = None,
-            tail: Optional[nn.Module] = None,
+            conv: nn.Module | None,
+            norm: nn.Module | None = None,
+            act: nn.Module | None = None,
+            link: nn.Module | None = None,
+            pre: nn.Module | None = None,
+            post: nn.Module | None = None,
+            tail: nn.Module | None = None,
             act_first: bool = False,
-            scale: Optional[nn.Module] = None,
+            scale: nn.Module | None = None,
     ) -> None:
         if conv is None and link is None:
             raise ValueError('conv, link: both are None, a unit needs at least one of them')
@@ -78,12 +77,12 @@ class BinaryUnit(nn.Module):
                 setattr(self, name, getattr(source, name))
 
     @property
-    def weight(self) -> Optional[torch.Tensor]:
+    def weight(self) -> torch.Tensor | None:
         """The latent weight, None for a unit without a convolution; hosts ask it for its dtype and device."""
         return None if self.conv is None else self.conv.weight
 
     @property
-    def bias(self) -> Optional[torch.Tensor]:
+    def bias(self) -> torch.Tensor | None:
         """The convolution's bias."""
         return None if self.conv is None else self.conv.bias
 
@@ -118,7 +117,7 @@ class BinaryUnit(nn.Module):
 
 
 @torch.no_grad()
-def expected_statistics(weight: torch.Tensor, act: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
+def expected_statistics(weight: torch.Tensor, act: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance of act(z) per channel, z ~ N(0, sum of squared weights): unit-variance inputs."""
     dd = {'device': weight.device, 'dtype': torch.float32}
     normal = torch.special.ndtri((torch.arange(256, **dd) + 0.5) / 256)

@@ -1,6 +1,6 @@
 """Checks of constructor arguments, so that a wrong one is named before anything is built."""
 import inspect
-from typing import Any, Dict, Type
+from typing import Any
 
 import torch.nn as nn
 
@@ -19,7 +19,7 @@ def check_flags(**flags: Any) -> None:
             raise ValueError(f'{name}: found {value!r}, expected True or False')
 
 
-def check_arguments(host: Type[nn.Module], model: Type[nn.Module], kwargs: Dict[str, Any]) -> None:
+def check_arguments(host: type[nn.Module], model: type[nn.Module], kwargs: dict[str, Any]) -> None:
     """Raise TypeError for an argument that neither a host's constructor nor the model's own knows.
 
     Args:

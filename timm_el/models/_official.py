@@ -1,12 +1,12 @@
 """Checkpoints in the layout of the official code: tensors are taken by name, and none may be missing or left over."""
-from typing import Any, Dict, Tuple
+from typing import Any
 
 import torch
 
 __all__ = ['OfficialCheckpoint', 'strip_wrappers']
 
 
-def strip_wrappers(state_dict: Dict[str, Any]) -> Dict[str, Any]:
+def strip_wrappers(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict without the training script's outer dict and DataParallel's `module.`."""
     state_dict = state_dict.get('state_dict', state_dict)
     return {k[len('module.'):] if k.startswith('module.') else k: v for k, v in state_dict.items()}
@@ -20,11 +20,11 @@ class OfficialCheckpoint:
         source: Whose layout it is, for errors.
     """
 
-    def __init__(self, state_dict: Dict[str, torch.Tensor], source: str) -> None:
+    def __init__(self, state_dict: dict[str, torch.Tensor], source: str) -> None:
         self.rest = dict(state_dict)
         self.source = source
 
-    def take(self, key: str, shape: Tuple[int, ...]) -> torch.Tensor:
+    def take(self, key: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A tensor in the shape that is asked for.
 
         Biases of the official code are (1, C, 1, 1), and some convolution weights lie flat, as (N, 1), under `weights`

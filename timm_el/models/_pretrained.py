@@ -1,7 +1,7 @@
 """Default configs: the ImageNet tag is the default one, and what this package ships stands beside it."""
 import logging
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any
 
 from timm.models import get_pretrained_cfg
 
@@ -16,13 +16,13 @@ CIFAR10 = dict(
     label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'))
 
 
-def bundled_file(name: str) -> Optional[str]:
+def bundled_file(name: str) -> str | None:
     """Path of the weights that this package ships under a name, None if it ships none."""
     path = SHIPPED / name / 'model.safetensors' if SHIPPED is not None else None
     return str(path) if path is not None and path.is_file() else None
 
 
-def choose_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+def choose_weights(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
     """For `pretrained=True` without a tag: the default config if it has weights, else those that are shipped.
 
     Args:
@@ -34,7 +34,7 @@ def choose_weights(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Di
     named = kwargs.get('pretrained_cfg') is not None or source & set(kwargs.get('pretrained_cfg_overlay') or {})
     if not pretrained or named or get_pretrained_cfg(variant).has_weights:
         return kwargs
-    shipped: Optional[str] = next((tag for tag in ('cifar10',) if _has_weights(variant, tag)), None)
+    shipped: str | None = next((tag for tag in ('cifar10',) if _has_weights(variant, tag)), None)
     if shipped is None:
         return kwargs
     _logger.warning(f'{variant}: there are no ImageNet weights yet, pretrained=True takes those of {variant}.{shipped}')

@@ -3,8 +3,9 @@
 A folder that had its host's name could be opened by timm alone, which would build the float host and, with another
 number of classes, drop all that does not fit. This name timm does not know unless this package is imported.
 """
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Union
+from typing import Any
 
 import timm
 import torch
@@ -29,9 +30,9 @@ FEATURES = {
 
 def _convert(
         host: str,
-        recipe: Union[str, Recipe, Dict[str, Any]],
-        plan: Optional[Dict[str, Any]],
-        planned_classes: Optional[int],
+        recipe: str | Recipe | dict[str, Any],
+        plan: dict[str, Any] | None,
+        planned_classes: int | None,
         num_classes: int = 1000,
         **kwargs,
 ) -> nn.Module:
@@ -47,7 +48,7 @@ def _convert(
 
 
 def _features(
-        model: nn.Module, feature_cls: Union[None, str, Callable[..., nn.Module]], out_indices: Any, **kwargs,
+        model: nn.Module, feature_cls: None | str | Callable[..., nn.Module], out_indices: Any, **kwargs,
 ) -> nn.Module:
     """Return the feature extractor of a net: of all levels, and by `forward_intermediates` where nothing else is asked.
 
@@ -63,7 +64,7 @@ def _features(
     return cls(model, out_indices=out_indices, **kwargs)
 
 
-def _own_tensors(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def _own_tensors(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the latent state dict of a packed one.
 
     timm loads it without asking whether it fits, if the classifier differs.
@@ -85,8 +86,8 @@ def _own_tensors(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[
 def timm_el_converted(
         pretrained: bool = False,
         host: str = 'resnet18',
-        recipe: Union[str, Recipe, Dict[str, Any]] = 'el',
-        plan: Optional[Dict[str, Any]] = None,
+        recipe: str | Recipe | dict[str, Any] = 'el',
+        plan: dict[str, Any] | None = None,
         **kwargs,
 ) -> nn.Module:
     """A net of timm, converted; `pretrained=True` is for folders of `save_for_hub` (`local-dir:`, `hf-hub:`).

@@ -4,7 +4,7 @@
 convolution, activations kept but never between anything and a sign (recipe `el_mobilenet`).
 """
 from functools import partial
-from typing import Any, Dict, Union
+from typing import Any
 
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -34,7 +34,7 @@ class BinarizedEfficientNet(CheckedLoading, EfficientNet):
     def __init__(
             self,
             *args,
-            recipe: Union[str, Recipe, Dict[str, Any]] = 'el_mobilenet',
+            recipe: str | Recipe | dict[str, Any] = 'el_mobilenet',
             real_weights: bool = False,
             **kwargs,
     ) -> None:
@@ -58,7 +58,7 @@ class BinarizedEfficientNetFeatures(EfficientNetFeatures):
     def __init__(
             self,
             *args,
-            recipe: Union[str, Recipe, Dict[str, Any]] = 'el_mobilenet',
+            recipe: str | Recipe | dict[str, Any] = 'el_mobilenet',
             real_weights: bool = False,
             **kwargs,
     ) -> None:
@@ -76,7 +76,7 @@ class BinarizedEfficientNetFeatures(EfficientNetFeatures):
                 self.feature_info.get_dicts(keys=('module', 'hook_type')), self.named_modules())
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
     return {
         'url': url,
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),

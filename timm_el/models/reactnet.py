@@ -7,7 +7,7 @@ with the state-of-the-art"): the duplicated shortcut of the reduction blocks bec
 The official net writes a reduction 1x1 as two convolutions C -> C with a norm and the same shortcut each, and joins the
 halves. That equals one convolution C -> 2C with one norm of 2C channels and a tiling Expand without gamma, as here.
 """
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -48,8 +48,8 @@ class ReActBlock(nn.Module):
             out_chs: int,
             stride: int = 1,
             real_reduction: bool = False,
-            gamma: Optional[str] = None,
-            weight_quantizer: Optional[str] = 'ste',
+            gamma: str | None = None,
+            weight_quantizer: str | None = 'ste',
             drop_path: float = 0.,
             device=None,
             dtype=None,
@@ -110,9 +110,9 @@ class ReActNet(CheckedLoading, nn.Module):
             output_stride: int = 32,
             global_pool: str = 'avg',
             stem_chs: int = 32,
-            depths: Tuple[int, ...] = (1, 2, 2, 6, 2),
+            depths: tuple[int, ...] = (1, 2, 2, 6, 2),
             real_reduction: bool = False,
-            gamma: Optional[str] = None,
+            gamma: str | None = None,
             real_weights: bool = False,
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
@@ -164,7 +164,7 @@ class ReActNet(CheckedLoading, nn.Module):
         guard_loading(self)
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regex patterns of parameter groups."""
         return dict(stem=r'^conv_stem|bn_stem', blocks=r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.(\d+)')
 
@@ -178,7 +178,7 @@ class ReActNet(CheckedLoading, nn.Module):
         """The classifier module."""
         return self.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier.
 
         Args:
@@ -197,12 +197,12 @@ class ReActNet(CheckedLoading, nn.Module):
     def forward_intermediates(
             self,
             x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
+            indices: int | list[int] | None = None,
             norm: bool = False,
             stop_early: bool = False,
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Final features and those of selected stages.
 
         Args:
@@ -226,10 +226,10 @@ class ReActNet(CheckedLoading, nn.Module):
 
     def prune_intermediate_layers(
             self,
-            indices: Union[int, List[int]] = 1,
+            indices: int | list[int] = 1,
             prune_norm: bool = False,
             prune_head: bool = True,
-    ) -> List[int]:
+    ) -> list[int]:
         """Drop what the given intermediate features do not need; returns their indices."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[:max_index + 1]
@@ -267,7 +267,7 @@ _OFFICIAL_1X1 = {
 _BN = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Map an official ReActNet-A checkpoint to our names; ours pass through, packed ones unpacked.
 
     Both official layouts are read: step one and AdamBNN store convolution weights in 4-D (`.weight`), step two in
@@ -285,7 +285,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     blocks = {f'stages.{i}.{j}': b for i, s in enumerate(model.stages) for j, b in enumerate(s)}
     official = OfficialCheckpoint(state_dict, 'the official ReActNet-A')
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    out: Dict[str, torch.Tensor] = {}
+    out: dict[str, torch.Tensor] = {}
 
     def take(target: str, *sources: str) -> None:
         """Fill a tensor of ours, if we have it, from one official tensor, or from two halves."""
@@ -321,7 +321,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     return out
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
     return {
         'url': url,
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),

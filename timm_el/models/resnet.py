@@ -10,7 +10,7 @@ classes with another recipe.
 `el_resnet20` is the net of three stages for images of 32 px (He et al., 2016, section 4.2), but for its shortcuts.
 """
 import re
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -49,12 +49,12 @@ class BinarizedResNet(CheckedLoading, ResNet):
     def __init__(
             self,
             *args,
-            recipe: Union[str, Recipe, Dict[str, Any]] = 'el',
+            recipe: str | Recipe | dict[str, Any] = 'el',
             real_weights: bool = False,
             small_stem: bool = False,
             stride_first: bool = True,
             zero_init_last: bool = False,
-            channels: Tuple[int, ...] = (64, 128, 256, 512),
+            channels: tuple[int, ...] = (64, 128, 256, 512),
             **kwargs,
     ) -> None:
         check_arguments(ResNet, BinarizedResNet, kwargs)
@@ -84,24 +84,24 @@ class BinarizedResNet(CheckedLoading, ResNet):
         for info in self.feature_info:
             info['reduction'] = max(info['reduction'] // 4, 1)
 
-    def _timm_indices(self, indices: Union[None, int, List[int]]) -> Tuple[List[int], List[int]]:
+    def _timm_indices(self, indices: None | int | list[int]) -> tuple[list[int], list[int]]:
         """Indices of own features, and what timm calls them, for whom the last feature is that of a fourth stage."""
         last = len(self.feature_info) - 1
         taken, _ = feature_take_indices(last + 1, indices)
         return taken, [STAGES if i == last else i for i in taken]
 
-    def forward_intermediates(self, x: torch.Tensor, indices: Union[None, int, List[int]] = None, **kwargs):
+    def forward_intermediates(self, x: torch.Tensor, indices: None | int | list[int] = None, **kwargs):
         """As in timm."""
         return super().forward_intermediates(x, self._timm_indices(indices)[1], **kwargs)
 
-    def prune_intermediate_layers(self, indices: Union[int, List[int]] = 1, **kwargs) -> List[int]:
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, **kwargs) -> list[int]:
         """As in timm."""
         taken, timms = self._timm_indices(indices)
         super().prune_intermediate_layers(timms, **kwargs)
         return taken
 
 
-def _wide_as(width: int, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+def _wide_as(width: int, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the one stem of timm's that is as wide as it is told to be; `small_stem` takes its place.
 
     Raises:
@@ -133,7 +133,7 @@ def _official_name(key: str) -> str:
     return f'{layer}.{2 * int(block) + int(conv) - 1}.{name}'
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Map an official checkpoint of Bi-Real-18, Bi-Real-34 or ReAct-ResNet18 to our names; others as `float_to_latent`.
 
     Both layouts of convolution weights are read, 4-D `.weight` and (N, 1) `.weights`. Keys may carry DataParallel's
@@ -154,7 +154,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     return out
 
 
-def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
     return {
         'url': url,
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),

@@ -1,5 +1,5 @@
 """Distillation task in the style of `timm.task`: logits, class distributions, attention maps."""
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -12,7 +12,7 @@ __all__ = ['residual_blocks', 'DistillationTask']
 
 
 
-def residual_blocks(model: nn.Module) -> List[str]:
+def residual_blocks(model: nn.Module) -> list[str]:
     """Paths of the blocks of a timm model's stages, Real-to-Binary's transfer points ('layer1.0', 'layer1.1', ...)."""
     stages = [info['module'] for info in getattr(model, 'feature_info', [])]
     stages = [path for path in stages if isinstance(dict(model.named_modules()).get(path), nn.Sequential)]
@@ -34,7 +34,7 @@ class _Tap:
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         self.model, self.paths = model, paths
-        self.outputs: Dict[str, torch.Tensor] = {}
+        self.outputs: dict[str, torch.Tensor] = {}
 
     def __enter__(self) -> '_Tap':
         # Only while it runs: a copy of the model, as EMA takes one, must not write here.
@@ -82,9 +82,9 @@ class DistillationTask(LogitDistillationTask):
     def __init__(
             self,
             student_model: nn.Module,
-            teacher_model: Union[str, nn.Module, DistillationTeacher, None],
+            teacher_model: str | nn.Module | DistillationTeacher | None,
             attention_loss_weight: float = 0.0,
-            match_layers: Optional[Sequence[str]] = None,
+            match_layers: Sequence[str] | None = None,
             attention_norm: str = 'l2',
             loss_type: str = 'kl',
             **kwargs,
@@ -110,7 +110,7 @@ class DistillationTask(LogitDistillationTask):
             raise ValueError(
                 f'teacher_model: found {found} classes, expected {student.num_classes}, those of the student; '
                 f'train the teacher on these classes and pass it as a module, or with its checkpoint')
-        self.match_layers: List[Tuple[str, str]] = []
+        self.match_layers: list[tuple[str, str]] = []
         if attention_loss_weight:
             names = residual_blocks(student) if match_layers is None else match_layers
             if isinstance(names, str) or not names:
@@ -129,7 +129,7 @@ class DistillationTask(LogitDistillationTask):
                 f'match; expected 0, or train without torch.compile')
         return super().compile(*args, **kwargs)
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         with _Tap(unwrap_model(self.trainable_module), [s for s, _ in self.match_layers]) as of_student:
             logits = self.trainable_module(input)
         teacher_input = self.teacher.normalize_input(input, self.student_mean, self.student_std).detach()
@@ -145,7 +145,7 @@ class DistillationTask(LogitDistillationTask):
             result['loss'] = result['loss'] + self.attention_loss_weight * result['attention_loss']
         return result
 
-    def _attention_loss(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> torch.Tensor:
+    def _attention_loss(self, student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor]) -> torch.Tensor:
         pairs = [(student[s], teacher[t]) for s, t in self.match_layers]
         for (s, t), (x, y) in zip(self.match_layers, pairs):
             if x.shape[2:] != y.shape[2:]:

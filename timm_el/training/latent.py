@@ -1,5 +1,4 @@
 """Latent weights: the layers that have them, and their clipping."""
-from typing import Dict
 
 import torch
 import torch.nn as nn
@@ -10,7 +9,7 @@ __all__ = ['binary_layers', 'clip_latent_weights']
 
 
 
-def binary_layers(model: nn.Module) -> Dict[str, nn.Module]:
+def binary_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of a model that sign their input or their weight, by path."""
     return {
         path: module for path, module in model.named_modules()

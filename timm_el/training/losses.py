@@ -1,5 +1,5 @@
 """Losses that teach a binarized network: attention maps, logits, class distributions."""
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F

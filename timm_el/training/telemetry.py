@@ -1,7 +1,7 @@
 """Telemetry of binary layers in training, as JSON lines."""
 import json
 import os
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -28,14 +28,14 @@ class JsonLines:
             f.writelines(json.dumps(record) + '\n' for record in kept)
 
     @staticmethod
-    def read(path: str) -> List[Dict[str, Any]]:
+    def read(path: str) -> list[dict[str, Any]]:
         """All records; a last line that was cut short by an interruption is left out."""
         if not os.path.exists(path):
             return []
         with open(path) as f:
             return [json.loads(line) for line in f if line.endswith('\n')]
 
-    def write(self, record: Dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         """Append a record."""
         with open(self.path, 'a') as f:
             f.write(json.dumps(record) + '\n')
@@ -71,12 +71,12 @@ class Telemetry:
         self.signs = self._signs()
 
     @torch.no_grad()
-    def _signs(self) -> Dict[str, torch.Tensor]:
+    def _signs(self) -> dict[str, torch.Tensor]:
         return {
             path: layer.latent_weight() >= 0 for path, layer in self.layers.items()
             if layer.weight_quantizer is not None}
 
-    def _input_shares(self, images: torch.Tensor) -> Dict[str, float]:
+    def _input_shares(self, images: torch.Tensor) -> dict[str, float]:
         training = self.model.training
         try:
             return input_sign_shares(self.model.eval(), images)
@@ -84,14 +84,14 @@ class Telemetry:
             self.model.train(training)
 
     @torch.no_grad()
-    def _histogram(self, weight: torch.Tensor) -> List[float]:
+    def _histogram(self, weight: torch.Tensor) -> list[float]:
         scaled = (weight / weight.abs().mean().clamp_min(torch.finfo(weight.dtype).tiny)).flatten().float().cpu()
         inside = scaled.clamp(self.edges[0].item(), self.edges[-1].item())
         counts = torch.histogram(inside, self.edges).hist
         return [round(share, 5) for share in (counts / scaled.numel()).tolist()]
 
     @torch.no_grad()
-    def record(self, epoch: int, update: int, images: Optional[torch.Tensor] = None) -> Dict[str, Any]:
+    def record(self, epoch: int, update: int, images: torch.Tensor | None = None) -> dict[str, Any]:
         """Write a record and return it.
 
         Args:
@@ -101,7 +101,7 @@ class Telemetry:
         """
         inputs = {} if images is None else self._input_shares(images)
         signs = self._signs()
-        rows: Dict[str, Dict[str, Any]] = {path: {} for path in self.layers}
+        rows: dict[str, dict[str, Any]] = {path: {} for path in self.layers}
         for path, sign in signs.items():
             weight = self.layers[path].weight
             rows[path].update(

@@ -5,7 +5,7 @@ converted one or of a model inside another by the hook of `guard_loading`, `pret
 """
 import os
 import re
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -34,7 +34,7 @@ class CheckedLoading:
     """Mixin of the registered models: `load_state_dict` refuses what does not fit before the first tensor is copied."""
 
     @torch.jit.ignore
-    def load_state_dict(self, state_dict: Dict[str, Any], strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False):
         """As torch's; raises `CheckpointError` and loads nothing if the state dict does not fit."""
         if is_packed(state_dict):
             state_dict = unpack_state_dict(state_dict, self)
@@ -50,7 +50,7 @@ LOOSELY = (
 COMPUTED = re.compile(r'(^|\.)parametrizations\.|_(orig|mask|[guv])$')
 
 
-def guard_loading(model: nn.Module, recipe_code: Optional[int] = None) -> RemovableHandle:
+def guard_loading(model: nn.Module, recipe_code: int | None = None) -> RemovableHandle:
     """Make a model take packed tensors, and refuse float checkpoints, other recipes and wrong shapes, before the first
     tensor is copied.
 
@@ -67,7 +67,7 @@ def guard_loading(model: nn.Module, recipe_code: Optional[int] = None) -> Remova
     return model.register_load_state_dict_pre_hook(_before_loading)
 
 
-def _before_loading(module: nn.Module, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
+def _before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
     packed = is_packed(given)
     if packed:
@@ -83,11 +83,11 @@ def _before_loading(module: nn.Module, state_dict: Dict[str, Any], prefix: str, 
         state_dict.setdefault(prefix + RECIPE_CODE, getattr(module, RECIPE_CODE))
 
 
-def _map_of(model: nn.Module) -> Optional[ParameterMap]:
+def _map_of(model: nn.Module) -> ParameterMap | None:
     return getattr(model, 'parameter_map', None)
 
 
-def float_to_latent(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def float_to_latent(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors of a model's float host under the model's own keys.
 
     Those of the model itself pass through, packed ones are unpacked. The signature is that of timm's
@@ -110,7 +110,7 @@ def float_to_latent(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Di
     return latent
 
 
-def load_float(model: nn.Module, checkpoint: Union[str, Dict[str, torch.Tensor]]) -> nn.Module:
+def load_float(model: nn.Module, checkpoint: str | dict[str, torch.Tensor]) -> nn.Module:
     """Load a checkpoint of a binarized model's float host: its weights become the latent initialisation.
 
         model = timm_el.load_float(timm.create_model("el_resnet50"), "resnet50.safetensors")
@@ -145,7 +145,7 @@ def load_float(model: nn.Module, checkpoint: Union[str, Dict[str, torch.Tensor]]
     return model
 
 
-def load_packed(model: nn.Module, path: Union[str, os.PathLike], assign: bool = False) -> nn.Module:
+def load_packed(model: nn.Module, path: str | os.PathLike, assign: bool = False) -> nn.Module:
     """Load a packed file (`save_packed`): each binary weight becomes +-alpha, and can be trained on.
 
     Args:
@@ -178,7 +178,7 @@ def load_packed(model: nn.Module, path: Union[str, os.PathLike], assign: bool = 
     return model
 
 
-def check_state_dict(module: nn.Module, state_dict: Dict[str, Any], strict: bool = True, prefix: str = '') -> None:
+def check_state_dict(module: nn.Module, state_dict: dict[str, Any], strict: bool = True, prefix: str = '') -> None:
     """Raise unless a state dict fits a model.
 
     Args:
@@ -218,7 +218,7 @@ def check_state_dict(module: nn.Module, state_dict: Dict[str, Any], strict: bool
                 f'{prefix}{key}: found shape {tuple(given[key].shape)}, expected {tuple(value.shape)}{hint}')
 
 
-def check_adapted(model: nn.Module, state_dict: Dict[str, Any]) -> None:
+def check_adapted(model: nn.Module, state_dict: dict[str, Any]) -> None:
     """Raise CheckpointError unless a state dict fits a model but for the classifier and the channels of the images."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     first = cfg.get('first_conv') or ()
@@ -231,7 +231,7 @@ def check_adapted(model: nn.Module, state_dict: Dict[str, Any]) -> None:
     check_state_dict(model, {**own, **{key: value for key, value in state_dict.items() if stays(key)}})
 
 
-def _raise_mismatch(module: nn.Module, missing: List[str], unknown: List[str], prefix: str) -> None:
+def _raise_mismatch(module: nn.Module, missing: list[str], unknown: list[str], prefix: str) -> None:
     parts = [f'{name} {prefix}{keys[0]}' + (f' and {len(keys) - 1} more' if len(keys) > 1 else '')
              for name, keys in (('missing', missing), ('unknown', unknown)) if keys]
     first = prefix + (missing + unknown)[0]
@@ -266,7 +266,7 @@ def _belongs_to_recipe(key: str) -> bool:
     return re.search(r'(^|\.)(link|pre|post|conv|norm|downsample|bn\d*|scale|act|new_norm|new_act)\.', key) is not None
 
 
-def _shape_hint(key: str, found: Tuple[int, ...], expected: Tuple[int, ...], model: nn.Module) -> str:
+def _shape_hint(key: str, found: tuple[int, ...], expected: tuple[int, ...], model: nn.Module) -> str:
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     if _in_classifier(key, model) and found[1:] == expected[1:]:
         return '; create the model with num_classes= of the checkpoint'

@@ -34,7 +34,8 @@ import hashlib
 import json
 import os
 import tempfile
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -60,14 +61,14 @@ class CheckpointError(ValueError, RuntimeError):
     """A file or state dict does not fit a model, or is damaged. Nothing was loaded."""
 
 
-def binary_layers(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
+def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Layers with a binary weight, with the prefix of their tensors."""
     for path, module in model.named_modules():
         if isinstance(module, (BinaryConv2d, BinaryLinear)) and module.weight_quantizer is not None:
             yield f'{path}.' if path else '', module
 
 
-def fit_counters(state_dict: Dict[str, Any], own: Dict[str, torch.Tensor], prefix: str = '') -> None:
+def fit_counters(state_dict: dict[str, Any], own: dict[str, torch.Tensor], prefix: str = '') -> None:
     """Give a state dict the counters of batches that a model's norms have, in place.
 
     A frozen norm counts no batches: what a state dict has for it goes. Where a state dict has a norm without its
@@ -87,7 +88,7 @@ def fit_counters(state_dict: Dict[str, Any], own: Dict[str, torch.Tensor], prefi
             state_dict.setdefault(prefix + key, torch.zeros_like(counter, device='cpu') if counter.is_meta else counter)
 
 
-def some_binary_layers(model: nn.Module) -> Dict[str, nn.Module]:
+def some_binary_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return `binary_layers` by prefix; raise ValueError if there are none."""
     layers = dict(binary_layers(model))
     if layers:
@@ -103,7 +104,7 @@ def some_binary_layers(model: nn.Module) -> Dict[str, nn.Module]:
         f'(a model of stage one has real weights: finish stage two)')
 
 
-def is_packed(state_dict: Dict[str, Any]) -> bool:
+def is_packed(state_dict: dict[str, Any]) -> bool:
     """True for the tensors of a packed file."""
     return VERSION_KEY in state_dict or any(key.endswith(f'.{BITS}') or key == BITS for key in state_dict)
 
@@ -111,7 +112,7 @@ def is_packed(state_dict: Dict[str, Any]) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensors
 
-def pack_state_dict(model: nn.Module, float_dtype: Optional[torch.dtype] = None) -> Dict[str, torch.Tensor]:
+def pack_state_dict(model: nn.Module, float_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a model's packed file.
 
     Args:
@@ -159,7 +160,7 @@ def pack_state_dict(model: nn.Module, float_dtype: Optional[torch.dtype] = None)
     return packed
 
 
-def _alpha(alpha: torch.Tensor, signed: torch.Tensor, float_dtype: Optional[torch.dtype]) -> torch.Tensor:
+def _alpha(alpha: torch.Tensor, signed: torch.Tensor, float_dtype: torch.dtype | None) -> torch.Tensor:
     """Alpha in the dtype of the file; never rounded down to 0, where the signs would be lost."""
     dtype = float_dtype or alpha.dtype
     tiny = torch.tensor(torch.finfo(dtype).smallest_normal, dtype=dtype)
@@ -167,7 +168,7 @@ def _alpha(alpha: torch.Tensor, signed: torch.Tensor, float_dtype: Optional[torc
     return torch.where(negative & (alpha.to(dtype) == 0), tiny.to(alpha.device), alpha.to(dtype))
 
 
-def _version(tensors: Dict[str, torch.Tensor]) -> torch.Tensor:
+def _version(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     digest = hashlib.sha256()
     for key in sorted(tensors, key=str.encode):
         tensor = tensors[key]
@@ -181,7 +182,7 @@ def _version(tensors: Dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def check_damage(
-        packed: Dict[str, torch.Tensor], where: str = 'state dict', model: Optional[nn.Module] = None) -> None:
+        packed: dict[str, torch.Tensor], where: str = 'state dict', model: nn.Module | None = None) -> None:
     """Raise unless packed tensors are whole and of a version that is known.
 
     Args:
@@ -213,7 +214,7 @@ def check_damage(
             f'timm_el.unpack_state_dict(tensors, model) and pass that to model.load_state_dict(..., strict=False))')
 
 
-def _missing(packed: Dict[str, torch.Tensor], model: nn.Module) -> List[str]:
+def _missing(packed: dict[str, torch.Tensor], model: nn.Module) -> list[str]:
     """Return the names that a packed file of the model has and `packed` has not."""
     names = dict.fromkeys(key for key in model.state_dict() if not key.endswith('num_batches_tracked'))
     for prefix, layer in binary_layers(model):
@@ -223,7 +224,7 @@ def _missing(packed: Dict[str, torch.Tensor], model: nn.Module) -> List[str]:
 
 
 def unpack_state_dict(
-        packed: Dict[str, torch.Tensor], model: nn.Module, where: str = 'state dict') -> Dict[str, torch.Tensor]:
+        packed: dict[str, torch.Tensor], model: nn.Module, where: str = 'state dict') -> dict[str, torch.Tensor]:
     """The latent state dict of packed tensors: each binary weight is +-alpha, or +-1 where the layer has no alpha.
 
     Args:
@@ -246,12 +247,12 @@ def unpack_state_dict(
     return state_dict
 
 
-Signs = Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]
+Signs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 
 def take_signs(
-        packed: Dict[str, torch.Tensor], model: nn.Module, where: str,
-) -> Tuple[Dict[str, torch.Tensor], Dict[str, Signs]]:
+        packed: dict[str, torch.Tensor], model: nn.Module, where: str,
+) -> tuple[dict[str, torch.Tensor], dict[str, Signs]]:
     """Part packed tensors into those that stay as they are, and bits, alpha and the model's own weight by weight key.
 
     Raises:
@@ -269,7 +270,7 @@ def take_signs(
 
 
 @torch.no_grad()
-def write_signs(bits: torch.Tensor, alpha: Optional[torch.Tensor], weight: torch.Tensor) -> None:
+def write_signs(bits: torch.Tensor, alpha: torch.Tensor | None, weight: torch.Tensor) -> None:
     """Fill a weight with +-alpha, or +-1."""
     signs = unpack_signs(bits, weight.shape[1], torch.int8)
     # Each step by itself is a fast kernel; a product of int8 with floats is not.
@@ -278,7 +279,7 @@ def write_signs(bits: torch.Tensor, alpha: Optional[torch.Tensor], weight: torch
         weight.mul_(alpha.to(weight.device, weight.dtype).reshape(-1, *[1] * (weight.dim() - 1)))
 
 
-def _take(state_dict: Dict[str, torch.Tensor], prefix: str, layer: nn.Module, where: str) -> Signs:
+def _take(state_dict: dict[str, torch.Tensor], prefix: str, layer: nn.Module, where: str) -> Signs:
     bits, alpha = state_dict.pop(prefix + BITS), state_dict.pop(prefix + ALPHA, None)
     pad = state_dict.pop(prefix + PAD, None)
     out, *inner = layer.weight.shape
@@ -312,7 +313,7 @@ def _take(state_dict: Dict[str, torch.Tensor], prefix: str, layer: nn.Module, wh
 # Files
 
 def save_packed(
-        model: nn.Module, path: Union[str, os.PathLike], float_dtype: Optional[torch.dtype] = None) -> None:
+        model: nn.Module, path: str | os.PathLike, float_dtype: torch.dtype | None = None) -> None:
     """Write a model's packed file; either the whole file comes to be, or none, and an older one stays.
 
     Args:
@@ -352,7 +353,7 @@ def _umask() -> int:
     return mask
 
 
-def read_packed(path: Union[str, os.PathLike], model: Optional[nn.Module] = None) -> Dict[str, torch.Tensor]:
+def read_packed(path: str | os.PathLike, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a packed file, checked for damage.
 
     Args:

@@ -5,7 +5,6 @@ themselves, before and after: no key is renamed by its text.
 """
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -68,7 +67,7 @@ class ParameterMap:
         gone = frozenset(key for keys in before.values() for key in keys if not taken & set(keys))
         return cls(sources, gone, renewed)
 
-    def host_only(self, state_dict: State, own: State) -> Optional[str]:
+    def host_only(self, state_dict: State, own: State) -> str | None:
         """Return a key of a state dict of the float host that the model has not, or None if it is none of the host's.
 
         It is the host's if none of the tensors that moved is where it moved to.
@@ -78,7 +77,7 @@ class ParameterMap:
             return None
         return next((old for old in moved.values() if old in state_dict and old not in own), None)
 
-    def new_key(self, old: str) -> Optional[str]:
+    def new_key(self, old: str) -> str | None:
         """Return the key in the binarized model of a tensor of its host, None if it has no place there."""
         return next((new for new, source in self.sources.items() if source == old), None)
 

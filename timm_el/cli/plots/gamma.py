@@ -3,7 +3,7 @@
 timm-el plot gamma el_resnet26 el_resnet26@pretrained
 """
 import argparse
-from typing import TYPE_CHECKING, Dict
+from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('nets', nargs='+', metavar='NET', help=NET)
 
 
-def gammas(model: nn.Module) -> Dict[str, float]:
+def gammas(model: nn.Module) -> dict[str, float]:
     """Gamma of each link that has one, by the path of its unit."""
     return {
         path.removesuffix('.link'): module.gamma.item() for path, module in model.named_modules()

@@ -8,7 +8,7 @@ the images of --data-dir, else it is that of a run's last epoch, or of the model
 import argparse
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,7 +47,7 @@ def size_mb(model: torch.nn.Module) -> float:
         return path.stat().st_size / 1e6
 
 
-def measure(args: argparse.Namespace) -> List[Dict[str, Any]]:
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """label, top1, mb and ms of each net.
 
     Raises:

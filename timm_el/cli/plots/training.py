@@ -5,7 +5,7 @@ timm-el plot training RUN [TWIN ...]
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, List
+from typing import TYPE_CHECKING
 
 from ...experiments.runs import read_log
 from . import new_figure
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='folder of a run, or the log in it')
 
 
-def labels(runs: List[Path]) -> List[str]:
+def labels(runs: list[Path]) -> list[str]:
     """Short names of runs: their folders, from where their paths part."""
     folders = [run.resolve() if run.is_dir() else run.resolve().parent for run in runs]
     root = Path(os.path.commonpath(folders)) if len(folders) > 1 else folders[0].parent
