@@ -89,6 +89,8 @@ def test_classes_have_names():
     assert label_names(shipped)[0] == 'airplane' and len(find([])) == 2
 
 
+# timm's dataset leaves the files of images for the interpreter to close.
+@pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
 def test_demo_trains_and_compares(capsys, monkeypatch):
     """Two steps on a basic-block net; accuracy is the business of the full demo."""
     monkeypatch.setattr(demo, 'ROUNDS', 1)

@@ -1,6 +1,7 @@
 """binarize() on timm's and torchvision's nets: what it keeps, reports and refuses, and that it is atomic."""
 import copy
 import json
+import sys
 import threading
 
 import pytest
@@ -689,8 +690,7 @@ def test_an_interruption_in_the_middle_leaves_the_model_as_it_was(build):
 
 @pytest.mark.parametrize('fails', ['guard_loading', 'make_report', 'shift_before_pool'])
 def test_what_fails_behind_the_exchange_of_modules_is_taken_back_too(fails, monkeypatch):
-    from timm_el.convert import binarize as verb
-    monkeypatch.setattr(f'{verb.__module__}.{fails}', lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(sys.modules[timm_el.binarize.__module__], fails, lambda *args, **kwargs: 1 / 0)
     model = timm.create_model('resnet18')
     modules, tensors = snapshot(model)
     with pytest.raises(ZeroDivisionError):

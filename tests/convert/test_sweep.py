@@ -11,7 +11,6 @@ from sweep import build, first_output, randomise_norms, sweep_one
 
 import timm_el
 from timm_el.layers import BinaryConv2d, BinaryLinear, BinaryUnit, input_sign_shares
-from timm_el.weights.loading import _new_name
 
 FEW = [
     'regnetx_002', 'mobilenetv2_100', 'repvgg_a0', 'ghostnet_050', 'test_convnext', 'test_nfnet', 'mobilevit_xxs',
@@ -105,9 +104,8 @@ def test_every_weight_of_the_host_survives(name):
     norms = {id(m): {k: v.clone() for k, v in m.state_dict().items()} for m in model.modules()
              if getattr(m, 'running_mean', None) is not None}
     timm_el.binarize(model, 'el')
-    moved = model.binarize_report.moved
     for path, weight in weights.items():
-        assert torch.equal(model.get_parameter(_new_name(f'{path}.weight', moved)), weight), path
+        assert torch.equal(model.get_parameter(model.parameter_map.new_key(f'{path}.weight')), weight), path
     for module in model.modules():
         if id(module) in norms and not hasattr(module, 'act'):  # a fused norm's twin is another object
             assert all(torch.equal(v, norms[id(module)][k]) for k, v in module.state_dict().items()

@@ -8,8 +8,9 @@ import torchvision
 from conftest import randomise
 
 import timm_el
-from timm_el.convert.known_blocks import find_networks
-from timm_el.convert.traced_graph import trace_network
+from timm_el.convert.find import find_traced_network
+from timm_el.convert.known_blocks import find_known_networks
+from timm_el.convert.sites import Reason
 from timm_el.dry_run import run_layers
 from timm_el.layers import BinaryConv2d, BinaryLinear, BinaryUnit, StandardizedBinaryConv2d, input_sign_shares
 
@@ -92,14 +93,15 @@ def test_renamed_and_reversed_nets_convert_as_their_originals(name):
     lambda: torchvision.models.resnet18(), lambda: torchvision.models.resnext50_32x4d()])
 def test_the_table_of_known_blocks_says_what_the_data_flow_says(build):
     model = build()
-    known = {c.conv: (c.norm, c.act) for n in find_networks(model)[0] for c in n.chains}
-    traced = trace_network(model, run_layers(model, (3, 64, 64)))
-    aside = {path for path, reason in traced.reasons if reason in ('residual downsample', 'squeeze-excite')}
-    found = {c.conv: c.norm for c in traced.chains if c.conv not in aside}
-    assert found == {conv: norm for conv, (norm, _) in known.items()}
-    acts = {act for _, act in known.values() if act} | {
-        norm for _, (norm, _) in known.items() if getattr(model.get_submodule(norm), 'act', None) is not None}
-    gone = {c.act for c in traced.chains if c.act} | set(traced.acts)
+    known = {s.path: s for network in find_known_networks(model) for s in network.sites}
+    traced = find_traced_network(model, run_layers(model, (3, 64, 64)))
+    aside = (Reason.DOWNSAMPLE, Reason.SQUEEZE_EXCITE)
+    found = {s.path: s for s in traced.sites if s.kept is None or s.kept.reason not in aside}
+    path_of = lambda place: place and place.path  # noqa: E731
+    assert {path: path_of(s.norm) for path, s in found.items()} == {path: path_of(s.norm) for path, s in known.items()}
+    acts = {s.act.path for s in known.values() if s.act} | {
+        s.norm.path for s in known.values() if getattr(s.norm.module, 'act', None) is not None}
+    gone = {s.act.path for s in traced.sites if s.act} | {place.path for place in traced.loose_acts}
     if not isinstance(model, torchvision.models.ResNet):  # its blocks share one activation
         assert gone <= acts
 

@@ -161,7 +161,7 @@ def test_a_folder_of_fit_is_evaluated_to_what_its_log_says_and_pushed(colours, t
     argv = ['push', 'me/net', '--model', str(run), '--folder', str(tmp_path / 'hub'), '--dry-run']
     assert main([*argv, '--pretrained-cfg', json.dumps({'label_names': ['red', 'green', 'blue']})]) == 0
     card = (tmp_path / 'hub' / 'README.md').read_text()
-    assert '`python -m timm_el fit`: model resnet26, recipe bireal, model_kwargs' in card and f'{top1:.2f} |' in card
+    assert '`timm-el fit`: model resnet26, recipe bireal, model_kwargs' in card and f'{top1:.2f} |' in card
     pushed, x = timm_el.from_hub(tmp_path / 'hub').eval(), torch.randn(2, 3, 32, 32)
     assert torch.allclose(pushed(x), Net.parse(str(run)).build()(x)) and label_names(pushed)[1] == 'green'
     assert tuple(pushed.pretrained_cfg['mean']) == (0.1, 0.2, 0.3)

@@ -340,7 +340,7 @@ def test_paired_statistics_are_those_of_students_t(n, quantile):
     error = np.std(differences, ddof=1) / np.sqrt(n)
     assert mean == pytest.approx(differences.mean()) and sd == pytest.approx(np.std(differences, ddof=1))
     assert t == pytest.approx(mean / error)
-    assert interval == pytest.approx((mean - quantile * error, mean + quantile * error), rel=1e-4)
+    assert interval == pytest.approx((mean - quantile * error, mean + quantile * error), rel=1e-4, abs=1e-4)
 
 
 def test_one_pair_has_no_interval_and_equal_ones_have_none_to_speak_of():

@@ -25,7 +25,7 @@ from .apply import apply
 from .build_unit import shift_before_pool
 from .dead_signs import Verdict, judge_signs
 from .decide import Question, decide, decide_dead_signs
-from .edits import build, build_units
+from .edits import build, build_units, refuse_hooked_sites
 from .find import find_sites
 from .report import find_failures, make_report, starts_anew
 from .sites import Act, Convert, Decision, Network
@@ -115,6 +115,8 @@ def binarize(
         model, chosen.with_real_weights() if real_weights else chosen, keep, _image_size(model, example_input, like))
     before = tensors_of(model)
     networks = find_sites(model, question.runs)
+    for network in networks:
+        refuse_hooked_sites(network)
     decisions, edits = [], {}
     for network in networks:
         decided = decide(network, question)

@@ -21,17 +21,15 @@ from .build_unit import (
 from .decide import Question, ends_of, splits_shortcut
 from .sites import Act, Conv, Convert, Decision, Edit, Group, Keep, Network, Site, channels_of
 
-__all__ = ['build', 'build_units']
+__all__ = ['build', 'build_units', 'refuse_hooked_sites']
 
 
 def build(network: Network, decisions: Sequence[Decision], question: Question) -> dict[str, Edit]:
     """Return the edits of a network by path, in the order in which they are made.
 
     Raises:
-        ValueError: A site's modules carry hooks, or a unit cannot be built.
+        ValueError: A unit cannot be built, or an activation outside of the sites carries hooks.
     """
-    for site in network.sites:
-        _refuse_hooks(site)
     edits = build_units(decisions, question)
     whys = {d.site.path: d.why if isinstance(d, Keep) else None for d in decisions}
     for group in network.groups:
@@ -123,10 +121,16 @@ def _edit_stem(network: Network, edits: dict[str, Edit]) -> Iterator[Edit]:
     yield Edit(place.path, nn.Sequential(OrderedDict([(name, host), ('new_norm', norm)])), f'{place.path}.{name}')
 
 
-def _refuse_hooks(site: Site) -> None:
-    for place in (site.conv, site.norm, site.act):
-        if place is not None and place.module is not None:
-            refuse_hooks(place.path, place.module)
+def refuse_hooked_sites(network: Network) -> None:
+    """Raise if a module that belongs to a site carries hooks. No weight is looked at before: to do so may change it.
+
+    Raises:
+        ValueError: One does.
+    """
+    for site in network.sites:
+        for place in (site.conv, site.norm, site.act):
+            if place is not None and place.module is not None:
+                refuse_hooks(place.path, place.module)
 
 
 def refuse_hooks(path: str, module: nn.Module) -> None:

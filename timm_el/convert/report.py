@@ -303,6 +303,10 @@ def _notes_of_recipe(
     if recipe.scale_output == 'rank1':
         yield (f'factors of rows and columns are for images of {"x".join(map(str, question.input_size))} and '
                f"interpolated at other sizes; pass example_input for one of them, or scale_output='channel' for none")
+    for network in networks:
+        if len(ends_of(network, recipe)) == 1:
+            yield (f'{network.sites[-1].act.path}: other layers of its block share it, '
+                   f'the last activation is dropped too')
     if recipe.act == 'ends' and not any(ends_of(network, recipe) for network in networks):
         yield "act='ends': the stem of this host is not known, all activations are dropped"
 

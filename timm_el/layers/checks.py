@@ -5,9 +5,6 @@ import torch
 import torch.nn as nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.hooks import RemovableHandle
 
 from ..quantizers import is_symbolic
@@ -19,11 +16,11 @@ __all__ = [
 
 WRAPPERS = ('OptimizedModule', 'DistributedDataParallel', 'DataParallel', 'FullyShardedDataParallel')
 QUANTIZED = ('torch.ao.', 'torch.nn.quantized', 'torchao.')
-# torch's hooks that compute a tensor from others before each pass, and what makes it a parameter again.
+# Modules of torch's hooks that compute a tensor from others before each pass, and what makes it a parameter again.
 COMPUTING = {
-    BasePruningMethod: "torch.nn.utils.prune.remove(module, '{name}')",
-    WeightNorm: "torch.nn.utils.remove_weight_norm(module, '{name}')",
-    SpectralNorm: "torch.nn.utils.remove_spectral_norm(module, '{name}')",
+    'torch.nn.utils.prune': "torch.nn.utils.prune.remove(module, '{name}')",
+    'torch.nn.utils.weight_norm': "torch.nn.utils.remove_weight_norm(module, '{name}')",
+    'torch.nn.utils.spectral_norm': "torch.nn.utils.remove_spectral_norm(module, '{name}')",
 }
 
 
@@ -114,12 +111,12 @@ def check_own_tensors(module: nn.Module, path: str) -> None:
         name = next(iter(module.parametrizations))
         how, remedy = 'parametrized', f"torch.nn.utils.parametrize.remove_parametrizations(module, '{name}')"
     else:
-        computing = ((hook, remedy) for hook in module._forward_pre_hooks.values()
-                     for cls, remedy in COMPUTING.items() if isinstance(hook, cls))
+        computing = ((hook, COMPUTING[cls.__module__]) for hook in module._forward_pre_hooks.values()
+                     for cls in type(hook).__mro__ if cls.__module__ in COMPUTING)
         hook, remedy = next(computing, (None, ''))
         if hook is None:
             return
-        name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+        name = hook._tensor_name if hasattr(hook, '_tensor_name') else hook.name
         how, remedy = f'computed in each pass ({type(hook).__name__})', remedy.format(name=name)
     raise ValueError(
         f'{path}: the {name} of the {type(module).__name__} is {how}, expected a parameter; call {remedy} first')
