@@ -5,6 +5,7 @@ import functools
 import io
 import itertools
 import types
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -1419,3 +1420,70 @@ def test_a_network_that_is_copied_or_loaded_in_inference_mode_notices_what_is_lo
         for tensor in tensors_of(a).values():
             tensor.zero_()
         assert not torch.equal(a(x), b(x))
+
+
+def traced_by_jit(network: nn.Module, x: torch.Tensor):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # it is deprecated, and tells of every size that the host looks at
+        return torch.jit.trace(network, x)
+
+
+LARGER = ((3, 3, 96, 130), (1, 3, 64, 97), (2, 3, 33, 64), (1, 3, 320, 288))  # means of few pixels and of many
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(features_only=True)], ids=str)
+@pytest.mark.parametrize('name', EACH_HOST)
+def test_a_trace_takes_any_image(name, kwargs):
+    deployed, x = timm_el.deploy(host(name, **kwargs)), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        traced = traced_by_jit(deployed, x)
+        for shape in LARGER:
+            y = torch.randn(shape)
+            assert all(map(torch.equal, as_list(traced(y)), as_list(deployed(y)))), shape
+
+
+@pytest.mark.parametrize('name', EACH_HOST)
+def test_an_export_takes_any_image(name):
+    deployed, x = timm_el.deploy(host(name)), torch.randn(2, 3, 64, 64)
+    some = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
+    with torch.no_grad():
+        exported = torch.export.export(deployed, (x,), dynamic_shapes=(some,)).module()
+        for shape in LARGER[:2]:
+            y = torch.randn(shape)
+            assert torch.equal(exported(y), deployed(y)), shape
+
+
+def test_an_export_takes_the_range_of_images_that_it_was_asked_for():
+    deployed, x = timm_el.deploy(timm_el.binarize(timm.create_model('resnet18')).eval()), torch.randn(2, 3, 64, 64)
+    dims = {0: torch.export.Dim('n', max=64), **{
+        axis: torch.export.Dim(name, min=33, max=512) for axis, name in ((2, 'h'), (3, 'w'))}}
+    with torch.no_grad():
+        for strict in (False, True):
+            exported = torch.export.export(deployed, (x,), dynamic_shapes=(dims,), strict=strict).module()
+            for shape in LARGER[:3]:
+                y = torch.randn(shape)
+                assert torch.equal(exported(y), deployed(y)), (strict, shape)
+
+
+@pytest.mark.parametrize('name', with_slow(['test_resnet', 'test_efficientnet_ln'], HOSTS))
+def test_a_compiled_network_takes_any_image(name):
+    deployed = timm_el.deploy(host(name))
+    compiled = torch.compile(deployed, dynamic=True, fullgraph=True, backend='eager')
+    with torch.no_grad():
+        for shape in ((2, 3, 64, 64), *LARGER[:1], (4, 3, 160, 192)):
+            y = torch.randn(shape)
+            assert torch.equal(compiled(y), deployed(y)), shape
+
+
+@pytest.mark.parametrize('kind', UNITS)
+def test_a_trace_of_a_unit_takes_any_image(kind):
+    deployed, x = timm_el.deploy(nn.Sequential(UNITS[kind]()).eval()), torch.randn(2, 20, 10, 10)
+    if kind == 'odd pool':
+        return  # 5 x 5 pixels, whatever the image
+    some = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
+    with torch.no_grad():
+        traced = traced_by_jit(deployed, x)
+        exported = torch.export.export(deployed, (x,), dynamic_shapes=(some,)).module()
+        for shape in ((3, 20, 13, 11), (2, 20, 31, 24)):
+            y = torch.randn(shape)
+            assert torch.equal(traced(y), deployed(y)) and torch.equal(exported(y), deployed(y))

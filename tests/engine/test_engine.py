@@ -16,7 +16,7 @@ from timm_el import engine
 from timm_el.engine import native, reference
 from timm_el.engine import operators as ops
 from timm_el.engine.layout import restore, store
-from timm_el.engine.spec import ACTS, ConvSpec, Window, table_stride
+from timm_el.engine.spec import ACTS, SAME, ConvSpec, Window, table_stride
 
 BODIES = engine.info()['available']
 PLANTED = [0., -0., float('nan'), float('inf'), -float('inf'), 1e-42]
@@ -245,6 +245,36 @@ def test_pools_are_those_of_torch(kind, body):
     if layers:
         torch.library.opcheck(ops.chain, (torch.randn(2, 3, 7, 5), *as_lists(layers), None))
     assert deployed(torch.randn(3, 7, 5)).dim() == 3  # torch's own pool takes an image without a batch
+
+
+@pytest.mark.parametrize('body', [*BODIES, 'reference'])
+def test_a_mean_over_images_of_any_size_is_torchs(body):
+    engine.use_isa(body)
+    deployed = engine.DeployedPool('pool', torch.nn.AdaptiveAvgPool2d(1))
+    for shape in ((2, 19, 7, 5), (1, 64, 9, 14), (0, 3, 8, 8), (2, 3, 1, 1)):
+        x = torch.randn(shape)
+        torch.library.opcheck(ops.mean, (x,))
+        torch.testing.assert_close(ops.mean(x), x.mean((2, 3), keepdim=True), rtol=1e-6, atol=1e-6)
+        assert same(ops.mean(x), deployed(x))
+
+
+def test_padding_that_depends_on_the_image_is_that_of_the_image():
+    g = torch.Generator().manual_seed(0)
+    for kernel, stride, dilation in (((3, 3), (2, 2), (1, 1)), ((5, 2), (3, 1), (2, 1)), ((1, 1), (2, 2), (1, 1))):
+        spec = ConvSpec(9, 10, Window(kernel, stride, SAME, dilation), pad_value=-1)
+        weight = store(torch.randn(10, 9, *kernel, generator=g), spec, False)
+        table = torch.randn(2, table_stride(10), generator=g)
+        for height, width in ((7, 8), (16, 5), (1, 1)):
+            x = torch.randn(2, 9, height, width, generator=g)
+            fixed = spec.at(height, width)
+            expected = ops.binary_conv2d(x, weight, table, None, None, None, fixed.ints(), [0., 0., 1.])
+            assert list(expected.shape[2:]) == [-(-height // stride[0]), -(-width // stride[1])]
+            assert fixed.pad_end[0] - fixed.conv.padding[0] in (0, 1)
+            arguments = (x, weight, table, None, None, None, list(spec.ints()), [0., 0., 1.])
+            for body in (*BODIES, 'reference'):
+                engine.use_isa(body)
+                assert same(ops.binary_conv2d(*arguments), expected)
+            torch.library.opcheck(ops.binary_conv2d, arguments)
 
 
 def test_a_pool_that_makes_no_sense_is_refused():

@@ -23,7 +23,7 @@ from . import operators as ops
 from .calls import Calls, copied
 from .epilogue import F64, Fusion, drops, pair, pool_of, threshold_of
 from .layout import store
-from .spec import ConvSpec, Window
+from .spec import SAME, ConvSpec, Window
 
 __all__ = ['DeployedConv', 'DeployedLinear', 'DeployedPool', 'DeployedUnit', 'Engine', 'engine_runs', 'folded_conv']
 
@@ -231,6 +231,8 @@ class DeployedUnit(Engine):
         if spec.taps > 1024:
             raise ValueError(
                 f'{self.path}: found a kernel of {spec.conv.kernel}, expected at most 1024 taps; keep it float')
+        if self.same_pad:
+            spec = replace(spec, conv=replace(spec.conv, padding=SAME))
         if not self.linear and conv.padding_mode != 'zeros':
             self.pad_mode = (conv.padding_mode, conv.pad_sides)
             spec = spec.padded(0, 0, 0, 0)
@@ -319,19 +321,16 @@ class DeployedUnit(Engine):
             y = module(y)
         return y if link is None or self.link_fused else y + link
 
-    def _run_binary(self, x: torch.Tensor, link: torch.Tensor | None) -> torch.Tensor:
-        ints = self.ints
+    def _run_binary(self, x: torch.Tensor, link: Optional[torch.Tensor]) -> torch.Tensor:
         signed = x
         if self.pad_mode is not None:
             signed = F.pad(x, self.pad_mode[1], self.pad_mode[0])
-        pads = None
-        if self.same_pad:
-            pads = same_pads(x, self.spec.conv.kernel, self.spec.conv.stride, self.spec.conv.dilation)
-            ints = list(self.spec.padded(*pads).ints())
         y = ops.binary_conv2d(
-            signed, self.bits, self.table, self.threshold, self.flip, link, ints, self.constants)
+            signed, self.bits, self.table, self.threshold, self.flip, link, self.ints, self.constants)
         if self.loose_k is not None:
-            if pads is None:
+            if self.same_pad:
+                pads = same_pads(x, self.spec.conv.kernel, self.spec.conv.stride, self.spec.conv.dilation)
+            else:
                 (top, left), (bottom, right) = self.spec.conv.padding, self.spec.pad_end
                 pads = [left, right, top, bottom] if self.pad_mode is None else self.pad_mode[1]
             scale = input_scale(F.pad(x, pads), padding=(0, 0), **self.loose_k)
@@ -442,19 +441,23 @@ class DeployedPool(Chained):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 4 or x.dtype != torch.float32 or x.device.type != 'cpu':
             return self.pool(x)
-        chain = self.as_chain() if self.window is not None else self._mean_of(x.shape[2], x.shape[3])
+        if self.window is None:
+            return self._mean(x)
+        chain = self.as_chain()
         return self.pool(x) if chain is None else chain(x)
 
-    def _mean_of(self, height: int, width: int) -> ops.Chain | None:
-        if not 1 <= height * width <= 64 or self._inner_calls().any_altered():
-            return None
-        size, direct = Window((height, width)), not ops.watched()
-        if direct and self._means is not None and self._means[0] == size:
-            return self._means[1]
-        chain = ops.Chain(self.path, [ops.pool_layer(size, self.mode, (0, 0))], direct)
-        if direct:  # else its tensors may be those of a trace
-            self._means = size, chain
-        return chain
+    def _mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Of all pixels. A trace must not remember how many there are."""
+        if self._inner_calls().any_altered():
+            return self.pool(x)
+        if ops.watched():
+            return ops.mean(x)
+        size = Window(tuple(x.shape[2:]))
+        if self._means is None or self._means[0] != size:
+            if not 1 <= x.shape[2] * x.shape[3] <= ops.MOST_POOLED:
+                return self.pool(x)
+            self._means = size, ops.Chain(self.path, [ops.pool_layer(size, self.mode, (0, 0))], direct=True)
+        return self._means[1](x)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), '_means': None}

@@ -1,4 +1,4 @@
-"""The engine's operators: `binary_conv2d`, `real_conv2d` and `chain` of `torch.ops.timm_el`.
+"""The engine's operators: `binary_conv2d`, `real_conv2d`, `mean` and `chain` of `torch.ops.timm_el`.
 
 Each has a schema, a fake kernel for tracing, a plain-torch reference (reference.py) and, where the native library is
 active, a kernel in C that gives the same bits. They are for inference: no gradient is defined.
@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import native, reference
@@ -16,18 +17,20 @@ from .layout import stored_shape
 from .spec import ACTS, LINKS, POOLS, ConvSpec, Window, table_stride
 
 __all__ = [
-    'binary_conv2d', 'real_conv2d', 'chain', 'check_input', 'check_place', 'in_row', 'pool_layer', 'watched', 'Chain',
-    'Layer']
+    'binary_conv2d', 'real_conv2d', 'mean', 'chain', 'check_input', 'check_place', 'in_row', 'pool_layer', 'watched',
+    'Chain', 'Layer', 'MOST_POOLED']
 
 _library = torch.library.Library('timm_el', 'DEF')
 _EPILOGUE = 'Tensor? link, int[] spec, float[] constants) -> Tensor'
 _library.define(f'binary_conv2d(Tensor x, Tensor weight, Tensor table, Tensor? threshold, Tensor? flip, {_EPILOGUE}')
 _library.define(f'real_conv2d(Tensor x, Tensor weight, Tensor table, {_EPILOGUE}')
+_library.define('mean(Tensor x) -> Tensor')
 _library.define(
     'chain(Tensor x, Tensor[] tensors, int[] specs, float[] constants, int[] wires, Tensor? other) -> Tensor')
 
 MOST_PLANS = 64  # of one layer: image sizes that it remembers
 FIRST_VALUE = 2  # values of a chain: 0 is x, 1 is `other`, 2 + i is what layer i gives
+MOST_POOLED = 64  # pixels of a window
 MOST_VALUES = 16  # of a chain that wait for their last reader at once
 
 
@@ -213,7 +216,7 @@ def _plan(
     found = prepared.plans.get(key)
     if found is not None:
         return found
-    spec = ConvSpec.of(ints)
+    spec = ConvSpec.of(ints).at(*x.shape[2:])
     _check(x, weight, table, threshold, flip, link, spec, constants, real)
     n, _, h, w = x.shape
     oh, ow = spec.output_size(h, w)
@@ -286,7 +289,7 @@ def _run(
 ) -> torch.Tensor:
     lib = native.library()
     if lib is None:
-        spec = ConvSpec.of(ints)
+        spec = ConvSpec.of(ints).at(*x.shape[2:])
         _check(x, weight, table, threshold, flip, link, spec, constants, real)
         if real:
             return reference.real_conv2d(x, weight, table, link, spec, constants)
@@ -478,6 +481,15 @@ def _check_added(added: torch.Tensor | None, shape: list[int]) -> None:
         raise ValueError(f'added: found {found}, expected torch.float32 {tuple(shape)}')
 
 
+def _mean(x: torch.Tensor) -> torch.Tensor:
+    """Mean over all pixels (N, C, 1, 1): the kernels' as far as they go, so that its bits are those of a chain."""
+    height, width = x.shape[2:]
+    if not 1 <= height * width <= MOST_POOLED:
+        return F.adaptive_avg_pool2d(x, 1)
+    layer = pool_layer(Window((height, width)), 'avg', (0, 0))
+    return chain(x, layer.tensors(), layer.ints, layer.constants, [layer.source, layer.added], None)
+
+
 def _binary(x, weight, table, threshold, flip, link, spec, constants):
     return _run(x, weight, table, threshold, flip, link, spec, constants, False)
 
@@ -500,6 +512,8 @@ def _fake_chain(x, tensors, specs, constants, wires, other):
     return values[-1]
 
 
+_library.impl('mean', _mean, 'CPU')
+torch.library.register_fake('timm_el::mean', lambda x: x.new_empty((*x.shape[:2], 1, 1)))
 _library.impl('chain', _chain, 'CPU')
 torch.library.register_fake('timm_el::chain', _fake_chain)
 _library.impl('binary_conv2d', _binary, 'CPU')
@@ -510,3 +524,4 @@ torch.library.register_fake('timm_el::real_conv2d', lambda x, *rest: _fake(x, Co
 binary_conv2d = torch.ops.timm_el.binary_conv2d.default
 real_conv2d = torch.ops.timm_el.real_conv2d.default
 chain = torch.ops.timm_el.chain.default
+mean = torch.ops.timm_el.mean.default

@@ -3,8 +3,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-__all__ = ['ACTS', 'LINKS', 'POOLS', 'ROWS', 'ConvSpec', 'Window', 'has_empty_window', 'table_stride']
+__all__ = ['ACTS', 'LINKS', 'POOLS', 'ROWS', 'SAME', 'ConvSpec', 'Window', 'has_empty_window', 'table_stride']
 
+SAME = (-1, -1)  # padding that depends on the image, as TensorFlow's
 ACTS = ('none', 'clip', 'prelu')
 LINKS = ('none', 'identity', 'squeeze', 'expand')
 POOLS = ('none', 'max', 'avg')
@@ -63,7 +64,8 @@ class ConvSpec:
 
     Args:
         c_in, c_out, groups: Channels.
-        conv: Kernel and so on; `pad_end` is the padding after the last row and column.
+        conv: Kernel and so on; `pad_end` is the padding after the last row and column. If its padding is `SAME`, there
+            is as much as gives ceil(size / stride) pixels, the odd one after the last.
         pad_value: What a padded tap holds: -1, 0 or +1.
         has_k, act, has_affine, has_post: Which steps there are.
         link: How the channels of the link's source become c_out, `link_c` of them.
@@ -115,6 +117,17 @@ class ConvSpec:
         """The same with other padding."""
         return replace(self, conv=replace(self.conv, padding=(top, left)), pad_end=(bottom, right))
 
+    def at(self, height: int, width: int) -> 'ConvSpec':
+        """The same with the padding that an image of this size has."""
+        if self.conv.padding != SAME:
+            return self
+        pads = []
+        for i, size in ((1, width), (0, height)):
+            reach = (self.output_size(height, width)[i] - 1) * self.conv.stride[i] + 1
+            total = max(reach + (self.conv.kernel[i] - 1) * self.conv.dilation[i] - size, 0)
+            pads += [total // 2, total - total // 2]
+        return self.padded(*pads)
+
     @property
     def rows(self) -> list[str]:
         """Names of the table's rows, in order."""
@@ -137,6 +150,8 @@ class ConvSpec:
         Raises:
             ValueError: The image is smaller than the kernel.
         """
+        if self.conv.padding == SAME:
+            return [(size + step - 1) // step for size, step in zip((height, width), self.conv.stride)]
         sizes = []
         for i, size in enumerate((height, width)):
             room = size + self.conv.padding[i] + self.pad_end[i] - self.conv.dilation[i] * (self.conv.kernel[i] - 1) - 1
