@@ -321,7 +321,7 @@ class DeployedUnit(Engine):
             y = module(y)
         return y if link is None or self.link_fused else y + link
 
-    def _run_binary(self, x: torch.Tensor, link: Optional[torch.Tensor]) -> torch.Tensor:
+    def _run_binary(self, x: torch.Tensor, link: torch.Tensor | None) -> torch.Tensor:
         signed = x
         if self.pad_mode is not None:
             signed = F.pad(x, self.pad_mode[1], self.pad_mode[0])
