@@ -266,7 +266,7 @@ def test_padding_that_depends_on_the_image_is_that_of_the_image():
         table = torch.randn(2, table_stride(10), generator=g)
         for height, width in ((7, 8), (16, 5), (1, 1)):
             x = torch.randn(2, 9, height, width, generator=g)
-            fixed = spec.at(height, width)
+            fixed = spec.at((1, spec.c_in, height, width))
             expected = ops.binary_conv2d(x, weight, table, None, None, None, fixed.ints(), [0., 0., 1.])
             assert list(expected.shape[2:]) == [-(-height // stride[0]), -(-width // stride[1])]
             assert fixed.pad_end[0] - fixed.conv.padding[0] in (0, 1)

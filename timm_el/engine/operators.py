@@ -216,7 +216,7 @@ def _plan(
     found = prepared.plans.get(key)
     if found is not None:
         return found
-    spec = ConvSpec.of(ints).at(*x.shape[2:])
+    spec = ConvSpec.of(ints).at(x.shape)
     _check(x, weight, table, threshold, flip, link, spec, constants, real)
     n, _, h, w = x.shape
     oh, ow = spec.output_size(h, w)
@@ -289,7 +289,7 @@ def _run(
 ) -> torch.Tensor:
     lib = native.library()
     if lib is None:
-        spec = ConvSpec.of(ints).at(*x.shape[2:])
+        spec = ConvSpec.of(ints).at(x.shape)
         _check(x, weight, table, threshold, flip, link, spec, constants, real)
         if real:
             return reference.real_conv2d(x, weight, table, link, spec, constants)

@@ -117,10 +117,11 @@ class ConvSpec:
         """The same with other padding."""
         return replace(self, conv=replace(self.conv, padding=(top, left)), pad_end=(bottom, right))
 
-    def at(self, height: int, width: int) -> 'ConvSpec':
-        """The same with the padding that an image of this size has."""
-        if self.conv.padding != SAME:
+    def at(self, shape: Sequence[int]) -> 'ConvSpec':
+        """Return the same with the padding for images of this shape (N, C, H, W); others are for `problem` to name."""
+        if self.conv.padding != SAME or len(shape) != 4:
             return self
+        height, width = shape[2:]
         pads = []
         for i, size in ((1, width), (0, height)):
             reach = (self.output_size(height, width)[i] - 1) * self.conv.stride[i] + 1
