@@ -1487,3 +1487,21 @@ def test_a_trace_of_a_unit_takes_any_image(kind):
         for shape in ((3, 20, 13, 11), (2, 20, 31, 24)):
             y = torch.randn(shape)
             assert torch.equal(traced(y), deployed(y)) and torch.equal(exported(y), deployed(y))
+
+
+class Subclassed(torch.Tensor):
+    """A tensor that is not plain, such as those of quantization libraries."""
+
+
+@pytest.mark.parametrize('spoil, message', [
+    (lambda m: setattr(m.fc, 'weight', torch.nn.Parameter(m.fc.weight.detach().as_subclass(Subclassed))),
+     'fc: the weight of the Linear is a Subclassed of torch.float32, expected a plain float tensor'),
+    (lambda m: setattr(m.layer1[0].conv1.conv, 'weight', torch.nn.Parameter(
+        m.layer1[0].conv1.conv.weight.detach().to(torch.int8), requires_grad=False)),
+     'layer1.0.conv1.conv: the weight of the BinaryConv2d is a Parameter of torch.int8, expected a plain float tensor'),
+], ids=['classifier', 'unit'])
+def test_tensors_that_are_not_plain_are_refused_by_path(spoil, message):
+    model = timm_el.binarize(timm.create_model('test_resnet', num_classes=5)).eval()
+    spoil(model)
+    with pytest.raises(ValueError, match=message):
+        timm_el.deploy(model)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_unwrapped
+from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_tensors, check_unwrapped
 from . import native
 from .blocks import join_layers
 from .calls import HOOKS, computed_tensors, copied, has_hooks, has_own_forward, is_altered, without_hooks
@@ -64,6 +64,7 @@ def _refuse_unfit(model: nn.Module, float_dtype: torch.dtype) -> None:
     units = 0
     for path, module in model.named_modules():
         name = path or 'model'
+        check_tensors(module, name)
         if isinstance(module, Engine):
             raise ValueError(f'{name}: the model is already deployed; deploy the latent one')
         if isinstance(module, BinaryUnit):
