@@ -328,7 +328,7 @@ def test_two_processes_train_with_gloo(scripts, images, tmp_path, model):
 
 
 def test_gradients_of_two_processes_equal_those_of_one(tmp_path):
-    assert 'gradients agree' in torchrun(ROOT / 'tests' / 'two_processes.py', cwd=tmp_path).stdout
+    assert 'gradients agree' in torchrun(ROOT / 'tests' / 'scripts' / 'two_processes.py', cwd=tmp_path).stdout
 
 
 # ------------------------------------------------------------------------------- scripts that have no --device-modules

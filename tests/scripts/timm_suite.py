@@ -1,4 +1,4 @@
-"""Run timm's own model tests on the models of this package: python tests/timm_suite.py [pytest options].
+"""Run timm's own model tests on the models of this package: python tests/scripts/timm_suite.py [pytest options].
 
 Downloads the source distribution of the installed timm with pip (the wheel has no tests), needs pytest-timeout.
 """
