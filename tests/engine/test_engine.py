@@ -275,6 +275,11 @@ def test_padding_that_depends_on_the_image_is_that_of_the_image():
                 engine.use_isa(body)
                 assert same(ops.binary_conv2d(*arguments), expected)
             torch.library.opcheck(ops.binary_conv2d, arguments)
+            for wrong in (x[0], x[:, :8]):
+                with pytest.raises(ValueError, match='x: found shape'):
+                    ops.binary_conv2d(wrong, *arguments[1:])
+            with pytest.raises(ValueError, match='padding >= 0'):
+                ops.chain(x, *as_lists([ops.pool_layer(Window((2, 2), (2, 2), SAME), 'max', (0, 0))]), None)
 
 
 def test_a_pool_that_makes_no_sense_is_refused():

@@ -169,7 +169,8 @@ class ConvSpec:
         sizes = [n for w in windows for n in (*w.kernel, *w.stride, *w.dilation)]
         if min(self.c_in, self.c_out, self.groups, *sizes) < 1:
             return f'spec: found {self}, expected positive channels, groups, kernels, strides and dilations'
-        if min(*self.conv.padding, *self.pad_end, *self.pool.padding) < 0 or self.pad_value not in (-1, 0, 1):
+        padding = () if self.conv.padding == SAME else self.conv.padding
+        if min(*padding, *self.pad_end, *self.pool.padding) < 0 or self.pad_value not in (-1, 0, 1):
             return f'spec: found {self}, expected padding >= 0 and pad_value -1, 0 or 1'
         reaches = [n for w in windows for n in (*w.stride, *w.padding, *(d * k for d, k in zip(w.dilation, w.kernel)))]
         if max(*reaches, *self.pad_end) > 1 << 15:
