@@ -189,7 +189,7 @@ def join_layers(model: nn.Module, done: dict[nn.Module, nn.Module] | None = None
     """Put a `DeployedBlock` or `DeployedStage` in place of each block, and of each stage, that is a row of layers."""
     done = {} if done is None else done
     for name, child in list(model._modules.items()):
-        if child is None or isinstance(child, Chained):
+        if child is None or isinstance(child, (Chained, torch.jit.ScriptModule)):
             continue
         if child not in done:
             join_layers(child, done)

@@ -61,12 +61,13 @@ def _refuse_unfit(model: nn.Module, float_dtype: torch.dtype) -> None:
         raise ValueError('model: found a GraphModule, expected the model that it was traced from; deploy that one')
     if float_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f'float_dtype: found {float_dtype}, expected torch.float32, torch.bfloat16 or torch.float16')
+    for path, module in model.named_modules():
+        if isinstance(module, Engine):
+            raise ValueError(f'{path or "model"}: the model is already deployed; deploy the latent one')
     units = 0
     for path, module in model.named_modules():
         name = path or 'model'
         check_tensors(module, name)
-        if isinstance(module, Engine):
-            raise ValueError(f'{name}: the model is already deployed; deploy the latent one')
         if isinstance(module, BinaryUnit):
             units += 1
             conv = module.conv

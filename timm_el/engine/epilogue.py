@@ -45,6 +45,8 @@ def affine_of(norm: nn.Module | None, channels: int) -> Affine | None:
 
 def _is_known(module: nn.Module) -> bool:
     """Its forward is torch's or timm's, not one of its own."""
+    if isinstance(module, torch.jit.ScriptModule):  # whose class has none
+        return False
     return type(module).forward.__module__.startswith(('torch.nn.', 'timm.layers.'))
 
 

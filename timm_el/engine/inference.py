@@ -26,6 +26,8 @@ def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
 def _stay_float32(name: str, module: nn.Module, fn, recurse: bool = True) -> nn.Module:
     """`Module._apply`, which moves tensors and converts them: constants are part of what makes the outputs exact.
 
+    Bits stay bits, and float convolutions keep the dtype that they were deployed with.
+
     Raises:
         TypeError: `fn` gives another dtype; nothing was converted.
     """
@@ -33,4 +35,4 @@ def _stay_float32(name: str, module: nn.Module, fn, recurse: bool = True) -> nn.
         raise TypeError(
             f'{name}: a deployed network cannot be converted to another dtype; '
             f'deploy the latent network again, with float_dtype where float convolutions shall have another one')
-    return type(module)._apply(module, fn, recurse)
+    return type(module)._apply(module, lambda tensor: fn(tensor).to(tensor.dtype), recurse)
