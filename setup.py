@@ -42,9 +42,6 @@ class BuildKernels(build_ext):
         abi = el_compile.load_abi()
         return str(ENGINE / (f'_native{el_compile.TARGETS[TARGET].suffix}' if TARGET else abi.LIBRARY))
 
-    def get_export_symbols(self, ext):
-        return None
-
     def build_extension(self, ext):
         abi, engine = el_compile.load_abi(), Path(self.build_lib) / ENGINE
         library = Path(self.build_lib, self.get_ext_filename(ext.name))
@@ -74,7 +71,7 @@ class BuildKernels(build_ext):
                 os.replace(beside.with_suffix('.part'), beside)  # a process may run the old one
 
     def copy_extensions_to_source(self):
-        pass  # done
+        """Do nothing: `build_extension` has put the library beside the sources, on every way of installing."""
 
 
 class PlatformWheel(bdist_wheel):

@@ -11,11 +11,9 @@ from typing import Any
 import torch
 
 from . import abi
-from .abi import Plan, Step, Window
 
 __all__ = [
-    'Plan', 'SlowEngineWarning', 'Step', 'Window', 'chip_rate', 'count_rate', 'info', 'library', 'use_isa',
-    'warn_if_slow',
+    'SlowEngineWarning', 'chip_rate', 'count_rate', 'info', 'library', 'use_isa', 'warn_if_slow',
 ]
 
 REFERENCE = 'reference'
@@ -68,7 +66,7 @@ def _open(path: Path) -> ctypes.CDLL:
     if found != expected:
         raise OSError(
             f'{path} was built from other sources ({found[:8]}, expected {expected[:8]}); install timm_el again')
-    plan = ctypes.POINTER(Plan)
+    plan = ctypes.POINTER(abi.Plan)
     for name, result, arguments in (
             ('el_bodies', ctypes.c_char_p, ()), ('el_active', ctypes.c_char_p, ()),
             ('el_use', ctypes.c_int, (ctypes.c_char_p,)), ('el_chip_rate', ctypes.c_double, ()),

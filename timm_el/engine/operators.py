@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import native, reference
+from . import abi, native, reference
 from .layout import stored_shape
 from .spec import ACTS, LINKS, POOLS, ConvSpec, Window, table_stride
 
@@ -207,7 +207,7 @@ def _plan(
         ints: list[int],
         constants: list[float],
         real: bool,
-) -> tuple[int, list[int], native.Plan]:
+) -> tuple[int, list[int], abi.Plan]:
     """Address of the C plan of a call, shape of its output, and the plan: made and checked once an input shape."""
     prepared = _prepared_for(weight)
     key = (
@@ -220,8 +220,8 @@ def _plan(
     _check(x, weight, table, threshold, flip, link, spec, constants, real)
     n, _, h, w = x.shape
     oh, ow = spec.output_size(h, w)
-    window = native.Plan._fields_[7][1]
-    plan = native.Plan(
+    window = abi.Window
+    plan = abi.Plan(
         n, h, w, spec.c_in, oh, ow, spec.c_out, window(*spec.conv.ints()), spec.groups, spec.pad_value, int(real), 0,
         int(spec.has_k), ACTS.index(spec.act), int(spec.has_affine), int(spec.has_post), LINKS.index(spec.link),
         POOLS.index(spec.link_pool), *((0, 0, 0) if link is None else (*link.shape[2:], spec.link_c)),
@@ -237,13 +237,13 @@ def _plan(
     return _remember(prepared.plans, key, (ctypes.addressof(plan), [n, spec.c_out, oh, ow], plan))
 
 
-def _pool_plan(x: torch.Tensor, spec: ConvSpec) -> tuple[int, list[int], native.Plan]:
+def _pool_plan(x: torch.Tensor, spec: ConvSpec) -> tuple[int, list[int], abi.Plan]:
     """The same of a pool."""
     _check_pool(x, spec)
     n, c, h, w = x.shape
     oh, ow = spec.output_size(h, w)
-    window = native.Window(*spec.pool.ints())
-    plan = native.Plan(
+    window = abi.Window(*spec.pool.ints())
+    plan = abi.Plan(
         n=n, h=h, w=w, c_in=c, oh=oh, ow=ow, c_out=c, conv=window, groups=1, real=1, is_pool=1, inverse_gamma=1.,
         link=LINKS.index('identity'), link_pool=POOLS.index(spec.link_pool), link_h=h, link_w=w, link_c=c, pool=window)
     return ctypes.addressof(plan), [n, c, oh, ow], plan
@@ -260,7 +260,7 @@ def _check_pool(x: torch.Tensor, spec: ConvSpec) -> None:
 
 
 def _lay_out(
-        lib: ctypes.CDLL, plan: native.Plan, weight: torch.Tensor, spec: ConvSpec, padded: bool, real: bool,
+        lib: ctypes.CDLL, plan: abi.Plan, weight: torch.Tensor, spec: ConvSpec, padded: bool, real: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The weight in the body's own layout, None if it reads the weight as it is, and what padding adds for each tap."""
     plan_at = ctypes.byref(plan)
@@ -412,7 +412,7 @@ class _Steps:
 
     def __init__(self, lib: ctypes.CDLL, x: torch.Tensor, layers: list[Layer]) -> None:
         values: list[torch.Tensor | None] = [x, None]
-        self.array = (native.Step * len(layers))()
+        self.array = (abi.Step * len(layers))()
         self.keeps = []
         self.other_shape: list[int] | None = None
         for step, layer in zip(self.array, layers):

@@ -1,12 +1,6 @@
 """Tables of ablations: runs of many recipes with the same seeds, compared in pairs, beside the paper's figures.
 
-A table is a config of `fit` with `rows`, and `contrasts` that are named before anything runs. A row is the name of a
-recipe, or a mapping with a `name`, the fields that it changes, and perhaps `paper`, the paper's figure (if it is left
-out, that of the table, or else the recipe's own). `published` maps the names of other works to their figures. All rows
-of one seed start from the same weights of the host and see the same images in the same order, so that rows are compared
-in pairs. Seeds run one after another, within a seed the rows as they are listed.
-
-Each finished run is a line of OUTPUT/results.jsonl, and is not run again. `--report` prints such a file as Markdown.
+What a table holds stands in `timm-el ablate --help`.
 """
 import glob
 import json

@@ -21,8 +21,6 @@ static const el_body *const bodies[] = {
 #define EL_HASH ""
 #endif
 
-int el_abi(void) { return EL_ABI; }
-
 const char *el_hash(void) { return EL_HASH; }
 
 const char *el_bodies(void) {

@@ -22,7 +22,6 @@
 #define EL_MAX_VALUES 16  /* that a chain holds at once */
 #define EL_MAX_REACH (1 << 15) /* strides, padding, kernel times dilation */
 #define EL_MAX_RUN 32    /* steps of which a few rows at a time are made */
-#define EL_ABI 2         /* changes with el_plan */
 
 enum { EL_OK = 0, EL_BAD_PLAN = 1, EL_NO_MEMORY = 2 };
 enum { EL_ACT_NONE, EL_ACT_CLIP, EL_ACT_PRELU };
@@ -141,7 +140,6 @@ enum {
     EL_CPU_DOTPROD = 32
 };
 
-EL_API int el_abi(void);
 EL_API uint32_t el_cpu(void);                 /* bits of EL_CPU_... */
 EL_API const char *el_hash(void);             /* EL_HASH, which the build defines: of the sources it was given */
 EL_API const char *el_bodies(void);           /* names of the bodies that this processor runs, best first */
