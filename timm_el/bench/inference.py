@@ -1,4 +1,4 @@
-"""What inference of a deployed model costs, beside its float host, its latent original and the engines of others."""
+"""Benchmark of inference: a deployed model beside its float host, its latent original and the engines of others."""
 import copy
 import math
 import tempfile

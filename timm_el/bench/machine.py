@@ -1,4 +1,4 @@
-"""What a number must be read with: processor, instruction sets, threads, versions, forced settings."""
+"""Description of the machine behind a number: processor, instruction sets, threads, versions, forced settings."""
 import importlib.metadata
 import os
 import platform

@@ -1,4 +1,4 @@
-"""What training a binarized model costs, beside its float host.
+"""Benchmark of training: a step of a binarized model beside its float host.
 
 One step is forward, backward and optimizer step on the same random batch. Memory is what autograd keeps for backward,
 parameters excluded.

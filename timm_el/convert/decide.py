@@ -24,7 +24,7 @@ from .sites import (
     channels_of,
 )
 
-__all__ = ['Question', 'decide', 'decide_dead_signs', 'ends_of', 'splits_shortcut']
+__all__ = ['Question', 'decide', 'decide_dead_signs', 'ends_of', 'splits_shortcut', 'whys_of']
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,11 @@ def why_kept(site: Site, question: Question) -> Why | None:
         return site.kept
     form = binary_form(site.conv.module, question.recipe)
     return form if isinstance(form, Why) else None
+
+
+def whys_of(decisions: Sequence[Decision]) -> dict[str, Why | None]:
+    """Return why each site's layer stays float, by path, None where a unit takes its place."""
+    return {d.site.path: d.why if isinstance(d, Keep) else None for d in decisions}
 
 
 def ends_of(network: Network, recipe: Recipe) -> tuple[Site, ...]:

@@ -18,7 +18,7 @@ from .build_unit import (
     split_norm_act,
     takes_tail,
 )
-from .decide import Question, ends_of, splits_shortcut
+from .decide import Question, ends_of, splits_shortcut, whys_of
 from .sites import Act, Conv, Convert, Decision, Edit, Group, Keep, Network, Site, channels_of
 
 __all__ = ['build', 'build_units', 'refuse_hooked_sites']
@@ -31,7 +31,7 @@ def build(network: Network, decisions: Sequence[Decision], question: Question) -
         ValueError: A unit cannot be built, or an activation outside of the sites carries hooks.
     """
     edits = build_units(decisions, question)
-    whys = {d.site.path: d.why if isinstance(d, Keep) else None for d in decisions}
+    whys = whys_of(decisions)
     for group in network.groups:
         edits.update((edit.path, edit) for edit in _edit_shortcut(group, splits_shortcut(
             group, whys, question.recipe), question))

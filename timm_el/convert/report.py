@@ -11,7 +11,7 @@ from ..quantizers import BITS
 from ..recipes import Recipe
 from ..tables import table
 from .build_unit import drops_norm, has_statistics
-from .decide import Question, ends_of, splits_shortcut
+from .decide import Question, ends_of, splits_shortcut, whys_of
 from .sites import EXEMPT, FAILURES, Act, Conv, Convert, Decision, Edit, Keep, Network, Reason, Why
 
 __all__ = ['Report', 'ReportRow', 'find_failures', 'make_report', 'starts_anew']
@@ -259,7 +259,7 @@ def _gone_shortcuts(
     """Return the prefixes of the paths on shortcuts that the recipe takes away."""
     if question.recipe.residual or not any(isinstance(decision, Convert) for decision in decisions):
         return ()
-    whys = {d.site.path: d.why if isinstance(d, Keep) else None for d in decisions}
+    whys = whys_of(decisions)
     return tuple(
         f'{group.shortcut.path}.' for network in networks for group in network.groups
         if group.shortcut and not splits_shortcut(group, whys, question.recipe))
