@@ -3,6 +3,8 @@
 Importing this package registers its models with timm, loads the engine's native library, of which TIMM_EL_ISA may name
 the instruction set, and defines the engine's operators.
 """
+from typing import TYPE_CHECKING
+
 from . import engine, models
 from ._moved import moved_to
 from .convert import binarize
@@ -20,5 +22,6 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    raise AttributeError(moved_to(f'{__name__}.{name}') or f'module {__name__!r} has no attribute {name!r}')
+if not TYPE_CHECKING:  # to a type checker a module with `__getattr__` has every name
+    def __getattr__(name: str):
+        raise AttributeError(moved_to(f'{__name__}.{name}') or f'module {__name__!r} has no attribute {name!r}')

@@ -30,13 +30,13 @@ WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
 FOLDER_VERSION = 2  # of folders of converted nets; in the first one the architecture was the host's
 
 
-def file_facts(path: str | os.PathLike) -> dict[str, Any]:
+def file_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     """SHA-256 and size in bytes of a file, as the manifest has them."""
     data = Path(path).read_bytes()
     return {'sha256': hashlib.sha256(data).hexdigest(), 'size': len(data)}
 
 
-def read_metrics(folder: str | os.PathLike) -> dict[str, float]:
+def read_metrics(folder: str | os.PathLike[str]) -> dict[str, float]:
     """Metrics by name, such as top1, that the model card of a Hub folder gives; empty without a card."""
     from huggingface_hub import ModelCard
     card = Path(folder) / CARD
@@ -52,7 +52,7 @@ def _is_registered(model: nn.Module) -> bool:
 
 def save_for_hub(
         model: nn.Module,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         *,
         float_dtype: torch.dtype | None = None,
         metrics: dict[str, float] | None = None,
@@ -133,11 +133,11 @@ def _verify(model: nn.Module, folder: Path) -> None:
 
 
 def from_hub(
-        repo: str | os.PathLike,
+        repo: str | os.PathLike[str],
         *,
         revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        **kwargs,
+        cache_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
 ) -> nn.Module:
     """Load a network from a Hub repository or a folder of the same form.
 
@@ -178,7 +178,7 @@ def from_hub(
 
 
 def push_to_hub(
-        folder: str | os.PathLike, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        folder: str | os.PathLike[str], repo_id: str, *, private: bool = False, token: str | None = None) -> str:
     """Upload a folder that `save_for_hub` wrote; returns its address."""
     from huggingface_hub import HfApi
     api = HfApi(token=token, library_name='timm_el')

@@ -1,4 +1,5 @@
 """Convolutions of binary inputs with binary weights (paper, equation 3)."""
+from typing import Any
 
 import torch
 import torch.fx
@@ -114,8 +115,8 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
             groups: int = 1,
             bias: bool = True,
             padding_mode: str = 'zeros',
-            device=None,
-            dtype=None,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
             *,
             input_quantizer: str | None = 'ste',
             weight_quantizer: str | None = 'ste',
@@ -151,7 +152,7 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
             self.conv_padding = (self.pad_sides[2], self.pad_sides[0])
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **quantization) -> 'BinaryConv2d':
+    def from_conv(cls, conv: nn.Conv2d, **quantization: Any) -> 'BinaryConv2d':
         """A binary convolution that shares the parameters of a float one, which become its latent weight and bias.
 
         Args:
@@ -230,14 +231,21 @@ class StandardizedBinaryConv2d(BinaryConv2d):
         has_gain: Learn a factor per output channel, `gain` (O, 1, 1, 1), initialised to 1.
     """
 
-    def __init__(self, *args, scale: float = 1., eps: float = 1e-6, has_gain: bool = False, **quantization) -> None:
+    def __init__(
+            self,
+            *args: Any,
+            scale: float = 1.,
+            eps: float = 1e-6,
+            has_gain: bool = False,
+            **quantization: Any,
+    ) -> None:
         super().__init__(*args, **{**quantization, 'scale_weight': False})
         self.scale = scale
         self.eps = eps
         self.gain = nn.Parameter(torch.ones_like(self.weight[:, :1, :1, :1])) if has_gain else None
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **quantization) -> 'StandardizedBinaryConv2d':
+    def from_conv(cls, conv: nn.Conv2d, **quantization: Any) -> 'StandardizedBinaryConv2d':
         """A binary convolution that shares the parameters of a float one, with its `scale`, `eps` and `gain`."""
         gain = getattr(conv, 'gain', None)
         binary = super().from_conv(

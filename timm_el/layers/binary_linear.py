@@ -1,4 +1,5 @@
 """Linear layer of binary inputs and binary weights (paper, equation 3)."""
+from typing import Any
 
 import torch
 import torch.fx
@@ -34,8 +35,8 @@ class BinaryLinear(_Quantized, nn.Linear):
             in_features: int,
             out_features: int,
             bias: bool = True,
-            device=None,
-            dtype=None,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
             *,
             input_quantizer: str | None = 'ste',
             weight_quantizer: str | None = 'ste',
@@ -50,7 +51,7 @@ class BinaryLinear(_Quantized, nn.Linear):
             input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad, weight_scale_grad)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, **quantization) -> 'BinaryLinear':
+    def from_linear(cls, linear: nn.Linear, **quantization: Any) -> 'BinaryLinear':
         """A binary linear layer that shares the parameters of a float one."""
         binary = cls(
             linear.in_features, linear.out_features, linear.bias is not None, device='meta', **quantization)

@@ -46,8 +46,8 @@ class ElasticLink(nn.Module):
             stride: int | tuple[int, int] = 1,
             gamma: str | None = 'learnable',
             pool: nn.Module | None = None,
-            device=None,
-            dtype=None,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
             channels_last: bool = False,
     ) -> None:
         check_positive(in_channels=in_channels, out_channels=out_channels)

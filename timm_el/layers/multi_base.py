@@ -1,5 +1,6 @@
 """ABC-Net's convolution of several binary bases."""
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.fx
@@ -33,7 +34,7 @@ class MultiBaseConv2d(BinaryConv2d):
         ValueError: `bases` are not two positive integers, or `input_quantizer` is another.
     """
 
-    def __init__(self, *args, bases: Sequence[int] = (1, 1), **quantization) -> None:
+    def __init__(self, *args: Any, bases: Sequence[int] = (1, 1), **quantization: Any) -> None:
         if not isinstance(bases, (tuple, list)) or len(bases) != 2:
             raise ValueError(f'bases: found {bases!r}, expected (M, N), bases of the weight and of the input')
         check_positive(**{f'bases[{i}]': n for i, n in enumerate(bases)})

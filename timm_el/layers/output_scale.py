@@ -36,7 +36,13 @@ class LearnedScale(nn.Module):
         size: (H', W') of the convolution's output; None for factors of channels alone.
     """
 
-    def __init__(self, channels: int, size: tuple[int, int] | None = None, device=None, dtype=None) -> None:
+    def __init__(
+            self,
+            channels: int,
+            size: tuple[int, int] | None = None,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
         dd = {'device': device, 'dtype': dtype}
         check_positive(channels=channels)
         super().__init__()
@@ -75,7 +81,14 @@ class Gate(nn.Module):
         reduction: How much narrower the hidden layer is.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, reduction: int = 8, device=None, dtype=None) -> None:
+    def __init__(
+            self,
+            in_channels: int,
+            out_channels: int,
+            reduction: int = 8,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
         dd = {'device': device, 'dtype': dtype}
         check_positive(in_channels=in_channels, out_channels=out_channels, reduction=reduction)
         super().__init__()

@@ -16,6 +16,8 @@ __all__ = ['real_weights']
 class _Quantized(nn.Module):
     """What `BinaryConv2d` and `BinaryLinear` share: two quantizers and two scales."""
     __jit_unused_properties__ = ['is_binary', 'weight_bits', 'binary_products']
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
     def _set_quantization(
             self,

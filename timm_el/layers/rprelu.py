@@ -18,7 +18,12 @@ class Shift(nn.Module):
         channels: C, the size of axis 1 of the input.
     """
 
-    def __init__(self, channels: int, device=None, dtype=None) -> None:
+    def __init__(
+            self,
+            channels: int,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
         check_positive(channels=channels)
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
@@ -40,7 +45,13 @@ class RSign(Shift):
         quantizer: Name of the sign's estimator.
     """
 
-    def __init__(self, channels: int, quantizer: str = 'approx', device=None, dtype=None) -> None:
+    def __init__(
+            self,
+            channels: int,
+            quantizer: str = 'approx',
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(channels, device=device, dtype=dtype)
         self.quantize = get_quantizer(quantizer)
 
@@ -56,7 +67,13 @@ class RPReLU(nn.Module):
         slope: Initial slope for negative values.
     """
 
-    def __init__(self, channels: int, slope: float = 0.25, device=None, dtype=None) -> None:
+    def __init__(
+            self,
+            channels: int,
+            slope: float = 0.25,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
         check_positive(channels=channels)
         dd = {'device': device, 'dtype': dtype}
         super().__init__()

@@ -1,4 +1,6 @@
 """TTQ's convolution of trained ternary weights."""
+from typing import Any
+
 import torch
 import torch.fx
 import torch.nn as nn
@@ -21,7 +23,7 @@ class TrainedTernaryConv2d(BinaryConv2d):
         args, quantization: As for `BinaryConv2d`; `weight_quantizer` and `scale_weight` have no effect.
     """
 
-    def __init__(self, *args, **quantization) -> None:
+    def __init__(self, *args: Any, **quantization: Any) -> None:
         super().__init__(*args, **{**quantization, 'weight_quantizer': 'twn'})
         self.weight_quantizer = 'ttq'
         self._add_parameters()

@@ -34,7 +34,7 @@ def _convert(
         plan: dict[str, Any] | None,
         planned_classes: int | None,
         num_classes: int = 1000,
-        **kwargs,
+        **kwargs: Any,
 ) -> nn.Module:
     """Return a host that was converted with as many classes as the planned one, and then got its own number.
 
@@ -48,7 +48,7 @@ def _convert(
 
 
 def _features(
-        model: nn.Module, feature_cls: None | str | Callable[..., nn.Module], out_indices: Any, **kwargs,
+        model: nn.Module, feature_cls: None | str | Callable[..., nn.Module], out_indices: Any, **kwargs: Any,
 ) -> nn.Module:
     """Return the feature extractor of a net: of all levels, and by `forward_intermediates` where nothing else is asked.
 
@@ -88,7 +88,7 @@ def timm_el_converted(
         host: str = 'resnet18',
         recipe: str | Recipe | dict[str, Any] = 'el',
         plan: dict[str, Any] | None = None,
-        **kwargs,
+        **kwargs: Any,
 ) -> nn.Module:
     """A net of timm, converted; `pretrained=True` is for folders of `save_for_hub` (`local-dir:`, `hf-hub:`).
 

@@ -33,10 +33,10 @@ class BinarizedEfficientNet(CheckedLoading, EfficientNet):
 
     def __init__(
             self,
-            *args,
+            *args: Any,
             recipe: str | Recipe | dict[str, Any] = 'el_mobilenet',
             real_weights: bool = False,
-            **kwargs,
+            **kwargs: Any,
     ) -> None:
         check_arguments(EfficientNet, BinarizedEfficientNet, kwargs)
         super().__init__(*args, **kwargs)
@@ -57,10 +57,10 @@ class BinarizedEfficientNetFeatures(EfficientNetFeatures):
 
     def __init__(
             self,
-            *args,
+            *args: Any,
             recipe: str | Recipe | dict[str, Any] = 'el_mobilenet',
             real_weights: bool = False,
-            **kwargs,
+            **kwargs: Any,
     ) -> None:
         check_arguments(EfficientNetFeatures, BinarizedEfficientNetFeatures, kwargs)
         super().__init__(*args, **kwargs)
@@ -76,7 +76,7 @@ class BinarizedEfficientNetFeatures(EfficientNetFeatures):
                 self.feature_info.get_dicts(keys=('module', 'hook_type')), self.named_modules())
 
 
-def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
+def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
     return {
         'url': url,
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
@@ -99,7 +99,7 @@ def _create_mobilenet_v1(
         variant: str,
         channel_multiplier: float = 1.0,
         pretrained: bool = False,
-        **kwargs,
+        **kwargs: Any,
 ) -> BinarizedEfficientNet:
     kwargs = choose_weights(variant, pretrained, kwargs)
     arch_def = [
@@ -136,6 +136,6 @@ def _create_mobilenet_v1(
 
 
 @register_model
-def el_mobilenet_v1(pretrained: bool = False, channel_multiplier: float = 1.0, **kwargs) -> BinarizedEfficientNet:
+def el_mobilenet_v1(pretrained: bool = False, channel_multiplier: float = 1.0, **kwargs: Any) -> BinarizedEfficientNet:
     """Elastic-Link MobileNetV1."""
     return _create_mobilenet_v1('el_mobilenet_v1', channel_multiplier, pretrained, **kwargs)

@@ -1,5 +1,7 @@
 """Creation of networks by name: registered models, and nets of timm that a recipe converts."""
 
+from typing import Any
+
 import timm
 import torch.nn as nn
 
@@ -13,7 +15,7 @@ def is_ours(name: str) -> bool:
     return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm_el.')
 
 
-def create(name: str, recipe: str | None = None, **kwargs) -> nn.Module:
+def create(name: str, recipe: str | None = None, **kwargs: Any) -> nn.Module:
     """A timm model; with a recipe, a registered model of this package takes it and any other is converted by it."""
 
     if recipe is None:

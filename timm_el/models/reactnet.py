@@ -51,8 +51,8 @@ class ReActBlock(nn.Module):
             gamma: str | None = None,
             weight_quantizer: str | None = 'ste',
             drop_path: float = 0.,
-            device=None,
-            dtype=None,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -116,8 +116,8 @@ class ReActNet(CheckedLoading, nn.Module):
             real_weights: bool = False,
             drop_rate: float = 0.,
             drop_path_rate: float = 0.,
-            device=None,
-            dtype=None,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -321,7 +321,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return out
 
 
-def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
+def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
     return {
         'url': url,
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
@@ -342,7 +342,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_reactnet(variant: str, pretrained: bool = False, **kwargs) -> ReActNet:
+def _create_reactnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ReActNet:
     kwargs = choose_weights(variant, pretrained, kwargs)
     return build_model_with_cfg(
         ReActNet,
@@ -355,20 +355,20 @@ def _create_reactnet(variant: str, pretrained: bool = False, **kwargs) -> ReActN
 
 
 @register_model
-def reactnet_a(pretrained: bool = False, **kwargs) -> ReActNet:
+def reactnet_a(pretrained: bool = False, **kwargs: Any) -> ReActNet:
     """ReActNet-A: all convolutions but the first binary."""
     return _create_reactnet('reactnet_a', pretrained, **kwargs)
 
 
 @register_model
-def reactnet_c(pretrained: bool = False, **kwargs) -> ReActNet:
+def reactnet_c(pretrained: bool = False, **kwargs: Any) -> ReActNet:
     """ReActNet-C: the 1x1 convolutions of reduction blocks are real-valued."""
     model_args = dict(real_reduction=True)
     return _create_reactnet('reactnet_c', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def el_reactnet_c(pretrained: bool = False, **kwargs) -> ReActNet:
+def el_reactnet_c(pretrained: bool = False, **kwargs: Any) -> ReActNet:
     """ReActNet-C with Elastic-Link: the duplicated shortcut of reduction blocks is Expand / gamma."""
     model_args = dict(real_reduction=True, gamma='learnable')
     return _create_reactnet('el_reactnet_c', pretrained, **dict(model_args, **kwargs))

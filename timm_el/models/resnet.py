@@ -48,14 +48,14 @@ class BinarizedResNet(CheckedLoading, ResNet):
 
     def __init__(
             self,
-            *args,
+            *args: Any,
             recipe: str | Recipe | dict[str, Any] = 'el',
             real_weights: bool = False,
             small_stem: bool = False,
             stride_first: bool = True,
             zero_init_last: bool = False,
             channels: tuple[int, ...] = (64, 128, 256, 512),
-            **kwargs,
+            **kwargs: Any,
     ) -> None:
         check_arguments(ResNet, BinarizedResNet, kwargs)
         check_flags(real_weights=real_weights, small_stem=small_stem, stride_first=stride_first)
@@ -90,11 +90,11 @@ class BinarizedResNet(CheckedLoading, ResNet):
         taken, _ = feature_take_indices(last + 1, indices)
         return taken, [STAGES if i == last else i for i in taken]
 
-    def forward_intermediates(self, x: torch.Tensor, indices: None | int | list[int] = None, **kwargs):
+    def forward_intermediates(self, x: torch.Tensor, indices: None | int | list[int] = None, **kwargs: Any) -> Any:
         """As in timm."""
         return super().forward_intermediates(x, self._timm_indices(indices)[1], **kwargs)
 
-    def prune_intermediate_layers(self, indices: int | list[int] = 1, **kwargs) -> list[int]:
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, **kwargs: Any) -> list[int]:
         """As in timm."""
         taken, timms = self._timm_indices(indices)
         super().prune_intermediate_layers(timms, **kwargs)
@@ -154,7 +154,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return out
 
 
-def _cfg(url: str = '', **kwargs) -> dict[str, Any]:
+def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
     return {
         'url': url,
         'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
@@ -181,7 +181,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def _create_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     kwargs = choose_weights(variant, pretrained, kwargs)
     features = 1 + len(kwargs.get('channels', range(STAGES)))
     kwargs = {'feature_cfg': dict(out_indices=tuple(range(features))), **kwargs}
@@ -190,56 +190,56 @@ def _create_resnet(variant: str, pretrained: bool = False, **kwargs) -> Binarize
 
 
 @register_model
-def el_resnet18(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def el_resnet18(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Elastic-Link ResNet-18: on basic blocks one shortcut per convolution."""
     model_args = dict(block=BasicBlock, layers=[2, 2, 2, 2], avg_down=True)
     return _create_resnet('el_resnet18', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def el_resnet20(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def el_resnet20(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Elastic-Link ResNet-20 of the CIFAR papers: three stages of 16, 32 and 64 channels, for images of 32 px."""
     model_args = dict(block=BasicBlock, layers=[3, 3, 3], channels=(16, 32, 64), small_stem=True, avg_down=True)
     return _create_resnet('el_resnet20', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def el_resnet26(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def el_resnet26(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Elastic-Link ResNet-26 (bottleneck)."""
     model_args = dict(block=Bottleneck, layers=[2, 2, 2, 2], avg_down=True)
     return _create_resnet('el_resnet26', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def el_resnet34(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def el_resnet34(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Elastic-Link ResNet-34: on basic blocks one shortcut per convolution."""
     model_args = dict(block=BasicBlock, layers=[3, 4, 6, 3], avg_down=True)
     return _create_resnet('el_resnet34', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def el_resnet50(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def el_resnet50(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Elastic-Link ResNet-50 (bottleneck)."""
     model_args = dict(block=Bottleneck, layers=[3, 4, 6, 3], avg_down=True)
     return _create_resnet('el_resnet50', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def bireal_resnet18(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def bireal_resnet18(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Bi-Real Net 18, the net of the official PyTorch checkpoint."""
     model_args = dict(block=BasicBlock, layers=[2, 2, 2, 2], avg_down=True, recipe='bireal')
     return _create_resnet('bireal_resnet18', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def bireal_resnet34(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def bireal_resnet34(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Bi-Real Net 34, the net of the official PyTorch checkpoint."""
     model_args = dict(block=BasicBlock, layers=[3, 4, 6, 3], avg_down=True, recipe='bireal')
     return _create_resnet('bireal_resnet34', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def reactnet_resnet18(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def reactnet_resnet18(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """ReActNet on ResNet-18, the net of the official checkpoint."""
     model_args = dict(block=BasicBlock, layers=[2, 2, 2, 2], avg_down=True, recipe='reactnet')
     return _create_resnet('reactnet_resnet18', pretrained, **dict(model_args, **kwargs))

@@ -1,5 +1,6 @@
 """Distillation task in the style of `timm.task`: logits, class distributions, attention maps."""
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -44,7 +45,7 @@ class _Tap:
             for path in self.paths]
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for handle in self.handles:
             handle.remove()
 
@@ -87,7 +88,7 @@ class DistillationTask(LogitDistillationTask):
             match_layers: Sequence[str] | None = None,
             attention_norm: str = 'l2',
             loss_type: str = 'kl',
-            **kwargs,
+            **kwargs: Any,
     ) -> None:
         if teacher_model is None:
             raise ValueError(
@@ -121,7 +122,7 @@ class DistillationTask(LogitDistillationTask):
             _check_layers(student, [s for s, _ in self.match_layers], 'student')
             _check_layers(teacher, [t for _, t in self.match_layers], 'teacher')
 
-    def compile(self, *args, **kwargs) -> nn.Module:
+    def compile(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As timm's; refused with attention matching, whose hooks a compiled model does not run."""
         if self.attention_loss_weight:
             raise ValueError(

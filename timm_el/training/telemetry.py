@@ -21,14 +21,14 @@ class JsonLines:
         epoch: First epoch that is still to come; records with a smaller 'epoch' stay.
     """
 
-    def __init__(self, path: str, epoch: int = 0) -> None:
+    def __init__(self, path: str | os.PathLike[str], epoch: int = 0) -> None:
         self.path = path
         kept = [record for record in self.read(path) if record['epoch'] < epoch]
         with open(path, 'w') as f:
             f.writelines(json.dumps(record) + '\n' for record in kept)
 
     @staticmethod
-    def read(path: str) -> list[dict[str, Any]]:
+    def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         """All records; a last line that was cut short by an interruption is left out."""
         if not os.path.exists(path):
             return []
@@ -63,7 +63,14 @@ class Telemetry:
         reach: In units of mean(abs(W)).
     """
 
-    def __init__(self, model: nn.Module, path: str, epoch: int = 0, bins: int = 24, reach: float = 3.0) -> None:
+    def __init__(
+            self,
+            model: nn.Module,
+            path: str | os.PathLike[str],
+            epoch: int = 0,
+            bins: int = 24,
+            reach: float = 3.0,
+    ) -> None:
         self.model = model
         self.layers = binary_layers(model)
         self.lines = JsonLines(path, epoch)

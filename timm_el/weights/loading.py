@@ -34,7 +34,7 @@ class CheckedLoading:
     """Mixin of the registered models: `load_state_dict` refuses what does not fit before the first tensor is copied."""
 
     @torch.jit.ignore
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; raises `CheckpointError` and loads nothing if the state dict does not fit."""
         if is_packed(state_dict):
             state_dict = unpack_state_dict(state_dict, self)
@@ -110,7 +110,7 @@ def float_to_latent(state_dict: dict[str, torch.Tensor], model: nn.Module) -> di
     return latent
 
 
-def load_float(model: nn.Module, checkpoint: str | dict[str, torch.Tensor]) -> nn.Module:
+def load_float(model: nn.Module, checkpoint: str | os.PathLike[str] | dict[str, torch.Tensor]) -> nn.Module:
     """Load a checkpoint of a binarized model's float host: its weights become the latent initialisation.
 
         model = timm_el.load_float(timm.create_model("el_resnet50"), "resnet50.safetensors")
@@ -145,7 +145,7 @@ def load_float(model: nn.Module, checkpoint: str | dict[str, torch.Tensor]) -> n
     return model
 
 
-def load_packed(model: nn.Module, path: str | os.PathLike, assign: bool = False) -> nn.Module:
+def load_packed(model: nn.Module, path: str | os.PathLike[str], assign: bool = False) -> nn.Module:
     """Load a packed file (`save_packed`): each binary weight becomes +-alpha, and can be trained on.
 
     Args:

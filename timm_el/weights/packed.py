@@ -313,7 +313,7 @@ def _take(state_dict: dict[str, torch.Tensor], prefix: str, layer: nn.Module, wh
 # Files
 
 def save_packed(
-        model: nn.Module, path: str | os.PathLike, float_dtype: torch.dtype | None = None) -> None:
+        model: nn.Module, path: str | os.PathLike[str], float_dtype: torch.dtype | None = None) -> None:
     """Write a model's packed file; either the whole file comes to be, or none, and an older one stays.
 
     Args:
@@ -353,7 +353,7 @@ def _umask() -> int:
     return mask
 
 
-def read_packed(path: str | os.PathLike, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
+def read_packed(path: str | os.PathLike[str], model: nn.Module | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a packed file, checked for damage.
 
     Args:
