@@ -54,6 +54,25 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def worst_unit(latent: nn.Module, deployed: nn.Module, x: torch.Tensor) -> float:
+    """Largest difference of any unit's output, each fed what the latent unit is fed, relative to its largest value."""
+    seen = {}
+    handles = [
+        m.register_forward_hook(lambda m, args, out, p=p: seen.setdefault(p, []).append((args[0].clone(), out.clone())))
+        for p, m in latent.named_modules() if isinstance(m, timm_el.layers.BinaryUnit)]
+    latent(x)
+    for handle in handles:
+        handle.remove()
+    assert seen
+    worst = 0.
+    for path, calls in seen.items():
+        for source, expected in calls:
+            error = (deployed.get_submodule(path)(source) - expected).abs().max() / expected.abs().max().clamp(min=1)
+            worst = max(worst, error.item())
+    return worst
+
+
 @pytest.fixture(scope='session')
 def photos() -> torch.Tensor:
     """Eight crops of scikit-learn's two photographs, 224 px, normalised: (8, 3, 224, 224)."""

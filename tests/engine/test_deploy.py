@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from conftest import EACH_MODEL, randomise, with_slow
+from conftest import EACH_MODEL, randomise, with_slow, worst_unit
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import timm_el
@@ -39,25 +39,6 @@ def _one_thread():
 def net(name: str, seed: int = 0, **kwargs) -> nn.Module:
     torch.manual_seed(seed)
     return randomise(timm.create_model(name, **kwargs), seed).eval()
-
-
-@torch.no_grad()
-def worst_unit(latent: nn.Module, deployed: nn.Module, x: torch.Tensor) -> float:
-    """Largest difference of any unit's output, each fed what the latent unit is fed, relative to its largest value."""
-    seen = {}
-    handles = [
-        m.register_forward_hook(lambda m, args, out, p=p: seen.setdefault(p, []).append((args[0].clone(), out.clone())))
-        for p, m in latent.named_modules() if isinstance(m, BinaryUnit)]
-    latent(x)
-    for handle in handles:
-        handle.remove()
-    assert seen
-    worst = 0.
-    for path, calls in seen.items():
-        for source, expected in calls:
-            error = (deployed.get_submodule(path)(source) - expected).abs().max() / expected.abs().max().clamp(min=1)
-            worst = max(worst, error.item())
-    return worst
 
 
 def check(latent: nn.Module, size: int = 64) -> nn.Module:

@@ -64,6 +64,8 @@ def build_unit(decision: Convert, recipe: Recipe, run: LayerRun | None, image: s
         post = new_beside(RPReLU, host.out_channels, host)
     act_first = decision.act is Act.IN_BRANCH and act is not None
     unit = BinaryUnit(conv, norm, act, decision.link, pre, post, tail, act_first, scale)
+    if conv is None:
+        unit.take_host_attributes(host)  # the link need not have them
     unit.training = host.training
     return unit
 

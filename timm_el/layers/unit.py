@@ -70,11 +70,13 @@ class BinaryUnit(nn.Module):
         self.link = link
         self.post = post
         self.act_first = act_first
-        # Hosts read these off the layer that the unit replaces.
-        source = link if conv is None else conv
+        self.take_host_attributes(link if conv is None else conv)
+
+    def take_host_attributes(self, layer: nn.Module) -> None:
+        """Set what hosts read off the layer that the unit replaces, `HOST_ATTRIBUTES`, from `layer`."""
         for name in HOST_ATTRIBUTES:
-            if hasattr(source, name):
-                setattr(self, name, getattr(source, name))
+            if hasattr(layer, name):
+                setattr(self, name, getattr(layer, name))
 
     @property
     def weight(self) -> torch.Tensor | None:
