@@ -3,6 +3,7 @@ import copy
 import json
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -698,3 +699,14 @@ def test_what_fails_behind_the_exchange_of_modules_is_taken_back_too(fails, monk
     modules_after, tensors_after = snapshot(model)
     assert modules_after == modules and tensors_after.keys() == tensors.keys()
     assert all(torch.equal(tensors[k], tensors_after[k]) for k in tensors)
+
+
+def test_threads_that_binarize_at_once_each_get_their_net():
+    names = ['test_resnet', 'test_efficientnet', 'test_convnext', 'test_nfnet'] * 2
+
+    def report(name: str) -> str:
+        return str(timm_el.binarize(timm.create_model(name, num_classes=3)).binarize_report)
+
+    alone = [report(name) for name in names]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(report, names)) == alone

@@ -8,6 +8,7 @@ stood. In a network that no table describes, signs that would be the same everyw
 network, and decided, built and applied in a second pass.
 """
 import fnmatch
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -31,6 +32,8 @@ from .report import find_failures, make_report, starts_anew
 from .sites import Act, Convert, Decision, Network
 
 __all__ = ['binarize']
+
+_one_at_a_time = threading.RLock()  # torch.fx patches torch.nn for all threads
 
 
 def _refuse_unfit(model: nn.Module) -> None:
@@ -66,8 +69,8 @@ def binarize(
     """Binarize a network in place: every conv-norm-act chain becomes one `BinaryUnit`.
 
     ResNets of timm and torchvision and MobileNetV1 are converted by what is known about their blocks; every other
-    network by its data flow, as torch.fx traces it (not thread-safe: fx patches torch.nn while it traces), or where fx
-    cannot, by its modules one by one, which the report says. There a unit whose sign would be the same almost
+    network by its data flow, as torch.fx traces it (which patches torch.nn: run no model in another thread), or where
+    fx cannot, by its modules one by one, which the report says. There a unit whose sign would be the same almost
     everywhere, because an activation cannot be taken away, gets a new norm in front, and this is checked on a batch of
     noise, or on `example_input`. Linear layers on pixels (N, H, W, C) count as the 1x1 convolutions that they are.
 
@@ -110,6 +113,20 @@ def binarize(
     _refuse_unfit(model)
     if like is not None:
         recipe, keep = Recipe.from_dict(like['recipe']), like['keep']
+    with _one_at_a_time:
+        return _convert(model, recipe, keep, example_input, real_weights, strict, like)
+
+
+def _convert(
+        model: nn.Module,
+        recipe: str | Recipe | dict[str, Any],
+        keep: Sequence[str],
+        example_input: torch.Tensor | None,
+        real_weights: bool,
+        strict: bool,
+        like: dict[str, Any] | None,
+) -> nn.Module:
+    """Return the model, converted; the arguments are those of `binarize`."""
     chosen, notes = _choose_recipe(model, recipe)
     question, not_run = _ask(
         model, chosen.with_real_weights() if real_weights else chosen, keep, _image_size(model, example_input, like))
