@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from ..dry_run import WEIGHTED, undisturbed
 from ..layers import ElasticLink
-from ..quantizers import BITS
+from ..quantizers import REGISTRY
 from ..recipes import Recipe
 from ..tables import table
 from .build_unit import drops_norm, has_statistics
@@ -242,7 +242,7 @@ def _facts(decision: Decision, edits: dict[str, Edit]) -> tuple[str, Why | None]
         return 'binarized', decision.why
     quantizer, what = (conv.input_quantizer, 'inputs') if conv.input_quantizer else (conv.weight_quantizer, 'weights')
     kinds = {1: 'binary', 2: 'ternary'}
-    return f'{kinds.get(BITS.get(quantizer), quantizer)} {what}', decision.why
+    return f'{kinds.get(REGISTRY[quantizer].bits, quantizer)} {what}', decision.why
 
 
 def _link_facts(decision: Decision, edits: dict[str, Edit]) -> dict[str, Any]:

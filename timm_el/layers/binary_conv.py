@@ -6,7 +6,7 @@ import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..quantizers import ESTIMATORS, is_symbolic, lean, wide_float
+from ..quantizers import REGISTRY, is_symbolic, lean, wide_float
 from .checks import check_images, check_positive
 from .quantized import _Quantized
 from .scales import input_scale
@@ -18,7 +18,7 @@ PAD_VALUES = (-1, 0, 1)
 
 
 def _quantized_weight(weight: torch.Tensor, alpha: torch.Tensor | None, quantizer: str | None) -> torch.Tensor:
-    weight = ESTIMATORS[quantizer].quantize(weight)
+    weight = REGISTRY[quantizer].lean.quantize(weight)
     return weight if alpha is None else weight * alpha
 
 
@@ -34,7 +34,7 @@ class _QuantizedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, alpha, bias, input_quantizer, weight_quantizer, stride, padding, dilation, groups):
         return F.conv2d(
-            ESTIMATORS[input_quantizer].quantize(x), _quantized_weight(weight, alpha, weight_quantizer), bias,
+            REGISTRY[input_quantizer].lean.quantize(x), _quantized_weight(weight, alpha, weight_quantizer), bias,
             stride, padding, dilation, groups)
 
     @staticmethod
@@ -42,12 +42,12 @@ class _QuantizedConv2d(torch.autograd.Function):
         x, weight, alpha, bias, ctx.input_quantizer, ctx.weight_quantizer, *ctx.geometry = inputs
         ctx.dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(ESTIMATORS[ctx.input_quantizer].encode(x), weight, alpha)
+        ctx.save_for_backward(REGISTRY[ctx.input_quantizer].lean.encode(x), weight, alpha)
 
     @staticmethod
     def backward(ctx, grad):
         code, weight, alpha = ctx.saved_tensors
-        of_input, of_weight = ESTIMATORS[ctx.input_quantizer], ESTIMATORS[ctx.weight_quantizer]
+        of_input, of_weight = REGISTRY[ctx.input_quantizer].lean, REGISTRY[ctx.weight_quantizer].lean
         stride, padding, dilation, groups = ctx.geometry
         # Under autocast the convolution, and so its gradient, has another dtype than the input and the weight.
         signed = of_input.decode(code, grad.dtype)

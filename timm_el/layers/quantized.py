@@ -7,7 +7,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 
-from ..quantizers import BITS, ESTIMATORS, WEIGHT_QUANTIZERS, get_quantizer
+from ..quantizers import REGISTRY, WEIGHT_QUANTIZERS, get_quantizer
 from .scales import weight_scale
 
 __all__ = ['real_weights']
@@ -38,7 +38,7 @@ class _Quantized(nn.Module):
         self.input_scale_grad = input_scale_grad
         self.weight_scale_grad = weight_scale_grad
         self.scale_shape = [-1] + [1] * (self.weight.dim() - 1)
-        self.has_lean_form = weight_quantizer in ESTIMATORS
+        self.has_lean_form = REGISTRY[weight_quantizer].lean is not None
 
     @property
     def is_binary(self) -> bool:
@@ -48,12 +48,12 @@ class _Quantized(nn.Module):
     @property
     def weight_bits(self) -> int:
         """Bits of a weight: 1 for signs, 2 for ternary weights, 0 if it is real."""
-        return BITS.get(self.weight_quantizer, 0)
+        return REGISTRY[self.weight_quantizer].bits
 
     @property
     def binary_products(self) -> int:
         """Products of +-1 and +-1 in one multiply-accumulate: the bits of the input times those of the weight."""
-        return BITS.get(self.input_quantizer, 0) * self.weight_bits
+        return REGISTRY[self.input_quantizer].bits * self.weight_bits
 
     def latent_weight(self) -> torch.Tensor:
         """What the sign is taken of."""
