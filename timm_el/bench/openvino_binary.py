@@ -1,10 +1,10 @@
-"""The same binarized net with OpenVINO's BinaryConvolution.
+"""Conversion of a binarized net to OpenVINO, with its BinaryConvolution.
 
 A twin of the latent net is exported, in which the binary convolutions that OpenVINO can run take `torch.sign` of their
 input. Nothing else in our nets is a Sign that feeds a Convolution, so these are found again in the OpenVINO graph and
 replaced; everything else stays as OpenVINO's own converter makes it, so that its own fusions apply.
 
-What was learnt of OpenVINO 2026.4's BinaryConvolution, by comparing it with float convolutions:
+Facts about the BinaryConvolution of OpenVINO 2026.4, found by comparing it with float convolutions:
 
 * it is exact for input channels that are multiples of 8 and silently wrong for others;
 * weights are packed with the first bit lowest;
@@ -24,17 +24,18 @@ import torch.nn as nn
 from openvino import opset1, opset4
 
 from ..layers import BinaryConv2d
+from ..layers.quantized import constant_weights
 
 THRESHOLD = np.full((1, 1, 1, 1), -np.finfo(np.float32).tiny, np.float32)
 
 
 def is_supported(conv: BinaryConv2d) -> bool:
-    """OpenVINO's op computes this convolution, and exactly."""
+    """Return whether OpenVINO's op computes this convolution, and exactly."""
     return conv.is_binary and conv.groups == 1 and conv.in_channels % 8 == 0 and not conv.pad_first
 
 
 def binary_model(latent: nn.Module, x: torch.Tensor) -> tuple[ov.Model, str]:
-    """The OpenVINO model of a binarized net for images of one size.
+    """Return the OpenVINO model of a binarized net for images of one size.
 
     Args:
         latent: The net, in eval mode; it is not changed.
@@ -46,14 +47,11 @@ def binary_model(latent: nn.Module, x: torch.Tensor) -> tuple[ov.Model, str]:
     twin = copy.deepcopy(latent)
     convs = [m for m in twin.modules() if isinstance(m, BinaryConv2d) and m.is_binary]
     supported = [conv for conv in convs if is_supported(conv)]
-    with torch.no_grad():
-        for conv in convs:
-            weight = conv.quantized_weight()
-            conv.quantized_weight = lambda weight=weight: weight  # a constant of the graph
-        for conv in supported:
-            conv.quantize_input = torch.sign
-        program = torch.export.export(twin, (x,))
-    model = ov.convert_model(program)
+    for conv in supported:
+        conv.quantize_input = torch.sign
+    with torch.no_grad(), constant_weights(twin):
+        exported = torch.export.export(twin, (x,))
+    model = ov.convert_model(exported)
     model.reshape(list(x.shape))
     found = rewrite(model)
     if found.get('Convolution', 0) != len(supported):
@@ -65,7 +63,7 @@ def binary_model(latent: nn.Module, x: torch.Tensor) -> tuple[ov.Model, str]:
 
 
 def rewrite(model: ov.Model) -> dict[str, int]:
-    """Replace ops by what `REWRITES` makes of them. Returns how many of each type were replaced."""
+    """Replace each op that `REWRITES` knows, and return the number of replaced ops by type."""
     counts: dict[str, int] = {}
     for op in model.get_ordered_ops():
         name = op.get_type_name()
@@ -79,9 +77,9 @@ def rewrite(model: ov.Model) -> dict[str, int]:
 
 
 def binary_convolution(op: ov.Node) -> ov.Node | None:
-    """Convolution of a Sign -> FakeQuantize, BinaryConvolution, and the absolute weight of each channel as a factor.
+    """Return FakeQuantize, BinaryConvolution and a factor per channel for the convolution of a Sign, None for another.
 
-    The converter may have folded alpha and a norm's scale into the weight; sign and size of it are all that is needed.
+    The factor is the absolute weight: the converter may have folded alpha and the scale of a norm into it.
     """
     source, weight = (op.input_value(i).get_node() for i in (0, 1))
     if source.get_type_name() != 'Sign':
@@ -105,7 +103,7 @@ def binary_convolution(op: ov.Node) -> ov.Node | None:
 
 
 def mean_of_abs(op: ov.Node) -> ov.Node | None:
-    """ReduceMean of Abs over all channels (K) -> ReduceL1, which writes no tensor of absolute values between."""
+    """Return ReduceL1 for a ReduceMean of Abs over all channels (K), None for another: it writes no tensor between."""
     source = op.input_value(0).get_node()
     if source.get_type_name() == 'Reshape':  # (N, C, H, W) -> (N, 1, C, H, W)
         source = source.input_value(0).get_node()
@@ -119,7 +117,7 @@ def mean_of_abs(op: ov.Node) -> ov.Node | None:
 
 
 def max_pool(op: ov.Node) -> ov.Node | None:
-    """MaxPool with indices, which are computed though nobody asks for them -> MaxPool, where the sizes are the same."""
+    """Return a MaxPool without indices, which nobody reads, for one with them; None where the sizes would differ."""
     attributes = op.get_attributes()
     if any(n != 1 for n in attributes.get('dilations', ())):
         return None

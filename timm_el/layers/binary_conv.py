@@ -152,8 +152,8 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
             self.conv_padding = (self.pad_sides[2], self.pad_sides[0])
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **quantization: Any) -> 'BinaryConv2d':
-        """A binary convolution that shares the parameters of a float one, which become its latent weight and bias.
+    def from_conv(cls, conv: nn.Conv2d, **quantization) -> 'BinaryConv2d':
+        """Return a binary convolution whose latent weight and bias are the parameters of a float one.
 
         Args:
             conv: The float convolution; it is not changed.
@@ -168,19 +168,23 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
         check_images(x, self.in_channels, 'BinaryConv2d')
         bias = self.bias  # TorchScript narrows None on locals only
         inner_bias = None if self.scale_input else bias  # K does not scale the bias
-        if torch.jit.is_scripting():
-            y = self.convolve(x, inner_bias)
-        else:
-            spelled = self.pad_first or not self.has_lean_form or not torch.is_grad_enabled() or is_symbolic(x)
-            y = self.convolve_lean(x, inner_bias) if not spelled else self.convolve(x, inner_bias)
+        y = self._convolve(x, inner_bias)
         if self.scale_input:
             y = y * self.scale_of_input(x)
             if bias is not None:
                 y = y + bias.reshape(-1, 1, 1)
         return y
 
+    def _convolve(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Convolve in the lean form where there is a backward pass to save memory for, else spelled out."""
+        if torch.jit.is_scripting():
+            return self.convolve(x, bias)
+        else:
+            lean = self.has_lean_form and not self.pad_first and torch.is_grad_enabled() and not is_symbolic(x)
+            return self.convolve_lean(x, bias) if lean else self.convolve(x, bias)
+
     def convolve(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """( Sign(x) (*) Sign(W) ) . alpha + bias, spelled out."""
+        """Return ( Sign(x) (*) Sign(W) ) . alpha + bias, spelled out."""
         signed = self.quantized_input(x)
         if self.pad_first:
             mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
@@ -190,21 +194,21 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
             signed, self.quantized_weight(), bias, self.stride, self.conv_padding, self.dilation, self.groups)
 
     def pads(self, x: torch.Tensor) -> list[int]:
-        """Rows and columns to pad: left, right, top, bottom."""
+        """Return the columns and rows to pad: left, right, top, bottom."""
         if not self.same_pad:
             return self.pad_sides
         return same_pads(x, self.kernel_size, self.stride, self.dilation)
 
     @torch.jit.unused
     def convolve_lean(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The same as `convolve`, keeping one byte a value of the input for backward, and no copy of the weight."""
+        """Same as `convolve`, but keep one byte a value of the input for backward, and no copy of the weight."""
         alpha = self.alpha().reshape(self.scale_shape) if self.scale_weight else None
         return _QuantizedConv2d.apply(
             x, self.latent_weight(), alpha, bias, self.input_quantizer, self.weight_quantizer,
             self.stride, self.conv_padding, self.dilation, self.groups)
 
     def scale_of_input(self, x: torch.Tensor) -> torch.Tensor:
-        """K for this convolution, one plane for all channels, or one a group repeated over its channels."""
+        """Return K (N, 1, H', W'), or (N, C_out, H', W') for a grouped convolution, each group's over its channels."""
         x = x if self.input_scale_grad else x.detach()
         if self.pad_first:
             x = F.pad(x, self.pads(x))
@@ -245,8 +249,8 @@ class StandardizedBinaryConv2d(BinaryConv2d):
         self.gain = nn.Parameter(torch.ones_like(self.weight[:, :1, :1, :1])) if has_gain else None
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **quantization: Any) -> 'StandardizedBinaryConv2d':
-        """A binary convolution that shares the parameters of a float one, with its `scale`, `eps` and `gain`."""
+    def from_conv(cls, conv: nn.Conv2d, **quantization) -> 'StandardizedBinaryConv2d':
+        """Return a binary convolution that shares the parameters of a float one, with its `scale`, `eps` and `gain`."""
         gain = getattr(conv, 'gain', None)
         binary = super().from_conv(
             conv, scale=getattr(conv, 'scale', 1.), eps=conv.eps, has_gain=gain is not None, **quantization)
@@ -261,12 +265,7 @@ class StandardizedBinaryConv2d(BinaryConv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_images(x, self.in_channels, 'StandardizedBinaryConv2d')
-        if torch.jit.is_scripting():
-            y = self.convolve(x)
-        else:
-            spelled = self.pad_first or not self.has_lean_form or not torch.is_grad_enabled() or is_symbolic(x)
-            y = self.convolve(x) if spelled else self.convolve_lean(x)
-        y = y * self.scale
+        y = self._convolve(x) * self.scale
         gain = self.gain
         if gain is not None:
             y = y * gain.reshape(-1, 1, 1)
@@ -277,12 +276,15 @@ class StandardizedBinaryConv2d(BinaryConv2d):
 
 
 def same_pads(
-        x: torch.Tensor,
-        kernel_size: tuple[int, int],
-        stride: tuple[int, int],
-        dilation: tuple[int, int],
-) -> list[int]:
-    """Left, right, top, bottom for an output of ceil(size / stride); the odd one of a pair goes right and down."""
+        x: torch.Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> list[int]:
+    """Return the pixels to pad left, right, top and bottom for an output of ceil(size / stride).
+
+    The odd one of a pair goes right and down.
+
+    Args:
+        x: Input (N, C, H, W).
+        kernel_size, stride, dilation: Those of the convolution.
+    """
     pads: list[int] = []
     for i in (1, 0):
         size = x.shape[2 + i]

@@ -12,7 +12,6 @@ from .quantized import _Quantized
 __all__ = ['BinaryLinear']
 
 
-
 class BinaryLinear(_Quantized, nn.Linear):
     """Product of a binary input with a binary weight: y = ( Sign(x) Sign(W)^T ) . alpha . K + bias (paper, eq. 3).
 
@@ -51,8 +50,8 @@ class BinaryLinear(_Quantized, nn.Linear):
             input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad, weight_scale_grad)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, **quantization: Any) -> 'BinaryLinear':
-        """A binary linear layer that shares the parameters of a float one."""
+    def from_linear(cls, linear: nn.Linear, **quantization) -> 'BinaryLinear':
+        """Return a binary linear layer that shares the parameters of a float one."""
         binary = cls(
             linear.in_features, linear.out_features, linear.bias is not None, device='meta', **quantization)
         return binary._share_parameters(linear)

@@ -1,7 +1,8 @@
 """The quantizers and scales that `BinaryConv2d` and `BinaryLinear` share."""
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 import torch.fx
@@ -10,24 +11,18 @@ import torch.nn as nn
 from ..quantizers import REGISTRY, WEIGHT_QUANTIZERS, get_quantizer
 from .scales import weight_scale
 
-__all__ = ['real_weights']
+__all__ = ['constant_weights', 'real_weights']
 
 
 class _Quantized(nn.Module):
-    """What `BinaryConv2d` and `BinaryLinear` share: two quantizers and two scales."""
+    """Common base of `BinaryConv2d` and `BinaryLinear`: two quantizers and two scales."""
     __jit_unused_properties__ = ['is_binary', 'weight_bits', 'binary_products']
     weight: torch.Tensor
     bias: torch.Tensor | None
 
     def _set_quantization(
-            self,
-            input_quantizer: str | None,
-            weight_quantizer: str | None,
-            scale_weight: bool,
-            scale_input: bool,
-            input_scale_grad: bool,
-            weight_scale_grad: bool,
-    ) -> None:
+            self, input_quantizer: str | None, weight_quantizer: str | None, scale_weight: bool, scale_input: bool,
+            input_scale_grad: bool, weight_scale_grad: bool) -> None:
         self.input_quantizer = input_quantizer
         self.weight_quantizer = weight_quantizer
         self.quantize_input = get_quantizer(input_quantizer, 'input_quantizer')
@@ -56,19 +51,19 @@ class _Quantized(nn.Module):
         return REGISTRY[self.input_quantizer].bits * self.weight_bits
 
     def latent_weight(self) -> torch.Tensor:
-        """What the sign is taken of."""
+        """Return the real weight that is quantized."""
         return self.weight
 
     def alpha(self) -> torch.Tensor:
-        """Scale of the binary weight, (O,)."""
+        """Return the scale of the binary weight, (O,)."""
         return weight_scale(self.weight, self.weight_scale_grad)
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
-        """The input in use: Sign(x), or the real input where there is no quantizer."""
+        """Return the input in use: Sign(x), or the real input where there is no quantizer."""
         return self.quantize_input(x)
 
     def quantized_weight(self) -> torch.Tensor:
-        """The weight in use: alpha * Sign(W), or the real weight where there is no quantizer."""
+        """Return the weight in use: alpha * Sign(W), or the real weight where there is no quantizer."""
         weight = self.quantize_weight(self.latent_weight())
         if self.scale_weight:
             weight = weight * self.alpha().reshape(self.scale_shape)
@@ -96,7 +91,21 @@ class _Quantized(nn.Module):
 
 
 @contextmanager
-def real_weights(model: nn.Module) -> Iterator[None]:
+def _weights_in_use(model: nn.Module, weight_of: Callable[[_Quantized], torch.Tensor]) -> Iterator[None]:
+    """Let the binary layers of a model compute with other weights than the quantized ones, and undo that afterwards."""
+    layers = [(module, module.has_lean_form) for module in model.modules() if isinstance(module, _Quantized)]
+    try:
+        for layer, _ in layers:
+            # The lean form quantizes by itself.
+            layer.quantized_weight, layer.has_lean_form = partial(weight_of, layer), False
+        yield
+    finally:
+        for layer, lean in layers:
+            layer.has_lean_form = lean
+            vars(layer).pop('quantized_weight', None)
+
+
+def real_weights(model: nn.Module) -> AbstractContextManager[None]:
     """Let the binary layers of a model compute with their latent weights; inputs are signed as ever.
 
         with real_weights(model):
@@ -105,12 +114,14 @@ def real_weights(model: nn.Module) -> Iterator[None]:
     Args:
         model: The model; it is as before afterwards.
     """
-    layers = [(module, module.has_lean_form) for module in model.modules() if isinstance(module, _Quantized)]
-    try:
-        for layer, _ in layers:
-            layer.quantized_weight, layer.has_lean_form = layer.latent_weight, False  # the lean form has its own weight
-        yield
-    finally:
-        for layer, lean in layers:
-            layer.has_lean_form = lean
-            vars(layer).pop('quantized_weight', None)
+    return _weights_in_use(model, lambda layer: layer.latent_weight())
+
+
+def constant_weights(model: nn.Module) -> AbstractContextManager[None]:
+    """Let the binary layers of a model compute with their quantized weights as constants, which an exporter keeps.
+
+    Args:
+        model: The model; it is as before afterwards.
+    """
+    constants = {layer: layer.quantized_weight().detach() for layer in model.modules() if isinstance(layer, _Quantized)}
+    return _weights_in_use(model, constants.__getitem__)
