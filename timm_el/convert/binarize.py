@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..dry_run import WEIGHTED, own_input_size, run_layers
+from ..dry_run import own_input_size, run_layers
 from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_tensors, check_unwrapped, guard_input
 from ..recipes import Recipe, get_recipe
 from ..weights.loading import RECIPE_CODE, guard_loading
@@ -25,9 +25,8 @@ from ..weights.parameter_map import ParameterMap, RenewedNorm, tensors_of
 from .apply import apply
 from .build_unit import shift_before_pool
 from .dead_signs import Verdict, judge_signs
-from .decide import Question, decide, decide_dead_signs
-from .edits import build, build_units, refuse_hooked_sites
-from .find import find_sites
+from .decide import Question, decide_dead_signs
+from .edits import Draft, build_units, make_draft
 from .report import find_failures, make_report, starts_anew
 from .sites import Act, Convert, Decision, Network
 
@@ -51,7 +50,7 @@ def _refuse_unfit(model: nn.Module) -> None:
 
 
 def _is_separable(model: nn.Module) -> bool:
-    """Most convolutions larger than 1x1 are depthwise."""
+    """Return whether most convolutions larger than 1x1 are depthwise."""
     spatial = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
     return 2 * sum(1 < m.groups == m.in_channels for m in spatial) > len(spatial)
 
@@ -103,6 +102,23 @@ def binarize(
             or parametrized; `keep` matches nothing; `example_input` has not four axes; the recipe leaves nothing of a
             convolution; or `strict` and a convolution could not be converted.
     """
+    _check_arguments(model, example_input, real_weights)
+    if like is not None:
+        recipe, keep = Recipe.from_dict(like['recipe']), like['keep']
+    chosen, notes = _choose_recipe(model, recipe, real_weights)
+    question, not_run = _ask(model, chosen, keep, _image_size(model, example_input, like))
+    draft = make_draft(model, question, not_run, notes)
+    if strict:
+        _refuse_impossible(draft)
+    if any(isinstance(decision, Convert) for decision in draft.decisions):
+        _convert(model, draft, example_input, like)
+    else:
+        model.binarize_report = make_report(_all_kept(draft))
+    return model
+
+
+def _check_arguments(model: nn.Module, example_input: torch.Tensor | None, real_weights: bool) -> None:
+    """Raise for arguments of `binarize` that are not what it takes, and for a model that is not fit for it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
     if not isinstance(real_weights, bool):
@@ -111,58 +127,33 @@ def binarize(
         found = tuple(example_input.shape) if isinstance(example_input, torch.Tensor) else type(example_input).__name__
         raise ValueError(f'example_input: found {found}, expected a tensor (N, C, H, W)')
     _refuse_unfit(model)
-    if like is not None:
-        recipe, keep = Recipe.from_dict(like['recipe']), like['keep']
-    with _one_at_a_time:
-        return _convert(model, recipe, keep, example_input, real_weights, strict, like)
+
+
+def _all_kept(draft: Draft) -> Draft:
+    """Return the draft in which everything stays: activations go for the sake of signs only."""
+    return replace(
+        draft, decisions=[replace(d, act=Act.KEPT if d.act else None) for d in draft.decisions], edits={},
+        notes=[*draft.notes, 'no convolution was converted, the model is as it was'])
 
 
 def _convert(
-        model: nn.Module,
-        recipe: str | Recipe | dict[str, Any],
-        keep: Sequence[str],
-        example_input: torch.Tensor | None,
-        real_weights: bool,
-        strict: bool,
-        like: dict[str, Any] | None,
-) -> nn.Module:
-    """Return the model, converted; the arguments are those of `binarize`."""
-    chosen, notes = _choose_recipe(model, recipe)
-    question, not_run = _ask(
-        model, chosen.with_real_weights() if real_weights else chosen, keep, _image_size(model, example_input, like))
-    before = tensors_of(model)
-    networks = find_sites(model, question.runs)
-    for network in networks:
-        refuse_hooked_sites(network)
-    decisions, edits = [], {}
-    for network in networks:
-        decided = decide(network, question)
-        edits.update(build(network, decided, question))
-        decisions += decided
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, WEIGHTED)}
-    if strict:
-        _refuse_impossible(layers, networks, decisions, question)
-    notes = [*not_run, *(note for network in networks for note in network.notes), *notes]
-    if not any(isinstance(decision, Convert) for decision in decisions):
-        notes.append('no convolution was converted, the model is as it was')
-        decisions = [replace(d, act=Act.KEPT if d.act else None) for d in decisions]
-        model.binarize_report = make_report(layers, networks, decisions, {}, question, notes)
-        return model
-    stem_norms = _norms_before_max_pool(networks, question.recipe)
+        model: nn.Module, draft: Draft, example_input: torch.Tensor | None, like: dict[str, Any] | None) -> None:
+    """Carry out a draft, then find and repair the signs that are dead; leave the model as it was if anything raises."""
+    recipe, before = draft.question.recipe, tensors_of(model)
+    stem_norms = _norms_before_max_pool(draft.networks, recipe)
     with ExitStack() as undo:
-        apply(model, edits.values(), undo)
-        verdict = _judge(model, networks, question, example_input, like)
-        changed = {d.site.path: d for d in decide_dead_signs(decisions, verdict.revived, verdict.constant)}
-        second = build_units(changed.values(), question)
+        apply(model, draft.edits.values(), undo)
+        verdict = _judge(model, draft, example_input, like)
+        changed = {d.site.path: d for d in decide_dead_signs(draft.decisions, verdict.revived, verdict.constant)}
+        second = build_units(changed.values(), draft.question)
         apply(model, second.values(), undo)
-        _finish(model, networks, question.recipe, stem_norms, undo)
-        decisions = [changed.get(d.site.path, d) for d in decisions]
-        model.binarize_report = make_report(
-            layers, networks, decisions, {**edits, **second}, question, [*notes, *verdict.notes],
-            revived=verdict.revived, hopeless=verdict.constant)
-        model.parameter_map = ParameterMap.between(before, model, _renewed_norms(decisions))
+        _finish(model, draft.networks, recipe, stem_norms, undo)
+        final = replace(
+            draft, decisions=[changed.get(d.site.path, d) for d in draft.decisions], edits={**draft.edits, **second},
+            notes=[*draft.notes, *verdict.notes])
+        model.binarize_report = make_report(final, verdict.revived, verdict.constant)
+        model.parameter_map = ParameterMap.between(before, model, _renewed_norms(final.decisions))
         undo.pop_all()
-    return model
 
 
 def _image_size(
@@ -176,13 +167,14 @@ def _image_size(
     return (own[0], *planned[1:])  # a net of other channels has the same plan
 
 
-def _choose_recipe(model: nn.Module, recipe: str | Recipe | dict[str, Any]) -> tuple[Recipe, list[str]]:
-    """Return the recipe, and a note where it is not the one that was named."""
-    chosen = get_recipe(recipe)
+def _choose_recipe(
+        model: nn.Module, recipe: str | Recipe | dict[str, Any], real_weights: bool) -> tuple[Recipe, list[str]]:
+    """Return the recipe, in its first stage if `real_weights`, and a note where it is not the one that was named."""
+    chosen, notes = get_recipe(recipe), []
     if isinstance(recipe, str) and recipe == 'el' and _is_separable(model):
-        return get_recipe('el_mobilenet'), [
-            "recipe 'el' on a depthwise-separable host is 'el_mobilenet': activations in the branches, no K"]
-    return chosen, []
+        chosen = get_recipe('el_mobilenet')
+        notes = ["recipe 'el' on a depthwise-separable host is 'el_mobilenet': activations in the branches, no K"]
+    return chosen.with_real_weights() if real_weights else chosen, notes
 
 
 def _ask(
@@ -227,27 +219,21 @@ def _shared_weights(model: nn.Module) -> dict[str, str]:
             for paths in places.values() if len(paths) > 1 for path in paths}
 
 
-def _refuse_impossible(
-        layers: dict[str, nn.Module], networks: Sequence[Network], decisions: Sequence[Decision], question: Question,
-) -> None:
-    """Raise if some convolution stays float because it could not be converted."""
-    failures = find_failures(layers, networks, decisions, question)
+def _refuse_impossible(draft: Draft) -> None:
+    """Raise ValueError if some convolution stays float because it could not be converted."""
+    failures = find_failures(draft)
     if failures:
         path, why = failures[0]
+        layer = draft.layers[path]
         raise ValueError(
-            f'{path}: {type(layers[path]).__name__} {tuple(layers[path].weight.shape)} cannot be binarized ({why}), '
+            f'{path}: {type(layer).__name__} {tuple(layer.weight.shape)} cannot be binarized ({why}), '
             f'nor can {len(failures) - 1} others; pass keep=({path!r}, ...) to keep them float')
 
 
 def _judge(
-        model: nn.Module,
-        networks: Sequence[Network],
-        question: Question,
-        example_input: torch.Tensor | None,
-        like: dict[str, Any] | None,
-) -> Verdict:
-    """Return which signs are dead: as another conversion found, or by running the network that no table describes."""
-    if question.recipe.act == 'keep' or not any(network.is_traced for network in networks):
+        model: nn.Module, draft: Draft, example_input: torch.Tensor | None, like: dict[str, Any] | None) -> Verdict:
+    """Return the dead signs: those of another conversion, or those that a run of a traced network shows."""
+    if draft.question.recipe.act == 'keep' or not any(network.is_traced for network in draft.networks):
         return Verdict()
     if like is not None:
         return Verdict(list(like['revived']), list(like['hopeless']))

@@ -1,10 +1,11 @@
-"""Build the edits of a conversion: which module goes where. The model is not changed yet."""
+"""Draft of a conversion: decisions, and the edits that carry them out. The model is not changed yet."""
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch.nn as nn
 
-from ..dry_run import HOOKS
+from ..dry_run import HOOKS, WEIGHTED
 from ..kinds import fused_act
 from ..layers import ZeroShortcut, check_own_tensors
 from .build_unit import (
@@ -18,13 +19,55 @@ from .build_unit import (
     split_norm_act,
     takes_tail,
 )
-from .decide import Question, ends_of, splits_shortcut, whys_of
+from .decide import Question, decide, ends_of, splits_shortcut, whys_of
+from .find import find_sites
 from .sites import Act, Conv, Convert, Decision, Edit, Group, Keep, Network, Site, channels_of
 
-__all__ = ['build', 'build_units', 'refuse_hooked_sites']
+__all__ = ['Draft', 'build_units', 'make_draft']
 
 
-def build(network: Network, decisions: Sequence[Decision], question: Question) -> dict[str, Edit]:
+@dataclass(frozen=True)
+class Draft:
+    """A conversion that is decided and built; the model is not changed yet.
+
+    Args:
+        question: The request, and what is known of the host.
+        layers: Convolutions and linear layers of the host by path.
+        networks: What the host is made of.
+        decisions: What becomes of their sites.
+        edits: By path, in the order in which they are made.
+        notes: What does not belong to one layer.
+    """
+    question: Question
+    layers: dict[str, nn.Module]
+    networks: Sequence[Network]
+    decisions: Sequence[Decision]
+    edits: dict[str, Edit]
+    notes: Sequence[str]
+
+
+def make_draft(model: nn.Module, question: Question, first_notes: Sequence[str], last_notes: Sequence[str]) -> Draft:
+    """Return the draft of a conversion; its notes are the given ones with those of the host's networks between them.
+
+    Raises:
+        ValueError: A unit cannot be built, the recipe leaves nothing of a layer, or a module that would be taken apart
+            carries hooks.
+    """
+    networks = find_sites(model, question.runs)
+    for network in networks:
+        _refuse_hooked_sites(network)
+    decisions: list[Decision] = []
+    edits: dict[str, Edit] = {}
+    for network in networks:
+        decided = decide(network, question)
+        edits.update(_build(network, decided, question))
+        decisions += decided
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, WEIGHTED)}
+    notes = [*first_notes, *(note for network in networks for note in network.notes), *last_notes]
+    return Draft(question, layers, networks, decisions, edits, notes)
+
+
+def _build(network: Network, decisions: Sequence[Decision], question: Question) -> dict[str, Edit]:
     """Return the edits of a network by path, in the order in which they are made.
 
     Raises:
@@ -38,7 +81,7 @@ def build(network: Network, decisions: Sequence[Decision], question: Question) -
     if ends_of(network, question.recipe):
         edits.update((edit.path, edit) for edit in _edit_stem(network, edits))
     for place in network.loose_acts if question.recipe.act != 'keep' else ():
-        refuse_hooks(place.path, place.module)
+        _refuse_hooks(place.path, place.module)
         bare = nn.Identity() if fused_act(place.module) is None else split_norm_act(place.module)
         edits.setdefault(place.path, Edit(place.path, bare))
     return edits
@@ -121,7 +164,7 @@ def _edit_stem(network: Network, edits: dict[str, Edit]) -> Iterator[Edit]:
     yield Edit(place.path, nn.Sequential(OrderedDict([(name, host), ('new_norm', norm)])), f'{place.path}.{name}')
 
 
-def refuse_hooked_sites(network: Network) -> None:
+def _refuse_hooked_sites(network: Network) -> None:
     """Raise if a module that belongs to a site carries hooks. No weight is looked at before: to do so may change it.
 
     Raises:
@@ -130,10 +173,10 @@ def refuse_hooked_sites(network: Network) -> None:
     for site in network.sites:
         for place in (site.conv, site.norm, site.act):
             if place is not None and place.module is not None:
-                refuse_hooks(place.path, place.module)
+                _refuse_hooks(place.path, place.module)
 
 
-def refuse_hooks(path: str, module: nn.Module) -> None:
+def _refuse_hooks(path: str, module: nn.Module) -> None:
     """Raise if a module that would be taken apart, or a part of it, carries hooks.
 
     Those that compute a tensor in each pass are named as what they are.

@@ -11,8 +11,9 @@ from ..quantizers import REGISTRY
 from ..recipes import Recipe
 from ..tables import table
 from .build_unit import drops_norm, has_statistics
-from .decide import Question, ends_of, splits_shortcut, whys_of
-from .sites import EXEMPT, FAILURES, Act, Conv, Convert, Decision, Edit, Keep, Network, Reason, Why
+from .decide import ends_of, splits_shortcut, whys_of
+from .edits import Draft
+from .sites import EXEMPT, FAILURES, Act, Conv, Convert, Decision, Edit, Keep, Reason, Why
 
 __all__ = ['Report', 'ReportRow', 'find_failures', 'make_report', 'starts_anew']
 
@@ -164,43 +165,21 @@ class Report:
 # Projection of the decisions
 
 
-def make_report(
-        layers: dict[str, nn.Module],
-        networks: Sequence[Network],
-        decisions: Sequence[Decision],
-        edits: dict[str, Edit],
-        question: Question,
-        notes: Sequence[str],
-        **signs: Sequence[str],
-) -> Report:
-    """Return the report of a conversion.
-
-    Args:
-        layers: Convolutions and linear layers of the host by path.
-        networks: What the host is made of.
-        decisions: What becomes of their sites.
-        edits: By path.
-        question: What was asked for.
-        notes: What does not belong to one layer.
-        signs: `revived` and `hopeless`, as in `Report`.
-    """
-    rows = {row.path: row for row in _rows(layers, networks, decisions, edits, question)}
-    converted = any(isinstance(decision, Convert) for decision in decisions)
-    found = [*notes, *(_notes_of_recipe(networks, decisions, rows, question) if converted else ())]
+def make_report(draft: Draft, revived: Sequence[str] = (), hopeless: Sequence[str] = ()) -> Report:
+    """Return the report of a conversion; `revived` and `hopeless` as in `Report`."""
+    rows = {row.path: row for row in _rows(draft)}
+    converted = any(isinstance(decision, Convert) for decision in draft.decisions)
+    notes = [*draft.notes, *(_notes_of_recipe(draft, rows) if converted else ())]
+    moved = {edit.path: edit.moved_to for edit in draft.edits.values() if edit.moved_to is not None}
     return Report(
-        question.recipe, [rows[path] for path in layers if path in rows], found,
-        {edit.path: edit.moved_to for edit in edits.values() if edit.moved_to is not None}, question.input_size,
-        tuple(question.keep), **{name: tuple(paths) for name, paths in signs.items()})
+        draft.question.recipe, [rows[path] for path in draft.layers if path in rows], notes, moved,
+        draft.question.input_size, tuple(draft.question.keep), tuple(revived), tuple(hopeless))
 
 
-def _rows(
-        layers: dict[str, nn.Module],
-        networks: Sequence[Network],
-        decisions: Sequence[Decision],
-        edits: dict[str, Edit],
-        question: Question,
-) -> Iterator[ReportRow]:
+def _rows(draft: Draft) -> Iterator[ReportRow]:
     """Yield a row for each layer: those of sites, of shortcuts that are gone, and all others."""
+    layers, question, edits = draft.layers, draft.question, draft.edits
+
     def row(path: str, status: str, why: Why | None, **facts: Any) -> ReportRow:
         run = question.runs.get(path)
         macs = (run.macs if run else 0) if question.input_size else None
@@ -208,8 +187,8 @@ def _rows(
             params = layers[path].weight.numel()
         return ReportRow(path, type(layers[path]).__name__, status, why, params=params, macs=macs, **facts)
 
-    of_sites = {decision.site.path: decision for decision in decisions}
-    gone = _gone_shortcuts(networks, decisions, question)
+    of_sites = {decision.site.path: decision for decision in draft.decisions}
+    gone = _gone_shortcuts(draft)
     for path, layer in layers.items():
         if path in of_sites:
             decision = of_sites[path]
@@ -218,16 +197,13 @@ def _rows(
         elif path.startswith(gone) and isinstance(layer, nn.Conv2d):
             yield row(path, 'removed', Reason.SHORTCUT_GONE.why())
         elif isinstance(layer, WEIGHTED):
-            yield row(path, 'kept', _why_outside(path, layer, networks, question))
+            yield row(path, 'kept', _why_outside(path, draft))
 
 
-def find_failures(
-        layers: dict[str, nn.Module], networks: Sequence[Network], decisions: Sequence[Decision], question: Question,
-) -> list[tuple[str, Why]]:
+def find_failures(draft: Draft) -> list[tuple[str, Why]]:
     """Return the layers that stay float because they could not be converted, with the reasons."""
-    of_sites = {decision.site.path: decision.why for decision in decisions}
-    whys = ((path, of_sites[path] if path in of_sites else _why_outside(path, layer, networks, question))
-            for path, layer in layers.items())
+    of_sites = {decision.site.path: decision.why for decision in draft.decisions}
+    whys = ((path, of_sites[path] if path in of_sites else _why_outside(path, draft)) for path in draft.layers)
     return [(path, why) for path, why in whys if why is not None and why.reason in FAILURES]
 
 
@@ -254,19 +230,20 @@ def _link_facts(decision: Decision, edits: dict[str, Edit]) -> dict[str, Any]:
     return {'link': kind, 'scale_input': bool(getattr(conv, 'scale_input', False))}
 
 
-def _gone_shortcuts(
-        networks: Sequence[Network], decisions: Sequence[Decision], question: Question) -> tuple[str, ...]:
+def _gone_shortcuts(draft: Draft) -> tuple[str, ...]:
     """Return the prefixes of the paths on shortcuts that the recipe takes away."""
-    if question.recipe.residual or not any(isinstance(decision, Convert) for decision in decisions):
+    recipe = draft.question.recipe
+    if recipe.residual or not any(isinstance(decision, Convert) for decision in draft.decisions):
         return ()
-    whys = whys_of(decisions)
+    whys = whys_of(draft.decisions)
     return tuple(
-        f'{group.shortcut.path}.' for network in networks for group in network.groups
-        if group.shortcut and not splits_shortcut(group, whys, question.recipe))
+        f'{group.shortcut.path}.' for network in draft.networks for group in network.groups
+        if group.shortcut and not splits_shortcut(group, whys, recipe))
 
 
-def _why_outside(path: str, layer: nn.Module, networks: Sequence[Network], question: Question) -> Why:
-    """Return why a layer stays float that is in no site."""
+def _why_outside(path: str, draft: Draft) -> Why:
+    """Return why a layer in no site stays float."""
+    layer, networks, question = draft.layers[path], draft.networks, draft.question
     shortcuts = tuple(f'{group.shortcut.path}.' for n in networks for group in n.groups if group.shortcut)
     if path in question.asked:
         return Reason.ASKED.why(question.asked[path])
@@ -282,13 +259,9 @@ def _why_outside(path: str, layer: nn.Module, networks: Sequence[Network], quest
     return Reason.ONE_DIMENSIONAL.why() if isinstance(layer, nn.Conv1d) else Reason.NO_BINARY.why(type(layer).__name__)
 
 
-def _notes_of_recipe(
-        networks: Sequence[Network],
-        decisions: Sequence[Decision],
-        rows: dict[str, ReportRow],
-        question: Question,
-) -> Iterator[str]:
-    """Yield what the recipe did to the host as a whole."""
+def _notes_of_recipe(draft: Draft, rows: dict[str, ReportRow]) -> Iterator[str]:
+    """Yield notes on changes that the recipe made to the host as a whole."""
+    networks, decisions, question = draft.networks, draft.decisions, draft.question
     recipe, roles = question.recipe, {row.role for row in rows.values()}
     for name in ('scale_input', 'link', 'real', 'omit'):
         absent = [role for role in getattr(recipe, name) if role not in roles]
