@@ -30,14 +30,14 @@ WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
 FOLDER_VERSION = 2  # of folders of converted nets; in the first one the architecture was the host's
 
 
-def file_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """SHA-256 and size in bytes of a file, as the manifest has them."""
+def file_facts(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the SHA-256 and the size in bytes of a file, as the manifest has them."""
     data = Path(path).read_bytes()
     return {'sha256': hashlib.sha256(data).hexdigest(), 'size': len(data)}
 
 
-def read_metrics(folder: str | os.PathLike[str]) -> dict[str, float]:
-    """Metrics by name, such as top1, that the model card of a Hub folder gives; empty without a card."""
+def read_metrics(folder: str | os.PathLike) -> dict[str, float]:
+    """Return the metrics in the model card of a Hub folder by name, such as top1; empty without a card."""
     from huggingface_hub import ModelCard
     card = Path(folder) / CARD
     if not card.is_file():
@@ -45,8 +45,12 @@ def read_metrics(folder: str | os.PathLike[str]) -> dict[str, float]:
     return {result.metric_name: result.metric_value for result in ModelCard.load(card).data.eval_results or []}
 
 
+def _architecture(model: nn.Module) -> str:
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', '')
+
+
 def _is_registered(model: nn.Module) -> bool:
-    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', '')
+    name = _architecture(model)
     return is_model(name) and name != CONVERTED and model_entrypoint(name).__module__.startswith(f'{__package__}.')
 
 
@@ -82,49 +86,55 @@ def save_for_hub(
         ValueError: The model is not binarized, or timm does not know it; or the folder does not load back to the same
             outputs.
     """
-    report = getattr(model, 'binarize_report', None)
-    registered = _is_registered(model)
-    if not registered and report is None:
-        raise ValueError(
-            f'model: {type(model).__name__} is neither registered by timm_el nor converted by timm_el.binarize')
-    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', '')
-    if not is_model(name):
-        raise ValueError(
-            f'model: {type(model).__name__} was not made by timm.create_model, from_hub could not build its host')
-    if not hasattr(model, 'num_classes'):
-        raise ValueError(
-            f'model: found a {type(model).__name__} of features_only=True, expected the whole net; from_hub and '
-            f'timm.create_model take features_only=True for its folder')
+    _refuse_unfit(model)
     folder = Path(folder)
     pack_state_dict(model, float_dtype)  # what cannot be packed is refused before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     save_packed(model, folder / WEIGHTS, float_dtype)
-    args = {k: v.to_dict() if isinstance(v, Recipe) else v
-            for k, v in {**getattr(model, '_model_args', {}), **(model_args or {})}.items()}
-    facts: dict[str, Any] = {'format_version': FORMAT_VERSION, 'converted': not registered}
-    cfg = dict(pretrained_cfg or {})
-    if not registered:
-        facts['format_version'], cfg['architecture'] = FOLDER_VERSION, CONVERTED
-        args = {'host': name, **args, 'plan': report.plan()}  # what was loaded from a folder has its host there
-    elif report is not None:
-        facts['plan'] = report.plan()
-    save_config_for_hf(
-        model, folder / CONFIG, model_config={'timm_el': facts, 'pretrained_cfg': cfg}, model_args=args)
-    (folder / CARD).write_text(
-        _card(model, registered, metrics or {}, dataset, details, repo_id, folder), encoding='utf-8')
+    save_config_for_hf(model, folder / CONFIG, **_config(model, model_args or {}, pretrained_cfg or {}))
+    (folder / CARD).write_text(_card(model, metrics or {}, dataset, details, repo_id, folder), encoding='utf-8')
     _verify(model, folder)
     return folder
 
 
+def _refuse_unfit(model: nn.Module) -> None:
+    """Raise ValueError for a model that `from_hub` could not build again."""
+    name = type(model).__name__
+    if not _is_registered(model) and getattr(model, 'binarize_report', None) is None:
+        raise ValueError(f'model: {name} is neither registered by timm_el nor converted by timm_el.binarize')
+    if not is_model(_architecture(model)):
+        raise ValueError(f'model: {name} was not made by timm.create_model, from_hub could not build its host')
+    if not hasattr(model, 'num_classes'):
+        raise ValueError(
+            f'model: found a {name} of features_only=True, expected the whole net; from_hub and timm.create_model take '
+            f'features_only=True for its folder')
+
+
+def _config(model: nn.Module, model_args: dict[str, Any], pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
+    """Return what timm's config.json holds beside the model's own config, as arguments of `save_config_for_hf`."""
+    args = {k: v.to_dict() if isinstance(v, Recipe) else v
+            for k, v in {**getattr(model, '_model_args', {}), **model_args}.items()}
+    registered, report = _is_registered(model), getattr(model, 'binarize_report', None)
+    facts: dict[str, Any] = {'format_version': FORMAT_VERSION, 'converted': not registered}
+    cfg = dict(pretrained_cfg)
+    if not registered:
+        facts['format_version'], cfg['architecture'] = FOLDER_VERSION, CONVERTED
+        # A model that was loaded from a folder has its host among its arguments.
+        args = {'host': _architecture(model), **args, 'plan': report.plan()}
+    elif report is not None:
+        facts['plan'] = report.plan()
+    return {'model_config': {'timm_el': facts, 'pretrained_cfg': cfg}, 'model_args': args}
+
+
 def _verify(model: nn.Module, folder: Path) -> None:
-    """Load the folder as a user would, and compare it with the model that holds the file's tensors."""
+    """Raise ValueError unless the folder, loaded as a user would, gives the outputs of the model with its tensors."""
     with undisturbed(model), torch.no_grad():
         loaded = from_hub(folder).eval()
         twin = load_packed(copy.deepcopy(model), folder / WEIGHTS).eval()
         weight = next(twin.parameters())
         x = torch.randn((2, *own_input_size(loaded)), generator=torch.Generator().manual_seed(0))
-        expected, found = twin(x.to(weight.device, weight.dtype)), loaded.to(weight.device, weight.dtype)(
-            x.to(weight.device, weight.dtype))
+        place = weight.device, weight.dtype
+        expected, found = twin(x.to(*place)), loaded.to(*place)(x.to(*place))
     if not torch.equal(expected, found):
         raise ValueError(
             f'{folder}: the folder loads to other outputs than the model (largest difference '
@@ -178,8 +188,8 @@ def from_hub(
 
 
 def push_to_hub(
-        folder: str | os.PathLike[str], repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload a folder that `save_for_hub` wrote; returns its address."""
+        folder: str | os.PathLike, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload a folder that `save_for_hub` wrote, and return its address."""
     from huggingface_hub import HfApi
     api = HfApi(token=token, library_name='timm_el')
     url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -189,14 +199,9 @@ def push_to_hub(
 
 
 def _card(
-        model: nn.Module,
-        registered: bool,
-        metrics: dict[str, float],
-        dataset: str | None,
-        details: str,
-        repo_id: str,
-        folder: Path,
+        model: nn.Module, metrics: dict[str, float], dataset: str | None, details: str, repo_id: str, folder: Path,
 ) -> str:
+    """Return the model card of a folder that holds weights and config."""
     from huggingface_hub import EvalResult, ModelCardData
     cfg, report = model.pretrained_cfg, getattr(model, 'binarize_report', None)
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
@@ -212,7 +217,7 @@ def _card(
         library_name='timm', license=cfg.get('license', 'apache-2.0'), pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm_el', 'binary-neural-network'],
         datasets=[dataset.lower()] if dataset else None, model_name=name, eval_results=results or None)
-    create = (f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()' if registered
+    create = (f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()' if _is_registered(model)
               else f'model = timm_el.from_hub("{repo_id}").eval()')
     rows: list[str] = [f'| {key} | {value:.2f} |' for key, value in metrics.items()]
     facts = [

@@ -24,7 +24,7 @@ from .turns import Spread, ratios, take_turns
 
 @dataclass(frozen=True)
 class Contestant:
-    """What takes part in the rounds.
+    """One way to compute a net, that takes part in the rounds.
 
     Args:
         run: One inference; returns the logits.
@@ -38,14 +38,17 @@ class Contestant:
     note: str = ''
 
     def difference(self) -> tuple[float, float]:
-        """Largest difference of a logit from the original's, relative to the largest logit, and top-1 agreement."""
+        """Return the largest difference of a logit from the original's, and the top-1 agreement, 0 to 1.
+
+        The difference is relative to the largest logit.
+        """
         found = torch.as_tensor(self.run()).float()
         difference = (found - self.original).abs().max() / self.original.abs().max()
         return difference.item(), (found.argmax(1) == self.original.argmax(1)).float().mean().item()
 
 
 def check_engine(allow_reference: bool) -> None:
-    """Raise if a deployed time would be one of the reference.
+    """Raise RuntimeError if a deployed time would be one of the reference.
 
     Raises:
         RuntimeError: The native path is not active and `allow_reference` is False.
@@ -58,7 +61,7 @@ def check_engine(allow_reference: bool) -> None:
 
 
 def runner(net: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """A function that runs a net once without gradients."""
+    """Return a function that runs a net once on images (N, C, H, W), without gradients."""
     @torch.inference_mode()
     def run() -> torch.Tensor:
         return net(x)
@@ -79,7 +82,7 @@ def measure_inference(
         float_dtype: str | None = None,
         allow_reference: bool = False,
 ) -> dict[str, Any]:
-    """Measure all contestants in turns, and the layers of the deployed model.
+    """Measure all contestants in turns, and the layers of the deployed model, and return the result as plain data.
 
     Args:
         model: Name of a timm model.
@@ -98,8 +101,7 @@ def measure_inference(
         RuntimeError: The native path of the engine is not active, and that is not allowed.
         ValueError: No float host is known, or a name of a recipe or peer is not.
     """
-    host_of = host_name(model, host, recipe)
-    chosen = choose(peers)
+    host_of, chosen = host_name(model, host, recipe), choose(peers)
     check_engine(allow_reference)
     torch.manual_seed(0)
     latent = create(model, recipe)
@@ -108,36 +110,19 @@ def measure_inference(
     x = torch.randn(batch, channels, *pixels)
     batch_of_norms = torch.randn(4, channels, *pixels)
 
-    def prepare(net: nn.Module) -> tuple[nn.Module, torch.Tensor]:
-        """A net with norms that suit its values, and its logits."""
+    def settled(net: nn.Module, name: str) -> _Net:
         net = settle_norms(net, batch_of_norms)
-        return net, runner(net, x)().clone()
+        return _Net(net, name, runner(net, x)().clone())
 
-    latent, of_latent = prepare(latent)
-    net_of_host, of_host = prepare(timm.create_model(host_of))
-    others = {other: prepare(create(model, other)) for other in also}
-    deployed = deploy(copy.deepcopy(latent))
-    channels_last = copy.deepcopy(net_of_host).to(memory_format=torch.channels_last)
-    name = model if recipe is None else f'{model}, {recipe}'
-    contestants = {
-        'host': Contestant(runner(net_of_host, x), host_of, of_host),
-        'host channels_last': Contestant(runner(channels_last, x), host_of, of_host),
-        'latent': Contestant(runner(latent, x), name, of_latent),
-        'deployed': Contestant(runner(deployed, x), name, of_latent),
-    }
-    if float_dtype:
-        net = deploy(copy.deepcopy(latent), float_dtype=getattr(torch, float_dtype))
-        contestants[f'deployed {float_dtype}'] = Contestant(runner(net, x), name, of_latent)
-    for other, (net, logits) in others.items():
-        run = runner(deploy(copy.deepcopy(net)), x)
-        contestants[f'deployed {other}'] = Contestant(run, f'{model}, {other}', logits)
-
+    binarized = settled(latent, model if recipe is None else f'{model}, {recipe}')
+    float_host = settled(timm.create_model(host_of), host_of)
+    others = {other: settled(create(model, other), f'{model}, {other}') for other in also}
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(net_of_host, latent, x, torch.get_num_threads(), Path(folder))
+        setting = Setting(float_host.net, latent, x, torch.get_num_threads(), Path(folder))
         built, absent = build_all(chosen, setting)
+        contestants = _own_contestants(float_host, binarized, others, x, float_dtype)
         for peer, (run, note) in built.items():
-            of, logits = (name, of_latent) if PEERS[peer].binary else (host_of, of_host)
-            contestants[peer] = Contestant(run, of, logits, note)
+            contestants[peer] = (binarized if PEERS[peer].binary else float_host).contestant(run, note)
         rows = _race(contestants, pairs, warmup)
     alone = deploy(copy.deepcopy(latent), fuse_blocks=False)  # each unit an operator of its own
     table = layer_table(alone, latent, x, pairs)
@@ -147,6 +132,40 @@ def measure_inference(
         'contestants': rows, 'absent': absent, **table,
         'binary': _binary_rates(table['kinds'], alone, latent, x),
     }
+
+
+@dataclass(frozen=True)
+class _Net:
+    """A net whose norms suit its values, its name in the table, and its logits (N, classes) in torch."""
+    net: nn.Module
+    name: str
+    logits: torch.Tensor
+
+    def contestant(self, run: Callable[[], Any], note: str = '') -> Contestant:
+        """Return a contestant that computes this net."""
+        return Contestant(run, self.name, self.logits, note)
+
+
+def _own_contestants(
+        host: _Net, latent: _Net, others: dict[str, _Net], x: torch.Tensor, float_dtype: str | None,
+) -> dict[str, Contestant]:
+    """Return the contestants that run in torch and in this package's engine on images (N, C, H, W), by name."""
+    def deployed(net: nn.Module, **options: Any) -> Callable[[], torch.Tensor]:
+        return runner(deploy(copy.deepcopy(net), **options), x)
+
+    channels_last = copy.deepcopy(host.net).to(memory_format=torch.channels_last)
+    contestants = {
+        'host': host.contestant(runner(host.net, x)),
+        'host channels_last': host.contestant(runner(channels_last, x)),
+        'latent': latent.contestant(runner(latent.net, x)),
+        'deployed': latent.contestant(deployed(latent.net)),
+    }
+    if float_dtype:
+        run = deployed(latent.net, float_dtype=getattr(torch, float_dtype))
+        contestants[f'deployed {float_dtype}'] = latent.contestant(run)
+    for name, net in others.items():
+        contestants[f'deployed {name}'] = net.contestant(deployed(net.net))
+    return contestants
 
 
 def _race(contestants: dict[str, Contestant], rounds: int, warmup: int) -> list[dict[str, Any]]:
@@ -163,16 +182,14 @@ def _race(contestants: dict[str, Contestant], rounds: int, warmup: int) -> list[
 
 
 def _binary_rates(
-        kinds: dict[str, dict[str, float]],
-        alone: nn.Module,
-        latent: nn.Module,
-        x: torch.Tensor,
+        kinds: dict[str, dict[str, float]], alone: nn.Module, latent: nn.Module, x: torch.Tensor,
 ) -> dict[str, float] | None:
-    """Rates of the binary layers beside what the chip can do, in binary MAC/s of one core; None without binary layers.
+    """Return the rates of the binary layers and of the chip, in binary MAC/s of one core; None without binary layers.
 
-    'macs_per_s' is that of whole units, signs, packing, products, scale and shift and link together. 'gemm_macs_per_s'
-    is that of the products of all full and grouped convolutions alone, on data in cache. 'chip_macs_per_s' is what xor,
-    popcount and add (or the look-ups of a body that has no popcount) reach on registers.
+    'macs_per_s' is the rate of whole units: signs, packing, products, scale and shift and link together.
+    'gemm_macs_per_s' is that of the products of all full and grouped convolutions alone, on data in cache.
+    'chip_macs_per_s' is that of xor, popcount and add (or of the look-ups of an instruction set without popcount) on
+    registers.
     """
     binary = [kinds[kind] for kind in ('binary conv', 'binary linear') if kind in kinds]
     if not binary:
@@ -190,7 +207,7 @@ def _binary_rates(
 
 
 def _gemm_rate(alone: nn.Module, latent: nn.Module, x: torch.Tensor) -> float | None:
-    """Binary MAC/s of the kernel over all full and grouped binary convolutions of a net, one after the other."""
+    """Return the binary MAC/s of the kernel over all full and grouped binary convolutions of a net, one by one."""
     runs = run_layers(latent, tuple(x.shape[1:]))
     macs = seconds = 0.
     for path, unit in alone.named_modules():

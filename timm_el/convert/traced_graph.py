@@ -58,6 +58,20 @@ def name_of(node: fx.Node) -> str:
     return getattr(node.target, '__name__', str(node.target))
 
 
+@dataclass(frozen=True)
+class Part:
+    """A module of the model that is traced by itself.
+
+    Args:
+        module: The module.
+        reads_images: Its inputs are the images themselves; None if that is not known.
+        is_end: Its output is the model's.
+    """
+    module: nn.Module
+    reads_images: bool | None
+    is_end: bool
+
+
 class TracedGraph:
     """One traced graph, and the moves in it that rules about convolutions need.
 
@@ -66,22 +80,15 @@ class TracedGraph:
         modules: Modules of the model by the names that the graph has for them.
         paths: Path of each module in the model.
         runs: How layers ran.
-        reads_images: Its inputs are the images themselves; None if that is not known.
-        is_end: Its output is the model's.
+        part: The module that was traced.
     """
 
     def __init__(
-            self,
-            graph: fx.Graph,
-            modules: dict[str, nn.Module],
-            paths: dict[nn.Module, str],
-            runs: Runs,
-            reads_images: bool | None,
-            is_end: bool,
+            self, graph: fx.Graph, modules: dict[str, nn.Module], paths: dict[nn.Module, str], runs: Runs, part: Part,
     ) -> None:
         self.nodes = list(graph.nodes)
         self.modules, self.paths, self.runs = modules, paths, runs
-        self.reads_images, self.is_end = reads_images, is_end
+        self.reads_images, self.is_end = part.reads_images, part.is_end
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.uses: dict[str, int] = {}
         for node in self.nodes:
@@ -244,51 +251,73 @@ def trace(model: nn.Module, runs: Runs) -> tuple[list[TracedGraph], list[Untrace
         runs: How its layers ran (`dry_run.run_layers`). Only the shape of its input tells a linear layer on pixels from
             one on vectors.
     """
-    paths = {module: path for path, module in model.named_modules()}
     with undisturbed(model):
-        twin = stand_in(model)
-        graphs, failures = _trace_parts(model, True, True, paths, runs, twin)
+        tracing = _Tracing(stand_in(model), {module: path for path, module in model.named_modules()}, runs)
+        tracing.trace_part(Part(model, True, True))
         # Layers that eval mode does not reach (auxiliary heads) are in no graph.
-        held = {graph.module(conv) for graph in graphs for conv in graph.convs}
+        held = {graph.module(conv) for graph in tracing.graphs for conv in graph.convs}
         for module in _without(model, held):
-            more, failed = _trace_parts(module, False, False, paths, runs, twin)
-            graphs, failures = graphs + more, failures + failed
-    return graphs, failures
+            tracing.trace_part(Part(module, False, False))
+    return tracing.graphs, tracing.failures
 
 
-def _trace_parts(
-        module: nn.Module,
-        reads_images: bool | None,
-        is_end: bool,
-        paths: dict[nn.Module, str],
-        runs: Runs,
-        twin: nn.Module,
-) -> tuple[list[TracedGraph], list[Untraceable]]:
-    """Return the graph of a module where it can be traced, and those of its parts where not."""
-    if not any(is_candidate(m, runs.get(paths[m])) for m in module.modules()):
-        return [], []
-    graph = error = None
-    opaque, notrace = _opaque(module), set(get_notrace_modules())
-    # Modules that timm asks not to trace are tried all the same, and left whole only where that fails.
-    for leaves in (notrace - opaque, notrace) if opaque else (notrace,):
-        try:
-            graph = _trace_whole(module, reads_images, is_end, paths, runs, twin, leaves)
-            break
-        except Exception as e:  # whatever a foreign forward raises under tracing
-            error = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
-    if graph is not None:
-        graphs, failures = [graph], []
-        parts = [
-            (inner, reads_images and graph.reads_input(node.all_input_nodes, weightless(graph)),
-             is_end and graph.reaches_output(node))
-            for node, inner in graph.opaque.items()]
-    else:
-        graphs, failures = [], [Untraceable(paths[module], type(module).__name__, error)]
-        parts = [(child, None if reads_images is not False else False, False) for child in module.children()]
-    for inner, reads, ends in parts:
-        more, failed = _trace_parts(inner, reads, ends, paths, runs, twin)
-        graphs, failures = graphs + more, failures + failed
-    return graphs, failures
+class _Tracing:
+    """A network on its way into graphs: what cannot be traced as a whole is traced part by part.
+
+    Args:
+        twin: A copy of the network, which is traced in its place.
+        paths: Path of each module in the network.
+        runs: How its layers ran.
+    """
+
+    def __init__(self, twin: nn.Module, paths: dict[nn.Module, str], runs: Runs) -> None:
+        self.twin, self.paths, self.runs = twin, paths, runs
+        self.graphs: list[TracedGraph] = []
+        self.failures: list[Untraceable] = []
+
+    def trace_part(self, part: Part) -> None:
+        """Add the graph of a part where it can be traced, and those of its own parts where not."""
+        if not any(is_candidate(m, self.runs.get(self.paths[m])) for m in part.module.modules()):
+            return
+        graph = error = None
+        opaque, notrace = _opaque(part.module), set(get_notrace_modules())
+        # Modules that timm asks not to trace are tried all the same, and left whole only where that fails.
+        for leaves in (notrace - opaque, notrace) if opaque else (notrace,):
+            try:
+                graph = self._trace_whole(part, leaves)
+                break
+            except Exception as e:  # whatever a foreign forward raises under tracing
+                error = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
+        if graph is not None:
+            self.graphs.append(graph)
+            parts = [
+                Part(inner, part.reads_images and graph.reads_input(node.all_input_nodes, weightless(graph)),
+                     part.is_end and graph.reaches_output(node))
+                for node, inner in graph.opaque.items()]
+        else:
+            self.failures.append(Untraceable(self.paths[part.module], type(part.module).__name__, error))
+            reads_images = None if part.reads_images is not False else False
+            parts = [Part(child, reads_images, False) for child in part.module.children()]
+        for inner in parts:
+            self.trace_part(inner)
+
+    def _trace_whole(self, part: Part, leaves: Iterable[type]) -> TracedGraph:
+        """Trace one module, in the copy of the network.
+
+        Raises:
+            Exception: Whatever its forward raises under tracing.
+        """
+        module = part.module
+        acts = tuple({type(m) for m in module.modules() if is_act(m)})
+        norms = tuple({type(m) for m in module.modules() if is_norm(m)})
+        tracer = NodePathTracer(
+            leaf_modules=[*leaves, nn.Conv2d, *norms, *acts, DropPath, DropBlock2d],
+            autowrap_functions=get_notrace_functions(), param_shapes_constant=True)
+        traced = self.twin.get_submodule(self.paths[module])
+        # A layer by itself is its own part: its forward would be traced through.
+        graph = tracer.trace((nn.Sequential(traced) if is_layer(module) else traced).eval())
+        modules = {'0': module} if is_layer(module) else dict(module.named_modules(remove_duplicate=False))
+        return TracedGraph(graph, modules, self.paths, self.runs, part)
 
 
 def weightless(graph: TracedGraph) -> Callable[[fx.Node], bool]:
@@ -302,32 +331,6 @@ def weightless(graph: TracedGraph) -> Callable[[fx.Node], bool]:
         return is_act(module) or is_norm(module) or not any(True for _ in module.parameters())
 
     return test
-
-
-def _trace_whole(
-        module: nn.Module,
-        reads_images: bool | None,
-        is_end: bool,
-        paths: dict[nn.Module, str],
-        runs: Runs,
-        twin: nn.Module,
-        leaves: Iterable[type],
-) -> TracedGraph:
-    """Trace one module, in the copy `twin` of the model.
-
-    Raises:
-        Exception: Whatever its forward raises under tracing.
-    """
-    acts = tuple({type(m) for m in module.modules() if is_act(m)})
-    norms = tuple({type(m) for m in module.modules() if is_norm(m)})
-    tracer = NodePathTracer(
-        leaf_modules=[*leaves, nn.Conv2d, *norms, *acts, DropPath, DropBlock2d],
-        autowrap_functions=get_notrace_functions(), param_shapes_constant=True)
-    traced = twin.get_submodule(paths[module])
-    # A layer by itself is its own part: its forward would be traced through.
-    graph = tracer.trace((nn.Sequential(traced) if is_layer(module) else traced).eval())
-    modules = {'0': module} if is_layer(module) else dict(module.named_modules(remove_duplicate=False))
-    return TracedGraph(graph, modules, paths, runs, reads_images, is_end)
 
 
 def _opaque(module: nn.Module) -> set[type]:

@@ -28,7 +28,7 @@ from .images import create_images, epoch_seed
 # One run
 
 def create_network(config: FitConfig) -> nn.Module:
-    """The network of a config, drawn from its seed, with the weights of `initial_checkpoint` if it names one."""
+    """Return the network of a config, drawn from its seed, with the weights of `initial_checkpoint` if it names one."""
     random_seed(config.seed)
     model = create(
         config.model, config.recipe, num_classes=config.num_classes, pretrained_cfg_overlay=_own_cfg(config),
@@ -53,7 +53,7 @@ def _create_teacher(config: FitConfig) -> nn.Module | str | None:
 
 
 def create_task(config: FitConfig, device: torch.device) -> TrainingTask:
-    """The task of a config: labels alone, or a `DistillationTask` where it names a teacher or attention matching."""
+    """Return the task of a config: labels alone, or a `DistillationTask` if it names a teacher or matches attention."""
     model = create_network(config).to(device, memory_format=torch.channels_last)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.smoothing)
     if config.teacher is None and not config.attention_loss_weight:
@@ -72,7 +72,7 @@ def create_task(config: FitConfig, device: torch.device) -> TrainingTask:
 
 @torch.inference_mode()
 def evaluate(task: TrainingTask, images, device: torch.device) -> dict[str, float]:
-    """Loss and top-1 in percent, of the averaged weights where there are such."""
+    """Return the validation loss, and top-1 and top-5 in percent, of the averaged weights where there are such."""
     model = unwrap_model(task.get_eval_model(ema=task.has_ema())).eval()
     evaluator = task.create_evaluator()
     for x, y in images.epoch(0):
@@ -123,69 +123,92 @@ def fit(
     Raises:
         ValueError: The folder holds a run with other arguments, or the config makes no sense.
     """
-    last, device = os.path.join(output, 'last.pth.tar'), torch.device(device)
-    check_resumable(config, output)
-    task = create_task(config, device)
-    model = unwrap_model(task.get_trainable_module())
-    os.makedirs(output, exist_ok=True)
-    with open(os.path.join(output, 'args.yaml'), 'w') as f:
-        yaml.safe_dump(config.to_dict(), f, sort_keys=False)
-    cache = cache or output
-    train, val = (create_images(config, data_dir, cache, workers, training) for training in (True, False))
-    optimizer = create_optimizer_v2(
-        model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **config.opt_kwargs)
-    if config.model_ema:
-        task.setup_ema(decay=config.model_ema_decay)
-    saver = CheckpointSaver(
-        model, optimizer, argparse.Namespace(**config.to_dict()), checkpoint_dir=output, recovery_dir=output,
-        max_history=1, task=task)
-    start = 0
-    if os.path.exists(last):
-        start = resume_task_checkpoint(task, last, optimizer, log_info=False)
-        saver.load_state_dict_from_checkpoint(last)
-        if config.model_ema:
-            load_task_ema_checkpoint(task, last)
-    steps = len(train)
-    scheduler, epochs = create_scheduler_v2(
-        optimizer, config.sched, config.epochs, decay_milestones=config.decay_milestones,
-        decay_rate=config.decay_rate, min_lr=config.min_lr, warmup_lr=config.warmup_lr,
-        warmup_epochs=config.warmup_epochs, step_on_epochs=not config.sched_on_updates, updates_per_epoch=steps)
-    scheduler.step_update(start * steps)
-    scheduler.step(start)
-    log = JsonLines(os.path.join(output, 'log.jsonl'), start)
-    telemetry = Telemetry(model, os.path.join(output, 'telemetry.jsonl'), start)
+    run = _Run(config, output, data_dir, cache or output, torch.device(device), workers)
+    for epoch in range(run.start, run.epochs if stop_after is None else min(stop_after, run.epochs)):
+        run.train_epoch(epoch)
+    return JsonLines.read(run.log.path)[-1]
 
-    for epoch in range(start, epochs if stop_after is None else min(stop_after, epochs)):
+
+class _Run:
+    """A run at the epoch where it begins or goes on; the arguments are those of `fit`."""
+
+    def __init__(
+            self, config: FitConfig, output: str, data_dir: str, cache: str, device: torch.device, workers: int,
+    ) -> None:
+        check_resumable(config, output)
+        self.config, self.output, self.device = config, output, device
+        self.task = create_task(config, device)
+        self.model = unwrap_model(self.task.get_trainable_module())
+        os.makedirs(output, exist_ok=True)
+        with open(os.path.join(output, 'args.yaml'), 'w') as f:
+            yaml.safe_dump(config.to_dict(), f, sort_keys=False)
+        self.images, self.validation = (
+            create_images(config, data_dir, cache, workers, training) for training in (True, False))
+        self.optimizer = create_optimizer_v2(
+            self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **config.opt_kwargs)
+        if config.model_ema:
+            self.task.setup_ema(decay=config.model_ema_decay)
+        self.saver = CheckpointSaver(
+            self.model, self.optimizer, argparse.Namespace(**config.to_dict()), checkpoint_dir=output,
+            recovery_dir=output, max_history=1, task=self.task)
+        self.start = self._resume()
+        self.scheduler, self.epochs = create_scheduler_v2(
+            self.optimizer, config.sched, config.epochs, decay_milestones=config.decay_milestones,
+            decay_rate=config.decay_rate, min_lr=config.min_lr, warmup_lr=config.warmup_lr,
+            warmup_epochs=config.warmup_epochs, step_on_epochs=not config.sched_on_updates,
+            updates_per_epoch=len(self.images))
+        self.scheduler.step_update(self.start * len(self.images))
+        self.scheduler.step(self.start)
+        self.log = JsonLines(os.path.join(output, 'log.jsonl'), self.start)
+        self.telemetry = Telemetry(self.model, os.path.join(output, 'telemetry.jsonl'), self.start)
+
+    def _resume(self) -> int:
+        """Load the last checkpoint, if there is one, and return the epoch to begin with."""
+        last = os.path.join(self.output, 'last.pth.tar')
+        if not os.path.exists(last):
+            return 0
+        start = resume_task_checkpoint(self.task, last, self.optimizer, log_info=False)
+        self.saver.load_state_dict_from_checkpoint(last)
+        if self.config.model_ema:
+            load_task_ema_checkpoint(self.task, last)
+        return start
+
+    def train_epoch(self, epoch: int) -> None:
+        """Train one epoch, validate, and write the log, the telemetry and a checkpoint."""
+        config, steps = self.config, len(self.images)
         began, total, update = time.perf_counter(), 0.0, epoch * steps
         random_seed(epoch_seed(config.seed, epoch))
-        task.train()
-        for x, y in train.epoch(epoch):
-            x, y = x.to(device, memory_format=torch.channels_last), y.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.amp):
-                loss = task(x, y)['loss']
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if config.clip_latent is not None:
-                clip_latent_weights(model, config.clip_latent)
+        self.task.train()
+        for x, y in self.images.epoch(epoch):
+            x, y = x.to(self.device, memory_format=torch.channels_last), y.to(self.device)
             update += 1
-            task.update_ema(step=update)
-            scheduler.step_update(update)
-            total += loss.item()
+            total += self._step(x, y, update)
             if config.telemetry_interval and update % config.telemetry_interval == 0:
-                telemetry.record(epoch, update, x)
-        lr = optimizer.param_groups[0]['lr']
-        scheduler.step(epoch + 1)
-        telemetry.record(epoch, update, x)
-        metrics = evaluate(task, val, device)
-        before = sum(line['seconds'] for line in JsonLines.read(log.path)[-1:])
+                self.telemetry.record(epoch, update, x)
+        lr = self.optimizer.param_groups[0]['lr']
+        self.scheduler.step(epoch + 1)
+        self.telemetry.record(epoch, update, x)
+        metrics = evaluate(self.task, self.validation, self.device)
+        before = sum(line['seconds'] for line in JsonLines.read(self.log.path)[-1:])
         row = dict(
             epoch=epoch, train_loss=_rounded(total / steps), loss=_rounded(metrics['loss']), top1=metrics['top1'],
             top5=metrics['top5'], lr=lr, seconds=round(before + time.perf_counter() - began, 1))
-        log.write(row)
-        print(f'{output}: {row}', flush=True)
-        saver.save_checkpoint(epoch, metrics['top1'])
-    return JsonLines.read(log.path)[-1]
+        self.log.write(row)
+        print(f'{self.output}: {row}', flush=True)
+        self.saver.save_checkpoint(epoch, metrics['top1'])
+
+    def _step(self, x: torch.Tensor, y: torch.Tensor, update: int) -> float:
+        """Take optimizer step number `update` on images (N, C, H, W) and labels (N,), and return the loss."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+            loss = self.task(x, y)['loss']
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.config.clip_latent is not None:
+            clip_latent_weights(self.model, self.config.clip_latent)
+        self.task.update_ema(step=update)
+        self.scheduler.step_update(update)
+        return loss.item()
 
 
 def _rounded(value: float) -> float | None:
@@ -197,7 +220,7 @@ def _rounded(value: float) -> float | None:
 
 
 def fit_stages(data: dict[str, Any], output: str, data_dir: str, **places: Any) -> dict[str, float]:
-    """Run or resume all stages; those that are finished are passed over. Returns the last one's result."""
+    """Run or resume all stages, passing over those that are finished, and return the result of the last one."""
     result: dict[str, float] = {}
     for folder, config in plan_stages(data, output):
         result = fit(config, folder, data_dir, **places)
