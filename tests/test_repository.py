@@ -1,4 +1,5 @@
 """Rules of the house: style, one-way imports, a cheap and quiet import, names that stay."""
+import ast
 import importlib
 import inspect
 import pathlib
@@ -85,3 +86,34 @@ def test_public_signatures_stay(name):
     signature = inspect.signature(getattr(timm_el, name))
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     assert str(signature.replace(parameters=bare, return_annotation=signature.empty)) == SIGNATURES[name]
+
+
+QUESTIONS = ('What', 'How', 'Where', 'Which', 'Who', 'Whether', 'It', 'They')
+SOURCES = [path for path in [*ROOT.glob('timm_el/**/*.py'), *ROOT.glob('build_tools/*.py'), ROOT / 'setup.py']
+           if 'engine' not in path.parts]
+
+
+def unfit_docstrings(source: str) -> list[str]:
+    """Return the first lines of docstrings that begin with a question or a pronoun, or a function's with an article.
+
+    A property is a thing, not an action, and may be named.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) or not ast.get_docstring(node):
+            continue
+        first = ast.get_docstring(node).splitlines()[0]
+        articles = ('The', 'A', 'An') if isinstance(node, ast.FunctionDef) else ()
+        if first.split()[0] in (*QUESTIONS, *articles):
+            found.append(first)
+    return found
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_name_a_thing_or_begin_with_a_command(path):
+    assert unfit_docstrings(path.read_text(encoding='utf-8')) == []
+
+
+def test_unfit_docstrings_are_found():
+    source = '"""What this is."""\nclass A:\n    """The thing."""\n    def f(self):\n        """The result."""\n'
+    assert unfit_docstrings(source) == ['What this is.', 'The result.']

@@ -1,4 +1,4 @@
-"""The shell verbs, one module of `timm_el.cli` each: timm-el VERB, or python -m timm_el VERB."""
+"""Entry point of the shell verbs, timm-el VERB or python -m timm_el VERB; each is a module of `timm_el.cli`."""
 import importlib
 import os
 import sys
@@ -7,7 +7,7 @@ from .cli import VERBS
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; without one, print which there are. Returns the exit status."""
+    """Run a verb, or print the list of verbs where none is named, and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ('-h', '--help'):
         print('usage: timm-el VERB [-h] ...\n\nverbs:')

@@ -18,7 +18,7 @@ def moved_to(name: str) -> str | None:
 
 
 class _MovedModules(importlib.abc.MetaPathFinder):
-    """Comes last among the finders, and fails for an old name with the new one."""
+    """Last of the finders of modules: it fails for an old name, and its error says the new one."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname in MOVED:

@@ -1,4 +1,4 @@
-"""What runs in a network for one image: order, shapes and operations of its layers; nothing is computed."""
+"""Dry run of a network for one image: order, shapes and operations of its layers; nothing is computed."""
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backwa
 
 @dataclass(frozen=True)
 class LayerRun:
-    """How one layer ran for one image.
+    """Run of one layer for one image.
 
     Args:
         input: Shape of its (first) input, batch axis included.
@@ -94,7 +94,7 @@ def _macs(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tenso
 
 
 def own_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) that a model was made for; 224 pixels if it does not say."""
+    """Return the (channels, height, width) that a model was made for; 224 pixels if it does not say."""
     cfg = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     size = cfg.get('input_size', (first, 224, 224))
@@ -131,7 +131,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device, without its hooks, made without copying a tensor."""
+    """Return a copy of the model on the meta device, without its hooks, made without copying a tensor."""
     def on_meta(tensor: torch.Tensor) -> torch.Tensor:
         twin = torch.empty_like(tensor, device='meta', requires_grad=False)
         return nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
@@ -140,7 +140,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def stand_in(model: nn.Module) -> nn.Module:
-    """A copy of the model, without its hooks, that shares its parameters; the model itself if it cannot be copied."""
+    """Return a copy of the model that shares its parameters but not its hooks, or the model itself."""
     try:
         return _copy(model, lambda tensor: tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone())
     except Exception:  # whatever a foreign attribute raises
@@ -148,7 +148,7 @@ def stand_in(model: nn.Module) -> nn.Module:
 
 
 def _copy(model: nn.Module, twin_of: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
-    """A deep copy of a model without hooks, with other tensors in its parameters, buffers and attributes."""
+    """Return a deep copy of a model without hooks, with other tensors in its parameters, buffers and attributes."""
     attributes = [value for module in model.modules() for value in vars(module).values()]
     tensors = [*model.parameters(), *model.buffers(), *(v for v in attributes if isinstance(v, torch.Tensor))]
     memo: dict[int, Any] = {id(tensor): twin_of(tensor) for tensor in tensors}

@@ -31,7 +31,7 @@ def role_of_shape(
         stride: tuple[int, int],
         groups: int,
 ) -> str:
-    """Role of a convolution that no known block gives a role."""
+    """Return the role of a convolution by its shape, where no known block gives it one."""
     if max(kernel_size) > 1:
         depthwise = groups == in_channels and groups > 1
         return 'downsample' if depthwise and max(stride) > 1 else 'spatial'
@@ -51,7 +51,7 @@ LATER_FIELDS = ('scale_weight_grad', 'scale_output', 'pre', 'bases', 'link_pool'
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to binarize a network. Immutable, validated, and equal to its JSON.
+    """Recipe for a binarized network. Immutable, validated, and equal to its JSON.
 
     Args:
         name: Name of the recipe.
@@ -139,7 +139,7 @@ class Recipe:
 
     @property
     def code(self) -> int:
-        """A 16-bit fingerprint of what the recipe computes, equal in both stages of two-stage training."""
+        """Fingerprint of 16 bits of the recipe's computation, equal in both stages of two-stage training."""
         names = [name for name in CODE_FIELDS if name != 'weight_quantizer' or self.weight_quantizer in TERNARY]
         facts = {name: getattr(self, name) for name in (*names, *self._later())}  # ternary weights have no first stage
         return zlib.crc32(json.dumps(facts).encode()) & 0xffff
@@ -150,11 +150,11 @@ class Recipe:
         return [name for name in LATER_FIELDS if getattr(self, name) != defaults[name]]
 
     def replace(self, **changes: Any) -> 'Recipe':
-        """A copy with some fields changed; give it a `name` of its own."""
+        """Return a copy with some fields changed; give it a `name` of its own."""
         return dataclasses.replace(self, **changes)
 
     def with_real_weights(self) -> 'Recipe':
-        """Stage one of two-stage training: binary inputs, real weights; the state dict has the same keys.
+        """Return the recipe of stage one of two-stage training: binary inputs, real weights, the same state dict keys.
 
         Raises:
             ValueError: The recipe has real inputs: its first stage is the float host itself.
@@ -173,7 +173,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> 'Recipe':
-        """Inverse of `to_dict`. Raises ValueError for a field that is unknown."""
+        """Return the recipe of plain data, the inverse of `to_dict`.
+
+        Raises:
+            ValueError: The data is no object, or a field is unknown or missing.
+        """
         if not isinstance(data, dict):
             raise ValueError(f'recipe: found a {type(data).__name__}, expected an object with the fields of Recipe')
         known = [f.name for f in dataclasses.fields(cls)]
@@ -256,7 +260,7 @@ RECIPES: dict[str, Recipe] = {row.name: row for row in _ROWS}
 
 
 def get_recipe(recipe: str | Recipe | dict[str, Any]) -> Recipe:
-    """A recipe from its name, its data, or itself.
+    """Return a recipe from its name, its data, or itself.
 
     Raises:
         ValueError: The name is unknown, or the data is not a recipe's.

@@ -1,4 +1,4 @@
-"""summarize(): bits, bytes and operations of any network, layer by layer.
+"""Summary of any network: bits, bytes and operations, layer by layer.
 
 OPs follow Bi-Real Net and ReActNet: OPs = float MACs + binary MACs / 64, one MAC counted once, convolutions and linear
 layers only. What the links add (one fused multiply-add for each value that a link adds) stands in a column of its own.
@@ -70,7 +70,7 @@ class Summary:
 
     @property
     def params(self) -> int:
-        """All parameters."""
+        """Number of all parameters."""
         return self.bit_params + self.real_params
 
     @property
@@ -99,7 +99,7 @@ class Summary:
         return self.real_macs + self.binary_macs / BINARY_MACS_PER_OP
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         totals = ('params', 'bit_params', 'real_params', 'mbit', 'binary_macs', 'real_macs', 'ops', 'link_ops')
         return {
             'input_size': list(self.input_size),

@@ -1,4 +1,4 @@
-"""Time of each layer of a net, with the operations that it stands for."""
+"""Times of the layers of a net, beside their operations."""
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -38,12 +38,12 @@ class LayerTime:
         return (self.binary_macs + self.real_macs) / max(self.ms * 1e-3, 1e-9)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {**asdict(self), 'macs_per_s': self.macs_per_s}
 
 
 def timed_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that are timed, by path: those without children, and the outermost of `WHOLE`; no identities."""
+    """Return the modules to time by path: those without children and the outermost of `WHOLE`, but no identities."""
     found: dict[str, nn.Module] = {}
 
     def visit(path: str, module: nn.Module) -> None:
@@ -103,7 +103,7 @@ def layer_times(model: nn.Module, x: torch.Tensor, repeats: int = 20) -> tuple[d
 
 
 def layer_table(model: nn.Module, counted: nn.Module, x: torch.Tensor, repeats: int = 20) -> dict[str, Any]:
-    """Layers of `model` with their times, and the operations of the layers of `counted` at or below the same paths.
+    """Return the layers of `model` with their times, and with the operations of `counted` at or below the same paths.
 
     Args:
         model: The net to time, such as a deployed one.

@@ -12,7 +12,7 @@ SETTINGS = ('TIMM_EL_ISA', 'ONEDNN_MAX_CPU_ISA', 'OMP_NUM_THREADS', 'OMP_WAIT_PO
 
 
 def _cpuinfo(field: str) -> str | None:
-    """First value of a field of Linux's /proc/cpuinfo; None elsewhere."""
+    """Return the first value of a field of Linux's /proc/cpuinfo, None on other systems."""
     try:
         with open('/proc/cpuinfo') as f:
             return next(line.split(':', 1)[1].strip() for line in f if line.startswith(field))
@@ -21,18 +21,18 @@ def _cpuinfo(field: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """Name of the processor."""
+    """Return the name of the processor."""
     return _cpuinfo('model name') or platform.processor() or platform.machine()
 
 
 def has_amx() -> bool | None:
-    """True if the processor has AMX tiles, which int8 and bfloat16 kernels use; None where it cannot be known."""
+    """Return whether the processor has AMX tiles, which int8 and bfloat16 kernels use; None if that is not known."""
     flags = _cpuinfo('flags')
     return None if flags is None else 'amx_tile' in flags.split()
 
 
 def describe(packages: Iterable[str] = ()) -> dict[str, Any]:
-    """Processor, AMX, versions of torch and of those given packages that are installed, and settings in force."""
+    """Return processor, AMX, threads, settings in force, and the versions of torch and of the given packages."""
     versions = {}
     for package in ('torch', 'timm', *packages):
         try:

@@ -1,4 +1,4 @@
-"""The nets that are compared: a binarized model and the float net that it stands for."""
+"""Nets of a comparison: a binarized model and the float net that it stands for."""
 
 import torch
 import torch.nn as nn
@@ -13,7 +13,7 @@ FLOAT_HOSTS = {
 
 
 def host_name(model: str, host: str | None, recipe: str | None) -> str:
-    """Name of the float net to compare with.
+    """Return the name of the float net to compare with.
 
     Raises:
         ValueError: None is known: the model has no entry in `FLOAT_HOSTS`, and no host is given, nor, for a model of

@@ -1,4 +1,4 @@
-"""The engines of others, each at its best: what a deployed model must be compared with.
+"""Peers: the engines of others, each at its best, beside which a deployed model is measured.
 
 They are an extra, `pip install "timm-el[bench]"`; nothing else in this package needs them. Every peer gets the images,
 the batch and the number of threads of the deployed model.
@@ -21,7 +21,7 @@ CALIBRATION_BATCHES = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """What all peers share.
+    """Common setting of all peers in one benchmark.
 
     Args:
         host: The float net, in eval mode.
@@ -62,12 +62,12 @@ class Peer:
     binary: bool = False
 
     def missing(self) -> list[str]:
-        """Packages that are not installed."""
+        """Return the names of packages that are not installed."""
         return [name for name in self.packages if importlib.util.find_spec(name) is None]
 
 
 def export_float(setting: Setting) -> Path:
-    """The float host as ONNX, batch norms folded."""
+    """Write the float host as ONNX, batch norms folded, and return the path."""
     path = setting.folder / 'host.onnx'
     if not path.exists():
         torch.onnx.export(
@@ -77,7 +77,7 @@ def export_float(setting: Setting) -> Path:
 
 
 def export_int8(setting: Setting) -> Path:
-    """The float host in 8 bits: static QDQ, weights int8 per channel, activations uint8.
+    """Write the float host in 8 bits and return the path: static QDQ, weights int8 per channel, activations uint8.
 
     Signed activations are 2.5 times slower in onnxruntime (no VNNI path), and keep OpenVINO from its AMX kernels.
     """
@@ -101,7 +101,7 @@ def export_int8(setting: Setting) -> Path:
 
 
 def onnxruntime(export: Callable[[Setting], Path]) -> Callable[[Setting], Built]:
-    """onnxruntime on an exported file."""
+    """Return a builder of onnxruntime on an exported file."""
     def build(setting: Setting) -> Built:
         import onnxruntime as ort
         options = ort.SessionOptions()
@@ -116,7 +116,7 @@ def onnxruntime(export: Callable[[Setting], Path]) -> Callable[[Setting], Built]
 
 
 def openvino(export: Callable[[Setting], Any], precision: str) -> Callable[[Setting], Built]:
-    """OpenVINO on an exported file, or on a model of its own (whose note is kept).
+    """Return a builder of OpenVINO on an exported file, or on a model with a note, which is kept.
 
     Args:
         export: Setting -> path, or (openvino.Model, note).
@@ -138,7 +138,7 @@ def openvino(export: Callable[[Setting], Any], precision: str) -> Callable[[Sett
 
 
 def convolution_kernels(compiled: Any) -> str:
-    """Which kernels the convolutions of a compiled OpenVINO model run, such as '36 brgconv_avx512_1x1_f32'."""
+    """Return the kernels of the convolutions of a compiled OpenVINO model, such as '36 brgconv_avx512_1x1_f32'."""
     counts: dict[str, int] = {}
     for op in compiled.get_runtime_model().get_ordered_ops():
         facts = op.get_rt_info()
@@ -166,7 +166,7 @@ PACKAGES = tuple(dict.fromkeys(name for peer in PEERS.values() for name in peer.
 
 
 def choose(names: str) -> dict[str, Peer]:
-    """Peers from 'all', 'none', or names separated by commas.
+    """Return peers by name from 'all', 'none', or names separated by commas.
 
     Raises:
         ValueError: A name is unknown.

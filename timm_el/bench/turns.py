@@ -13,7 +13,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: list[float]) -> 'Spread':
-        """Of at least one value."""
+        """Return the spread of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
 
@@ -48,5 +48,5 @@ def take_turns(
 
 
 def ratios(seconds: dict[str, list[float]], base: str) -> dict[str, Spread]:
-    """Of each contestant to `base`, from the pairs of each round: above 1 it is slower than `base`."""
+    """Return the ratio of each contestant to `base` over the pairs of each round: above 1 it is slower than `base`."""
     return {name: Spread.of([a / b for a, b in zip(values, seconds[base])]) for name, values in seconds.items()}

@@ -15,7 +15,7 @@ from ._show_bench import show_inference, show_training
 
 
 def main(argv: list[str]) -> None:
-    """Measure and print."""
+    """Measure inference or training and print the result."""
     parser = parser_of('bench', __doc__)
     what = parser.add_subparsers(dest='what', metavar='infer | train', required=True)
     infer, train = (what.add_parser(name, help=line) for name, line in (

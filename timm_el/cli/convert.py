@@ -12,7 +12,7 @@ from ._arguments import add_json, parser_of, positive
 
 
 def main(argv: list[str]) -> None:
-    """Convert and print."""
+    """Convert a net and print its report and its summary."""
     parser = parser_of('convert', __doc__)
     parser.add_argument('net', metavar='NET', help='resnet50, tv:resnet50')
     parser.add_argument('--recipe', default='el', help='how to binarize (default: el)')

@@ -26,7 +26,7 @@ def forms(text: str) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    """Evaluate and print."""
+    """Evaluate a network and print the result."""
     parser = parser_of('eval', __doc__)
     parser.add_argument('net', metavar='NET', help=f'{HELP}. Default of the weights: {PRETRAINED}')
     parser.add_argument('--data-dir', required=True, metavar='D', help='the images')

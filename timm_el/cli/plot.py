@@ -10,7 +10,7 @@ PICTURES = ('gamma', 'features', 'estimators', 'training', 'tradeoff')
 
 
 def main(argv: list[str]) -> None:
-    """Draw and save."""
+    """Draw a picture and save it."""
     parser = argparse.ArgumentParser(prog='timm-el plot', description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest='picture', metavar='PICTURE', required=True)
     for name in PICTURES:

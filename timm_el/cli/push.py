@@ -18,7 +18,7 @@ def metric(text: str) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    """Write, check, upload."""
+    """Write, check and upload a Hub folder."""
     parser = parser_of('push', __doc__)
     parser.add_argument('repo', help='user/repo on the Hub')
     parser.add_argument('--model', required=True,

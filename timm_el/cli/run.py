@@ -13,7 +13,7 @@ from .. import models  # noqa: F401  registers the models
 
 
 def find_script(name: str) -> str:
-    """Path of a script: as given, else in $TIMM_SCRIPTS."""
+    """Return the path of a script: as given, else in $TIMM_SCRIPTS."""
     folder = os.environ.get('TIMM_SCRIPTS')
     candidates = [name] + ([os.path.join(folder, name)] if folder else [])
     for path in candidates:
@@ -24,7 +24,7 @@ def find_script(name: str) -> str:
 
 
 def through_launcher(args: list[str]) -> list[str]:
-    """Arguments of bulk_runner.py with the child script started through this launcher."""
+    """Return the arguments of bulk_runner.py with the child script started through this launcher."""
     for i, arg in enumerate(args):
         if arg.endswith('.py'):
             # Its --module takes a value and only asks whether there is one.

@@ -1,4 +1,4 @@
-"""The verb `binarize`: swap the conv-norm-act chains of a network for `BinaryUnit`s, in place, all or nothing.
+"""Verb `binarize`: swap the conv-norm-act chains of a network for `BinaryUnit`s, in place, all or nothing.
 
     find_sites -> decide -> build -> apply          see sites.py for what each stage gives to the next
 

@@ -20,7 +20,7 @@ NEVER = (0.002, 0.998)  # outside of it, behind a norm, there is nothing to take
 
 @dataclass
 class Verdict:
-    """What a batch of images tells about the signs of a network.
+    """Judgement of the signs of a network by a batch of images.
 
     Args:
         revived: Paths of units that need a norm in front of their sign.
@@ -71,7 +71,7 @@ def _own_pre(units: Iterable[BinaryUnit]) -> Iterator[None]:
 
 def _judge_on(
         model: nn.Module, batch: torch.Tensor, units: dict[nn.Module, tuple[str, BinaryUnit]]) -> Verdict:
-    """Return what one batch tells.
+    """Return the verdict of one batch of images (N, C, H, W).
 
     Raises:
         Exception: Whatever the network raises for it.

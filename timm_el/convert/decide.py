@@ -29,7 +29,7 @@ __all__ = ['Question', 'decide', 'decide_dead_signs', 'ends_of', 'splits_shortcu
 
 @dataclass(frozen=True)
 class Question:
-    """What a conversion is asked for, and what is known of the host.
+    """Request for a conversion, and what is known of the host.
 
     Args:
         recipe: How to binarize.

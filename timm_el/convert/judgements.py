@@ -43,13 +43,13 @@ def pair(graph: TracedGraph, conv: fx.Node) -> tuple[MaybeNode, MaybeNode]:
 
 
 def runs_twice(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Reason | None:
-    """A layer that runs more than once has several followers, and one unit cannot hold them."""
+    """Keep a layer that runs more than once: it has several followers, and one unit cannot hold them."""
     run = graph.run(conv)
     return Reason.TWICE if graph.uses[conv.target] > 1 or run is not None and run.calls > 1 else None
 
 
 def is_first(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Reason | None:
-    """Nothing with weights stands between the images and this layer.
+    """Keep a layer that reads the images, with nothing that has weights between.
 
         images -> (norm, activation, pool)* -> conv
     """
@@ -66,7 +66,7 @@ def is_first(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Reason | Non
 
 
 def is_on_means(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Reason | None:
-    """Its input has been averaged over the image, perhaps through other small layers.
+    """Keep a layer whose input has been averaged over the image, perhaps through other small layers.
 
         x -> mean -> (1x1 conv, activation)* -> conv -> output                 classifier
         x -> mean -> (1x1 conv, activation)* -> conv -> sigmoid -> x *         squeeze-excite
@@ -97,7 +97,7 @@ def _averages(graph: TracedGraph, node: fx.Node) -> bool:
 
 
 def is_last(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Reason | None:
-    """A layer without a norm, whose output is the model's.
+    """Keep a layer without a norm whose output is the model's.
 
         conv -> (pool, activation)* -> output
     """
@@ -105,7 +105,7 @@ def is_last(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Reason | None
 
 
 def is_downsample(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Reason | None:
-    """A layer alone on one side of an addition, with two others or more on the other side.
+    """Keep a layer alone on one side of an addition, with two others or more on the other side.
 
         x -> conv ----------------> +
         x -> conv -> ... -> conv -> +

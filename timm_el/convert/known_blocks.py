@@ -26,7 +26,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Block:
-    """How a known block class runs.
+    """Description of a known class of blocks, in the order of its forward pass.
 
     Args:
         sites: In the order in which they run. Those of a root come before its blocks, but for `last`.

@@ -20,7 +20,7 @@ __all__ = ['Report', 'ReportRow', 'find_failures', 'make_report', 'starts_anew']
 
 @dataclass(frozen=True)
 class ReportRow:
-    """What became of one convolution or linear layer.
+    """Row of a report: one convolution or linear layer of the host.
 
     Args:
         path: Where the layer stood in the host.
@@ -53,7 +53,7 @@ class ReportRow:
 
     @property
     def reason(self) -> str:
-        """Why it was not binarized or got no link, in words."""
+        """Reason why the layer was not binarized or got no link, in words."""
         return '' if self.why is None else str(self.why)
 
     @property
@@ -72,7 +72,7 @@ class ReportRow:
         return self.status == 'kept' and self.why.reason in EXEMPT
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         act = None if self.act is None else self.act.value
         facts = {name: getattr(self, name) for name in (
             'path', 'kind', 'status', 'reason', 'role', 'link', 'scale_input', 'norm')}
@@ -81,7 +81,7 @@ class ReportRow:
 
 @dataclass
 class Report:
-    """What `binarize` did. Prints as a table; `to_dict` gives the data.
+    """Report of a conversion. Prints as a table; `to_dict` gives the data.
 
     Args:
         recipe: The recipe in use.
@@ -103,13 +103,13 @@ class Report:
     hopeless: tuple[str, ...] = ()
 
     def plan(self) -> dict[str, Any]:
-        """What `binarize` needs, beside the host, to build the same network again (`like`), as plain data."""
+        """Return the plain data by which `binarize(like=...)` builds the same network again from the same host."""
         return {
             'recipe': self.recipe.to_dict(), 'keep': list(self.keep), 'revived': list(self.revived),
             'hopeless': list(self.hopeless), 'input_size': list(self.input_size) if self.input_size else None}
 
     def count(self, status: str) -> int:
-        """Number of layers with a status."""
+        """Return the number of layers with a status."""
         return sum(row.status == status for row in self.rows)
 
     @property
@@ -125,7 +125,7 @@ class Report:
 
     @property
     def eligible_macs_share(self) -> float | None:
-        """The same among layers that are neither first convolution, classifier, residual downsample nor on vectors."""
+        """Same as `macs_share`, without first convolution, classifier, residual downsample and layers on vectors."""
         return self._macs_share([row for row in self.rows if not row.exempt])
 
     def _macs_share(self, rows: Sequence[ReportRow]) -> float | None:
@@ -135,7 +135,7 @@ class Report:
         return sum(row.macs for row in rows if row.status == 'binarized') / max(sum(row.macs for row in rows), 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {
             'recipe': self.recipe.to_dict(),
             'input_size': list(self.input_size) if self.input_size else None,

@@ -21,7 +21,7 @@ __all__ = [
 
 
 class Reason(enum.Enum):
-    """Why a layer stays float, is not there any more, or has no link. The text is for the report."""
+    """Reasons why a layer stays float, is gone, or has no link. The text is for the report."""
     # A layer that no method binarizes.
     FIRST = 'first convolution'
     CLASSIFIER = 'classifier'
@@ -74,7 +74,7 @@ class Why:
 
 
 class Act(str, enum.Enum):
-    """What becomes of an activation."""
+    """Fate of an activation."""
     DROPPED = 'dropped'
     IN_BRANCH = 'in branch'
     REPLACED = 'replaced'
@@ -85,14 +85,14 @@ class Act(str, enum.Enum):
 
 
 class Conv(enum.Enum):
-    """What becomes of a convolution inside a unit."""
+    """Fate of a convolution inside a unit."""
     BINARY = enum.auto()
     REAL = enum.auto()
     OMITTED = enum.auto()
 
 
 class Pre(enum.Enum):
-    """What a unit has in front of its sign."""
+    """Module in front of the sign of a unit."""
     NORM = 'norm'       # a new BatchNorm, the recipe's
     SHIFT = 'shift'     # a learned threshold, the recipe's
     CENTRE = 'centre'   # a new norm that acts in eval mode too, because the sign would be constant
@@ -152,7 +152,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Network:
-    """What a host, or a part of it, is made of.
+    """Structure of a host, or of a part of it.
 
     Args:
         groups: In the order in which they run.
@@ -183,7 +183,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Keep:
-    """The layer stays float, outside any unit; only its activation may move.
+    """Decision that a layer stays float, outside any unit; only its activation may move.
 
     Args:
         site: Where.
@@ -197,7 +197,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class Convert:
-    """A unit takes the place of the site.
+    """Decision that a unit takes the place of a site.
 
     Args:
         site: Where.

@@ -1,4 +1,4 @@
-"""Traced graphs: what torch.fx sees of a network, and how to move about in it.
+"""Traced graphs: a network as torch.fx sees it, and the moves in it.
 
 What fx cannot trace as a whole falls into parts along the module structure, each traced by itself: then what is known
 inside a part is used, and what is between them is not. torch.fx patches torch.nn globally while it traces, so do not

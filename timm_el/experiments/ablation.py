@@ -25,7 +25,7 @@ OF_THE_TABLE = ('rows', 'contrasts', 'published')
 
 
 def plan_rows(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Row name -> plain data of its run, with 'paper' beside the fields of `fit.FitConfig`.
+    """Return the plain data of each row's run by its name: fields of `FitConfig`, and 'paper'.
 
     Raises:
         ValueError: There are no rows, a name is missing or taken, a contrast names no row, or a published figure is no
@@ -117,7 +117,7 @@ def paired(differences: Sequence[float]) -> tuple[float, float, float, tuple[flo
 
 
 def verdict(interval: tuple[float, float]) -> str:
-    """What an interval of (better - worse, as the paper has them) says."""
+    """Return the verdict on an interval of (better - worse, as the paper has them): agrees, disagrees or open."""
     return 'agrees' if interval[0] > 0 else 'disagrees' if interval[1] < 0 else 'open'
 
 
@@ -126,7 +126,7 @@ def _number(value: float | None, form: str = '.1f') -> str:
 
 
 def report(data: dict[str, Any], lines: list[dict[str, Any]]) -> str:
-    """A table of results, one of contrasts, and one of what others published, in Markdown."""
+    """Return a table of results, one of contrasts, and one of the results of others, in Markdown."""
     rows = plan_rows(data)
     chance = 100 / data.get('num_classes', 10)
     top1: dict[str, dict[int, float]] = {row: {} for row in rows}

@@ -1,4 +1,4 @@
-"""What a run of `fit` is: the fields of its YAML, checked, and the stages that it may have."""
+"""Configuration of a run of `fit`: the fields of its YAML, checked, and its stages."""
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Recipe = str | dict[str, Any]
 
 @dataclass(frozen=True)
 class FitConfig:
-    """All that decides the result of a run. Names and meanings are train.py's where it has them.
+    """Settings that decide the result of a run. Names and meanings are train.py's where it has them.
 
     Args:
         recipe: Name or dict of a recipe; None for the model as it is.
@@ -110,7 +110,7 @@ class FitConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> 'FitConfig':
-        """From the plain data of a YAML."""
+        """Return the config of the plain data of a YAML."""
         known = [f.name for f in dataclasses.fields(cls)]
         for key in data:
             if key not in known:
@@ -118,12 +118,12 @@ class FitConfig:
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as in a YAML."""
+        """Return plain data, as in a YAML."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `base` with changes; dicts (model_kwargs, opt_kwargs, ...) are merged key by key."""
+    """Return the fields of `base` with changes; dicts (model_kwargs, opt_kwargs, ...) are merged key by key."""
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
@@ -132,7 +132,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """A YAML as plain data, with changes to its fields, each as FIELD=VALUE."""
+    """Read a YAML as plain data, with changes to its fields, each as FIELD=VALUE."""
     with open(path) as f:
         data = yaml.safe_load(f)
     if not isinstance(data, dict):
@@ -146,7 +146,7 @@ def load_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def plan_stages(data: dict[str, Any], output: str) -> list[tuple[str, FitConfig]]:
-    """(folder, FitConfig) of each stage, in order; a config without `stages` is one stage in `output` itself.
+    """Return the folder and the `FitConfig` of each stage, in order; without `stages` there is one, in `output` itself.
 
     Raises:
         ValueError: A stage has no name or one that is taken, or refers to a stage that does not come before it.

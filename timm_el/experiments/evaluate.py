@@ -18,7 +18,7 @@ from .nets import PRETRAINED, Net
 
 
 def as_packed(model: nn.Module) -> nn.Module:
-    """What comes back from the packed file of a model."""
+    """Return a model that was packed and loaded again."""
     twin = copy.deepcopy(model)
     for parameter in twin.parameters():  # all that it computes with shall come from the file
         parameter.data.fill_(math.nan)
@@ -45,7 +45,7 @@ def load_images(
         dataset: str = '',
         download: bool = False,
 ) -> DataLoader:
-    """Images of a folder, prepared as the model's config says.
+    """Return batches of the images of a folder, prepared as the model's config says.
 
     Args:
         model: The network that they are for.
@@ -76,7 +76,7 @@ def load_images(
 
 
 def count_right(nets: dict[str, nn.Module], images: Iterable) -> dict[str, Any]:
-    """Top-1 and top-5 of several nets on the same images, and how often two of them agree, in percent."""
+    """Return top-1 and top-5 of several nets on the same images, and their agreement in pairs, in percent."""
     seen = 0
     right = {name: [0, 0] for name in nets}
     pairs = [(a, b) for i, a in enumerate(nets) for b in list(nets)[i + 1:]]

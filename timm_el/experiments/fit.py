@@ -103,7 +103,7 @@ def fit(
         workers: int = 2,
         stop_after: int | None = None,
 ) -> dict[str, float]:
-    """Train, or go on with, one run.
+    """Train one run, or go on with it, and return its last record.
 
     What is random in an epoch depends on the seed and the epoch alone, and schedules on the step alone, so that model,
     averaged model, optimizer and epoch, which timm's checkpoint holds, are all that there is to resume.

@@ -15,12 +15,12 @@ SEED_STEP = 10_000  # epochs between the seeds of two runs
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """One seed for each epoch of each run: nothing about random numbers has to be saved."""
+    """Return the seed of an epoch of a run, so that nothing about random numbers has to be saved."""
     return seed * SEED_STEP + epoch
 
 
 def decode(data_dir: str, split: str, size: int, cache: str) -> Batch:
-    """All images of a split of an ImageFolder as uint8 (N, 3, size, size), and their labels (N,).
+    """Return all images of a split of an ImageFolder as uint8 (N, 3, size, size), and their labels (N,).
 
     They are decoded once and kept in the folder `cache`; delete the file there if the images change.
     """
@@ -39,7 +39,7 @@ def decode(data_dir: str, split: str, size: int, cache: str) -> Batch:
 
 
 def crop_and_flip(images: torch.Tensor, pad: int, generator: torch.Generator) -> torch.Tensor:
-    """Each image padded by `pad` black pixels, cut at a random place to its old size, and mirrored half of the time.
+    """Pad each image by `pad` black pixels, cut it to its old size at a random place, and mirror half of the images.
 
     Shapes: (N, C, H, W) -> (N, C, H, W).
     """
@@ -83,7 +83,7 @@ class TensorImages:
         return whole + (rest > 0 and self.pad is None)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch: normalised images (N, 3, H, W) and labels (N,)."""
+        """Yield the batches of an epoch: normalised images (N, 3, H, W) and labels (N,)."""
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
         order = torch.arange(len(self.labels))
         if self.pad is not None:
@@ -105,12 +105,12 @@ class LoaderImages:
         return len(self.loader)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch."""
+        """Return the batches of an epoch: normalised images (N, 3, H, W) and labels (N,)."""
         return iter(self.loader)
 
 
 def create_images(config, data_dir: str, cache: str, workers: int, training: bool):
-    """Images of one split, as a `FitConfig` says."""
+    """Return the images of one split, as a `FitConfig` says."""
     split = config.train_split if training else config.val_split
     common = dict(batch_size=config.batch_size, mean=config.mean, std=config.std)
     if config.pad_crop is not None:

@@ -1,4 +1,4 @@
-"""NET on the command line: MODEL, MODEL:RECIPE, either with @WEIGHTS behind it, or a folder."""
+"""Nets as the command line names them: MODEL, MODEL:RECIPE, either with @WEIGHTS behind it, or a folder."""
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class Net:
 
     @classmethod
     def parse(cls, text: str, weights: str | None = None) -> 'Net':
-        """From text; `weights` are those of a text that names none.
+        """Read a net from text; `weights` are those of a text that names none.
 
         Raises:
             ValueError: There is no such file of weights.
@@ -50,12 +50,12 @@ class Net:
 
     @property
     def label(self) -> str:
-        """A short name for tables and pictures."""
+        """Short name for tables and pictures."""
         stem = os.path.basename(os.path.normpath(self.model))
         return stem if self.recipe is None else f'{stem}, {self.recipe}'
 
     def build(self) -> nn.Module:
-        """The network in eval mode.
+        """Return the network in eval mode.
 
         Raises:
             RuntimeError: Of timm: pretrained weights were asked for, and there are none.
@@ -72,14 +72,14 @@ class Net:
         return model.eval()
 
     def _classes(self) -> dict[str, Any]:
-        """num_classes of the weights' own classifier, where it can be found."""
+        """Return the num_classes of the weights' own classifier as an argument, or none where it cannot be found."""
         from timm.models import load_state_dict
         cfg = timm.get_pretrained_cfg(self.model)
         weight = load_state_dict(self.weights).get(f'{cfg.classifier}.weight') if cfg is not None else None
         return {} if weight is None else {'num_classes': weight.shape[0]}
 
     def recorded(self, model: nn.Module) -> dict[str, float]:
-        """Metrics by name that the log of a run, or the model card beside the weights of `model`, gives; else empty."""
+        """Return metrics by name from the log of a run, or from the card beside the weights of `model`; else none."""
         if os.path.isdir(self.model):
             return {'top1': read_log(self.model)['eval_top1'][-1]} if is_run(self.model) else read_metrics(self.model)
         file = model.pretrained_cfg.get('file') if self.weights == PRETRAINED else self.weights

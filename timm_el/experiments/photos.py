@@ -13,7 +13,7 @@ SAMPLES = ('china.jpg', 'flower.jpg')  # scikit-learn's
 
 
 def read(name: str) -> 'Image':
-    """An image from a path, or a sample of scikit-learn by its name.
+    """Return an image from a path, or a sample of scikit-learn by its name.
 
     Raises:
         ValueError: There is no such file, or it is no image.
@@ -34,7 +34,7 @@ def read(name: str) -> 'Image':
 
 
 def find(paths: list[str]) -> list[str]:
-    """Images by path: files as they are, and those anywhere in a folder; scikit-learn's samples for no path.
+    """Return paths of images: files as they are, and those anywhere in a folder; scikit-learn's samples for no path.
 
     Raises:
         ValueError: There is no image in a folder.
@@ -53,13 +53,13 @@ def find(paths: list[str]) -> list[str]:
 
 
 def prepare(model: nn.Module, image: 'Image', img_size: int | None = None) -> torch.Tensor:
-    """An image (C, H, W) as the config of the model says, at the model's own size if none is given."""
+    """Return an image (C, H, W) as the config of the model says, at the model's own size if none is given."""
     config = resolve_data_config({'img_size': img_size}, model=model)
     return create_transform(**config)(image)
 
 
 def label_names(model: nn.Module) -> list[str]:
-    """Names of the model's classes: its config's, ImageNet's for a head of that size, or numbers."""
+    """Return the names of the model's classes: its config's, ImageNet's for a head of that size, or numbers."""
     names = model.pretrained_cfg.get('label_names')
     if names and len(names) == model.num_classes:
         return list(names)
@@ -72,7 +72,7 @@ def label_names(model: nn.Module) -> list[str]:
 
 
 def classify(model: nn.Module, x: torch.Tensor, top: int = 3) -> list[tuple[str, float]]:
-    """Names and probabilities of the most probable classes of one image (C, H, W)."""
+    """Return names and probabilities, 0 to 1, of the most probable classes of one image (C, H, W)."""
     names = label_names(model)
     with torch.inference_mode():
         best = model(x[None]).softmax(1)[0].topk(min(top, len(names)))

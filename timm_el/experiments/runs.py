@@ -1,4 +1,4 @@
-"""What a run of train.py or `fit` leaves in its folder: args.yaml, the weights, and summary.csv or log.jsonl."""
+"""Folders of runs of train.py and `fit`: args.yaml, the weights, and summary.csv or log.jsonl."""
 import csv
 import math
 from pathlib import Path
@@ -19,17 +19,17 @@ LOGS = {'summary.csv': COLUMNS, 'log.jsonl': ('epoch', 'train_loss', 'loss', 'to
 
 
 def is_run(folder: str | Path) -> bool:
-    """train.py or `fit` wrote this folder."""
+    """Return whether train.py or `fit` wrote this folder."""
     return (Path(folder) / ARGS).is_file()
 
 
 def read_args(folder: str | Path) -> dict[str, Any]:
-    """The arguments of a run, by name; those of `fit` have a 'recipe'."""
+    """Return the arguments of a run by name; those of `fit` have a 'recipe'."""
     return yaml.safe_load((Path(folder) / ARGS).read_text())
 
 
 def load_run(folder: str | Path) -> nn.Module:
-    """The model of a run with the weights of its last epoch; its config says how the run prepared its images.
+    """Return the model of a run with the weights of its last epoch; its config says how the run prepared its images.
 
     Not those of the best epoch: they were chosen on the validation images, and among those since the last resume only.
 
@@ -52,7 +52,7 @@ def load_run(folder: str | Path) -> nn.Module:
 
 
 def read_log(run: str | Path) -> dict[str, list[float]]:
-    """`COLUMNS` of a run's log by name; of an epoch that was run twice, because a job was resumed, the last run counts.
+    """Return `COLUMNS` of a run's log by name; of an epoch that a resumed job ran twice, the last run counts.
 
     Args:
         run: The folder, or the file.
@@ -77,7 +77,7 @@ def read_log(run: str | Path) -> dict[str, list[float]]:
 
 
 def training_log(folder: str | Path) -> str:
-    """Markdown for a model card: the arguments that matter, and loss and top-1 by epoch."""
+    """Return Markdown for a model card: the arguments that matter, and loss and top-1 by epoch."""
     args, run = read_args(folder), read_log(folder)
     names = ('model', 'recipe', 'model_kwargs', 'epochs', 'batch_size', 'world_size', 'opt', 'lr', 'sched',
              'weight_decay', 'amp', 'amp_dtype', 'seed')

@@ -1,4 +1,4 @@
-"""The layers of a binarized network.
+"""Layers of a binarized network.
 
 One mechanism serves every method: a `BinaryUnit` computes the paper's equation 4,
 

@@ -1,4 +1,4 @@
-"""What inputs and arguments must be, and the errors that say so."""
+"""Checks of inputs and arguments, and their errors."""
 import operator
 
 import torch

@@ -1,4 +1,4 @@
-"""The Elastic-Link (paper, equations 4 and 5)."""
+"""Elastic-Link (paper, equations 4 and 5)."""
 import math
 from typing import Optional
 
@@ -85,7 +85,7 @@ class ElasticLink(nn.Module):
             same_pad: bool = False,
             pool: str = 'max',
     ) -> Optional['ElasticLink']:
-        """The link around a given convolution or linear layer.
+        """Return the link around a given convolution or linear layer.
 
         gamma is dropped on a link that neither changes channels nor stands for a 1x1 convolution: the paper's Fig. 4
         counts 16 in ResNet26, two a block. Where the convolution's output has not ceil(H / stride) rows for every H

@@ -76,11 +76,11 @@ class MultiBaseConv2d(BinaryConv2d):
         return self.weight_bits * self.bases[1]
 
     def latent_weight(self) -> torch.Tensor:
-        """The weight in use, whose sign and magnitude are all that is left of it where there is one base."""
+        """Return the weight in use. With one base it is its own sign times its magnitude."""
         return self.weight if self.weight_quantizer is None else abc_weight(self.weight, self.bases[0])
 
     def alpha(self) -> torch.Tensor:
-        """Magnitude of the weight in use where there is one base, the same for all channels, (O,)."""
+        """Return the magnitude of the weight in use where there is one base, the same for all channels, (O,)."""
         return abc_weight_bases(self.weight, self.bases[0])[1].sum().abs().expand(self.out_channels)
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:

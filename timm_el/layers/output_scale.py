@@ -12,7 +12,7 @@ __all__ = ['LearnedScale', 'Gate']
 
 
 def _stretched(factors: torch.Tensor, size: int) -> torch.Tensor:
-    """Factors (n,) at another length, linearly interpolated."""
+    """Return factors (n,) at another length (size,), linearly interpolated."""
     if factors.shape[0] == size:
         return factors
     return F.interpolate(factors[None, None], size=[size], mode='linear', align_corners=False)[0, 0]

@@ -1,4 +1,4 @@
-"""The quantizers and scales that `BinaryConv2d` and `BinaryLinear` share."""
+"""Quantizers and scales of `BinaryConv2d` and `BinaryLinear`."""
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

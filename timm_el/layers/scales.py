@@ -11,7 +11,7 @@ __all__ = ['weight_scale', 'input_scale']
 
 
 def weight_scale(weight: torch.Tensor, grad: bool = False) -> torch.Tensor:
-    """Scale of a binary weight: alpha = mean(abs(W)) per output channel (paper, eq. 3; XNOR-Net).
+    """Return the scale of a binary weight: alpha = mean(abs(W)) per output channel (paper, eq. 3; XNOR-Net).
 
     The mean is taken in float64, because a float32 mean over +-alpha need not give alpha back, and then a packed file
     would change each time that it is written again.
@@ -35,10 +35,10 @@ def input_scale(
         dilation: tuple[int, int],
         groups: int = 1,
 ) -> torch.Tensor:
-    """Scale of a binary input: K = box_filter( mean over channels of abs(x) ) (paper, eq. 3; XNOR-Net, section 3.2).
+    """Return the scale of a binary input, K (paper, eq. 3; XNOR-Net, section 3.2).
 
-    Every tap of the box weighs 1 / (kH * kW); taps in the padding count as zeros. A grouped convolution has one plane
-    a group, because its kernels see one group of channels each.
+    K = box_filter( mean over channels of abs(x) ). Every tap of the box weighs 1 / (kH * kW); taps in the padding count
+    as zeros. A grouped convolution has one plane a group, because its kernels see one group of channels each.
 
     Args:
         x: Real input (N, C, H, W).

@@ -1,4 +1,4 @@
-"""The unit that stands where a host had a convolution, its norm and its activation."""
+"""Unit that stands where a host had a convolution, its norm and its activation."""
 
 import torch
 import torch.nn as nn
@@ -11,7 +11,7 @@ HOST_ATTRIBUTES = (
 
 
 class ZeroShortcut(nn.Module):
-    """Stands where a host block had its shortcut: returns a 0-D zero, which the host adds."""
+    """Zero in place of the shortcut of a host's block: returns a 0-D tensor, which the host adds."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.new_zeros(())
@@ -80,16 +80,16 @@ class BinaryUnit(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor | None:
-        """The latent weight, None for a unit without a convolution; hosts ask it for its dtype and device."""
+        """Latent weight, None for a unit without a convolution; hosts ask it for its dtype and device."""
         return None if self.conv is None else self.conv.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The convolution's bias."""
+        """Bias of the convolution."""
         return None if self.conv is None else self.conv.bias
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
-        """Everything that runs beside the link."""
+        """Compute all that stands beside the link: x (N, C_in, H, W) -> (N, C_out, H', W')."""
         if self.pre is not None:
             x = self.pre(x)
         if self.scale is None:
@@ -120,7 +120,7 @@ class BinaryUnit(nn.Module):
 
 @torch.no_grad()
 def expected_statistics(weight: torch.Tensor, act: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of act(z) per channel, z ~ N(0, sum of squared weights): unit-variance inputs."""
+    """Return mean and variance (O,) of act(z) per channel, z ~ N(0, sum of squared weights): unit-variance inputs."""
     dd = {'device': weight.device, 'dtype': torch.float32}
     normal = torch.special.ndtri((torch.arange(256, **dd) + 0.5) / 256)
     std = weight.detach().float().flatten(1).square().sum(1).sqrt()

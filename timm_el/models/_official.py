@@ -7,13 +7,13 @@ __all__ = ['OfficialCheckpoint', 'strip_wrappers']
 
 
 def strip_wrappers(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict without the training script's outer dict and DataParallel's `module.`."""
+    """Return a state dict without the training script's outer dict and DataParallel's `module.`."""
     state_dict = state_dict.get('state_dict', state_dict)
     return {k[len('module.'):] if k.startswith('module.') else k: v for k, v in state_dict.items()}
 
 
 class OfficialCheckpoint:
-    """The tensors of an official checkpoint, each to be taken once.
+    """Tensors of an official checkpoint, each to be taken once.
 
     Args:
         state_dict: Tensors under their official names.
@@ -25,7 +25,7 @@ class OfficialCheckpoint:
         self.source = source
 
     def take(self, key: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor in the shape that is asked for.
+        """Return a tensor in the shape that is asked for, and count it as taken.
 
         Biases of the official code are (1, C, 1, 1), and some convolution weights lie flat, as (N, 1), under `weights`
         in place of `weight`.

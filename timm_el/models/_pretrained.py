@@ -17,13 +17,13 @@ CIFAR10 = dict(
 
 
 def bundled_file(name: str) -> str | None:
-    """Path of the weights that this package ships under a name, None if it ships none."""
+    """Return the path of the weights that this package ships under a name, or None."""
     path = SHIPPED / name / 'model.safetensors' if SHIPPED is not None else None
     return str(path) if path is not None and path.is_file() else None
 
 
 def choose_weights(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """For `pretrained=True` without a tag: the default config if it has weights, else those that are shipped.
+    """Return arguments that name shipped weights, for `pretrained=True` without a tag and without default weights.
 
     Args:
         variant: Name of the model.

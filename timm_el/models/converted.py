@@ -1,4 +1,4 @@
-"""Nets of timm that `binarize` converts, under one name: what a Hub folder of a converted net has for its architecture.
+"""Converted nets of timm under one name, the architecture in a Hub folder of a converted net.
 
 A folder that had its host's name could be opened by timm alone, which would build the float host and, with another
 number of classes, drop all that does not fit. This name timm does not know unless this package is imported.
@@ -90,7 +90,7 @@ def timm_el_converted(
         plan: dict[str, Any] | None = None,
         **kwargs: Any,
 ) -> nn.Module:
-    """A net of timm, converted; `pretrained=True` is for folders of `save_for_hub` (`local-dir:`, `hf-hub:`).
+    """Create a converted net of timm; `pretrained=True` is for folders of `save_for_hub` (`local-dir:`, `hf-hub:`).
 
     Args:
         pretrained: Load the folder's weights.

@@ -136,6 +136,6 @@ def _create_mobilenet_v1(
 
 
 @register_model
-def el_mobilenet_v1(pretrained: bool = False, channel_multiplier: float = 1.0, **kwargs: Any) -> BinarizedEfficientNet:
-    """Elastic-Link MobileNetV1."""
+def el_mobilenet_v1(pretrained: bool = False, channel_multiplier: float = 1.0, **kwargs) -> BinarizedEfficientNet:
+    """Create Elastic-Link MobileNetV1."""
     return _create_mobilenet_v1('el_mobilenet_v1', channel_multiplier, pretrained, **kwargs)

@@ -11,12 +11,12 @@ __all__ = ['create', 'is_ours']
 
 
 def is_ours(name: str) -> bool:
-    """This package registers a model of this name."""
+    """Return whether this package registers a model of this name."""
     return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm_el.')
 
 
-def create(name: str, recipe: str | None = None, **kwargs: Any) -> nn.Module:
-    """A timm model; with a recipe, a registered model of this package takes it and any other is converted by it."""
+def create(name: str, recipe: str | None = None, **kwargs) -> nn.Module:
+    """Create a timm model; a recipe is an argument of a registered model of this package, and converts any other."""
 
     if recipe is None:
         return timm.create_model(name, **kwargs)

@@ -165,7 +165,7 @@ class ReActNet(CheckedLoading, nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regex patterns of parameter groups."""
+        """Return regex patterns of parameter groups."""
         return dict(stem=r'^conv_stem|bn_stem', blocks=r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.(\d+)')
 
     @torch.jit.ignore
@@ -175,7 +175,7 @@ class ReActNet(CheckedLoading, nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The classifier module."""
+        """Return the classifier module."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -203,7 +203,7 @@ class ReActNet(CheckedLoading, nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Final features and those of selected stages.
+        """Return the final features (N, C, H', W') and those of selected stages.
 
         Args:
             x: Images.
@@ -230,7 +230,7 @@ class ReActNet(CheckedLoading, nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Drop what the given intermediate features do not need; returns their indices."""
+        """Drop all that the given intermediate features do not need, and return their indices."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[:max_index + 1]
         if prune_head:
@@ -238,14 +238,14 @@ class ReActNet(CheckedLoading, nn.Module):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images to the last feature map."""
+        """Return the last feature map (N, C, H / 32, W / 32) of images (N, C_in, H, W)."""
         x = self.bn_stem(self.conv_stem(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.stages, x, flatten=True)
         return self.stages(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Feature map to logits, or to pooled features if `pre_logits`."""
+        """Return the logits (N, classes) of features (N, C, H, W), or the pooled features (N, C) if `pre_logits`."""
         x = self.global_pool(x)
         if self.drop_rate > 0.:
             x = F.dropout(x, p=self.drop_rate, training=self.training)
@@ -355,20 +355,20 @@ def _create_reactnet(variant: str, pretrained: bool = False, **kwargs: Any) -> R
 
 
 @register_model
-def reactnet_a(pretrained: bool = False, **kwargs: Any) -> ReActNet:
-    """ReActNet-A: all convolutions but the first binary."""
+def reactnet_a(pretrained: bool = False, **kwargs) -> ReActNet:
+    """Create ReActNet-A: all convolutions but the first binary."""
     return _create_reactnet('reactnet_a', pretrained, **kwargs)
 
 
 @register_model
-def reactnet_c(pretrained: bool = False, **kwargs: Any) -> ReActNet:
-    """ReActNet-C: the 1x1 convolutions of reduction blocks are real-valued."""
+def reactnet_c(pretrained: bool = False, **kwargs) -> ReActNet:
+    """Create ReActNet-C: the 1x1 convolutions of reduction blocks are real-valued."""
     model_args = dict(real_reduction=True)
     return _create_reactnet('reactnet_c', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def el_reactnet_c(pretrained: bool = False, **kwargs: Any) -> ReActNet:
-    """ReActNet-C with Elastic-Link: the duplicated shortcut of reduction blocks is Expand / gamma."""
+def el_reactnet_c(pretrained: bool = False, **kwargs) -> ReActNet:
+    """Create ReActNet-C with Elastic-Link: the duplicated shortcut of reduction blocks is Expand / gamma."""
     model_args = dict(real_reduction=True, gamma='learnable')
     return _create_reactnet('el_reactnet_c', pretrained, **dict(model_args, **kwargs))

@@ -59,7 +59,7 @@ def ternary_sign_definition(x: torch.Tensor) -> torch.Tensor:
 
 
 class Estimator(NamedTuple):
-    """The lean form of a quantizer: its values, the code kept for backward, and the gradient from that code.
+    """Lean form of a quantizer: its values, the code kept for backward, and the gradient from that code.
 
     Args:
         quantize: x -> quantized x.

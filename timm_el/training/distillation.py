@@ -14,7 +14,7 @@ __all__ = ['residual_blocks', 'DistillationTask']
 
 
 def residual_blocks(model: nn.Module) -> list[str]:
-    """Paths of the blocks of a timm model's stages, Real-to-Binary's transfer points ('layer1.0', 'layer1.1', ...)."""
+    """Return the paths of the blocks of a timm model's stages, Real-to-Binary's transfer points ('layer1.0', ...)."""
     stages = [info['module'] for info in getattr(model, 'feature_info', [])]
     stages = [path for path in stages if isinstance(dict(model.named_modules()).get(path), nn.Sequential)]
     return [f'{path}.{name}' for path in stages for name, _ in model.get_submodule(path).named_children()]
@@ -31,7 +31,7 @@ def _check_layers(model: nn.Module, paths: Sequence[str], whose: str) -> None:
 
 
 class _Tap:
-    """The outputs of some layers of a model, while it runs inside `with`."""
+    """Outputs of some layers of a model that runs inside `with`."""
 
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         self.model, self.paths = model, paths
@@ -51,7 +51,7 @@ class _Tap:
 
 
 class DistillationTask(LogitDistillationTask):
-    """A real or less binary network teaches a binarized one: labels, logits and attention maps.
+    """Task that distils a float or partly binarized teacher into a binarized student: labels, logits, attention maps.
 
     loss = task_loss_weight * criterion(student, labels) + distill_loss_weight * logit term
            + attention_loss_weight * `attention_loss` of the matched layers
@@ -122,8 +122,8 @@ class DistillationTask(LogitDistillationTask):
             _check_layers(student, [s for s, _ in self.match_layers], 'student')
             _check_layers(teacher, [t for _, t in self.match_layers], 'teacher')
 
-    def compile(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As timm's; refused with attention matching, whose hooks a compiled model does not run."""
+    def compile(self, *args, **kwargs) -> nn.Module:
+        """Compile as timm's task does; raise ValueError with attention matching, whose hooks would not run."""
         if self.attention_loss_weight:
             raise ValueError(
                 f'attention_loss_weight: found {self.attention_loss_weight}, a compiled student hides the layers to '

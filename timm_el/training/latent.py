@@ -10,7 +10,7 @@ __all__ = ['binary_layers', 'clip_latent_weights']
 
 
 def binary_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a model that sign their input or their weight, by path."""
+    """Return the layers of a model that sign their input or their weight, by path."""
     return {
         path: module for path, module in model.named_modules()
         if isinstance(module, (BinaryConv2d, BinaryLinear))
@@ -19,7 +19,7 @@ def binary_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def clip_latent_weights(model: nn.Module, bound: float = 1.0) -> None:
-    """W <- clip(W, -bound, bound) in every layer whose weight is quantized, to be called after an optimizer's step.
+    """Clip each quantized layer's latent weight to [-bound, bound], to be called after an optimizer's step.
 
     Outside [-1, 1] the estimator has no gradient, and a latent weight could not come back (BinaryConnect, XNOR-Net).
     """

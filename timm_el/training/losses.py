@@ -11,7 +11,7 @@ NORMS = ('l2', 'max')
 
 
 def attention_map(features: torch.Tensor, norm: str = 'l2') -> torch.Tensor:
-    """Where a layer looks: Q = sum over channels of squared features, flattened and divided by its norm.
+    """Return attention maps: Q = sum over channels of squared features, flattened and divided by its norm.
 
     Zagoruyko and Komodakis (ICLR 2017), as used in Real-to-Binary (Martinez et al., ICLR 2020, section 4.2).
 
@@ -39,7 +39,7 @@ def attention_loss(
         teacher: Sequence[torch.Tensor],
         norm: str = 'l2',
 ) -> torch.Tensor:
-    """Distance of the attention maps of matched layers.
+    """Return the distance of the attention maps of matched layers.
 
     'l2':  sum over layers of  mean over images of  || Q_s - Q_t ||_2      (Real-to-Binary, eq. 4)
     'max': mean over layers of  mean over images and positions of  (Q_s - Q_t)^2      (larq's training; weight 30)
@@ -61,7 +61,7 @@ def attention_loss(
 
 
 def logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """T^2 KL( softmax(teacher / T) || softmax(student / T) ), mean over images (Hinton et al., 2015).
+    """Return T^2 KL( softmax(teacher / T) || softmax(student / T) ), mean over images (Hinton et al., 2015).
 
     Shapes: student and teacher (N, classes) -> ().
     """
@@ -71,7 +71,7 @@ def logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float 
 
 
 def distributional_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """ReActNet's loss: T^2 times the mean of -sum_c softmax(teacher / T)_c log softmax(student / T)_c (eq. 5, T = 1).
+    """Return ReActNet's loss, the mean of -T^2 sum_c softmax(teacher / T)_c log softmax(student / T)_c (eq. 5, T = 1).
 
     It is `logit_loss` plus the teacher's entropy, which has no gradient.
 

@@ -28,8 +28,8 @@ class JsonLines:
             f.writelines(json.dumps(record) + '\n' for record in kept)
 
     @staticmethod
-    def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-        """All records; a last line that was cut short by an interruption is left out."""
+    def read(path: str) -> list[dict[str, Any]]:
+        """Return all records; a last line that was cut short by an interruption is left out."""
         if not os.path.exists(path):
             return []
         with open(path) as f:
@@ -42,7 +42,7 @@ class JsonLines:
 
 
 class Telemetry:
-    """What binary layers do while they train, one JSON line a record.
+    """Telemetry of the binary layers of a network in training, one JSON line a record.
 
     A record has 'epoch', 'update', 'gamma' (path of each Elastic-Link with one -> value), 'histogram_edges', and
     'layers', path -> what follows; rows without meaning (no binary weight, no binary input, no images) are left out.

@@ -10,7 +10,7 @@ __all__ = ['pack_signs', 'unpack_signs', 'pack_weight', 'unpack_weight', 'packed
 
 
 def packed_size(n: int) -> int:
-    """Bytes that hold n bits."""
+    """Return the number of bytes that hold n bits."""
     return (n + 7) // 8
 
 
@@ -39,7 +39,7 @@ def pack_signs(x: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_signs(packed: torch.Tensor, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Inverse of `pack_signs`.
+    """Unpack signs, the inverse of `pack_signs`.
 
     Args:
         packed: uint8 tensor (..., ceil(n / 8)).
@@ -64,13 +64,13 @@ def unpack_signs(packed: torch.Tensor, n: int, dtype: torch.dtype = torch.float3
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Pack a convolution weight (O, I, kH, kW) into bytes (O, kH, kW, ceil(I / 8))."""
+    """Pack the signs of a convolution weight (O, I, kH, kW) into bytes (O, kH, kW, ceil(I / 8))."""
     if weight.dim() != 4:
         raise ValueError(f'weight: found shape {tuple(weight.shape)}, expected 4-D (O, I, kH, kW)')
     return pack_signs(weight.permute(0, 2, 3, 1))
 
 
 def unpack_weight(packed: torch.Tensor, in_channels: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Inverse of `pack_weight`: a contiguous (O, I, kH, kW) tensor of -1 and +1."""
+    """Unpack bytes (O, kH, kW, ceil(I / 8)) to a contiguous (O, I, kH, kW) tensor of -1 and +1."""
     signs = unpack_signs(packed, in_channels, torch.int8).permute(0, 3, 1, 2)
     return signs.to(dtype, memory_format=torch.contiguous_format)

@@ -34,8 +34,8 @@ class CheckedLoading:
     """Mixin of the registered models: `load_state_dict` refuses what does not fit before the first tensor is copied."""
 
     @torch.jit.ignore
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's; raises `CheckpointError` and loads nothing if the state dict does not fit."""
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False):
+        """Load as torch does, but raise `CheckpointError` and load nothing if the state dict does not fit."""
         if is_packed(state_dict):
             state_dict = unpack_state_dict(state_dict, self)
         check_state_dict(self, state_dict, strict)
@@ -262,7 +262,7 @@ def _in_classifier(key: str, model: nn.Module) -> bool:
 
 
 def _belongs_to_recipe(key: str) -> bool:
-    """True for tensors that some recipes have and others have not."""
+    """Return whether some recipes have this tensor and others have not."""
     return re.search(r'(^|\.)(link|pre|post|conv|norm|downsample|bn\d*|scale|act|new_norm|new_act)\.', key) is not None
 
 

@@ -1,4 +1,4 @@
-"""The packed file: one bit per binary weight, in safetensors. Format version 1.
+"""Packed file: one bit per binary weight, in safetensors. Format version 1.
 
 The file holds the tensors of the model's state dict under their own names, except that a layer with a binary weight (a
 `BinaryConv2d` or `BinaryLinear` with a weight quantizer) at path P has, in place of `P.weight`,
@@ -62,7 +62,7 @@ class CheckpointError(ValueError, RuntimeError):
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers with a binary weight, with the prefix of their tensors."""
+    """Yield the layers with a binary weight, each behind the prefix of its tensors."""
     for path, module in model.named_modules():
         if isinstance(module, (BinaryConv2d, BinaryLinear)) and module.weight_quantizer is not None:
             yield f'{path}.' if path else '', module
@@ -105,7 +105,7 @@ def some_binary_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_packed(state_dict: dict[str, Any]) -> bool:
-    """True for the tensors of a packed file."""
+    """Return whether these are the tensors of a packed file."""
     return VERSION_KEY in state_dict or any(key.endswith(f'.{BITS}') or key == BITS for key in state_dict)
 
 
@@ -113,7 +113,7 @@ def is_packed(state_dict: dict[str, Any]) -> bool:
 # Tensors
 
 def pack_state_dict(model: nn.Module, float_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a model's packed file.
+    """Return the tensors of a model's packed file.
 
     Args:
         model: A binarized model.
@@ -161,7 +161,7 @@ def pack_state_dict(model: nn.Module, float_dtype: torch.dtype | None = None) ->
 
 
 def _alpha(alpha: torch.Tensor, signed: torch.Tensor, float_dtype: torch.dtype | None) -> torch.Tensor:
-    """Alpha in the dtype of the file; never rounded down to 0, where the signs would be lost."""
+    """Return alpha (O,) in the dtype of the file, never rounded down to 0, where the signs would be lost."""
     dtype = float_dtype or alpha.dtype
     tiny = torch.tensor(torch.finfo(dtype).smallest_normal, dtype=dtype)
     negative = (signed < 0).flatten(1).any(1)
@@ -225,7 +225,7 @@ def _missing(packed: dict[str, torch.Tensor], model: nn.Module) -> list[str]:
 
 def unpack_state_dict(
         packed: dict[str, torch.Tensor], model: nn.Module, where: str = 'state dict') -> dict[str, torch.Tensor]:
-    """The latent state dict of packed tensors: each binary weight is +-alpha, or +-1 where the layer has no alpha.
+    """Return the latent state dict of packed tensors: each binary weight is +-alpha, or +-1 without alpha.
 
     Args:
         packed: Tensors of a packed file.
@@ -353,8 +353,8 @@ def _umask() -> int:
     return mask
 
 
-def read_packed(path: str | os.PathLike[str], model: nn.Module | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a packed file, checked for damage.
+def read_packed(path: str | os.PathLike, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
+    """Read the tensors of a packed file and check them for damage.
 
     Args:
         path: The file.

@@ -39,7 +39,7 @@ class RenewedNorm:
 
 @dataclass(frozen=True)
 class ParameterMap:
-    """Where the tensors of a binarized model come from.
+    """Map from the tensors of a binarized model to those of its float host.
 
     Args:
         sources: Key in the binarized model to key in its float host; keys of new tensors are absent.

@@ -6,7 +6,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **kwargs: Any) -> 'tuple[Figure, Any]':
-    """A figure that no window or global state knows, and its axes (rows, columns)."""
+    """Return a figure that no window or global state knows, and its axes (rows, columns)."""
     from matplotlib.figure import Figure
     figure = Figure(size, layout='constrained')
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)

@@ -1,4 +1,4 @@
-"""What each gradient estimator takes Sign for: its curve and its slope, as the quantizers compute them.
+"""Curve and slope by which each gradient estimator replaces Sign, as the quantizers compute them.
 
 timm-el plot estimators
 """
@@ -18,20 +18,20 @@ HELP = 'what each gradient estimator takes Sign for'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of this picture."""
+    """Add the arguments of this picture."""
     parser.add_argument('--names', nargs='+', choices=[name for name in QUANTIZERS if name], metavar='NAME',
                         default=[name for name in QUANTIZERS if name], help='quantizers (default: all)')
 
 
 def slope(name: str, x: torch.Tensor) -> torch.Tensor:
-    """The gradient that a quantizer gives at x."""
+    """Return the gradient of a quantizer at x (n,), in the shape of x."""
     x = x.clone().requires_grad_()
     QUANTIZERS[name](x).sum().backward()
     return x.grad
 
 
 def draw(args: argparse.Namespace) -> 'Figure':
-    """Curves on the left, slopes on the right."""
+    """Draw curves on the left, slopes on the right."""
     x = torch.arange(-1000, 1001) / 500  # -1 and 1 are among them
     figure, ((curves, slopes),) = new_figure(1, 2, (8, 3))
     curves.plot(x.numpy(), sign(x).numpy(), 'k', lw=1, label='Sign')

@@ -22,7 +22,7 @@ HELP = 'feature maps of the same channels in several nets on one photograph'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of this picture."""
+    """Add the arguments of this picture."""
     parser.add_argument('nets', nargs='+', metavar='NET', help=NET)
     parser.add_argument('--image', default=SAMPLES[0], help='path of an image, or one of ' + ', '.join(SAMPLES))
     parser.add_argument('--layer', default='layer1', help='path of a module in the nets (default: layer1)')
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def feature_maps(model: nn.Module, layer: str, x: torch.Tensor) -> torch.Tensor:
-    """What a module of a net gives for x.
+    """Return the output (N, C, H', W') of a module of a net for images x (N, 3, H, W).
 
     Raises:
         ValueError: The net has no module of this name.
@@ -48,7 +48,7 @@ def feature_maps(model: nn.Module, layer: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def draw(args: argparse.Namespace) -> 'Figure':
-    """One row per net: the photograph as the net sees it, then its channels."""
+    """Draw one row per net: the photograph as the net sees it, then its channels."""
     image = read(args.image)
     columns = 1 + len(args.channels)
     figure, axes = new_figure(len(args.nets), columns, (1.4 * columns, 1.5 * len(args.nets)))

@@ -1,4 +1,4 @@
-"""The gamma of every link, net by net: of a fresh net and a trained one, the Elastic-Link paper's Fig. 4.
+"""Gammas of all links, net by net: of a fresh net and a trained one, the Elastic-Link paper's Fig. 4.
 
 timm-el plot gamma el_resnet26 el_resnet26@pretrained
 """
@@ -19,19 +19,19 @@ HELP = 'the gamma of every link, before and after training'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of this picture."""
+    """Add the arguments of this picture."""
     parser.add_argument('nets', nargs='+', metavar='NET', help=NET)
 
 
 def gammas(model: nn.Module) -> dict[str, float]:
-    """Gamma of each link that has one, by the path of its unit."""
+    """Return the gamma of each link that has one, by the path of its unit."""
     return {
         path.removesuffix('.link'): module.gamma.item() for path, module in model.named_modules()
         if isinstance(module, ElasticLink) and module.gamma is not None}
 
 
 def draw(args: argparse.Namespace) -> 'Figure':
-    """One mark per link and net.
+    """Draw one mark per link and net.
 
     Raises:
         ValueError: A net has no gamma, or two nets have other links.

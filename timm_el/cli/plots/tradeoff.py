@@ -29,7 +29,7 @@ HELP = 'accuracy against size and latency'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of this picture."""
+    """Add the arguments of this picture."""
     parser.add_argument('nets', nargs='+', metavar='NET', help=NET)
     parser.add_argument('--data-dir', metavar='D', help='measure top-1 on these images, as `eval` does')
     parser.add_argument('--img-size', type=int, help="pixels (default: each model's own)")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def size_mb(model: torch.nn.Module) -> float:
-    """Size of what is shipped: the packed file of a binarized net, the tensors of a float one."""
+    """Return the megabytes to ship: the packed file of a binarized net, the tensors of a float one."""
     if not any(True for _ in binary_layers(model)):
         return sum(t.nbytes for t in model.state_dict().values()) / 1e6
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +48,7 @@ def size_mb(model: torch.nn.Module) -> float:
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """label, top1, mb and ms of each net.
+    """Return label, top-1 in percent, megabytes and milliseconds of each net.
 
     Raises:
         ValueError: No top-1 is known of a net.
@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def draw(args: argparse.Namespace) -> 'Figure':
-    """Size on the left, latency on the right."""
+    """Draw size on the left, latency on the right."""
     if args.threads:
         torch.set_num_threads(args.threads)
     rows = measure(args)

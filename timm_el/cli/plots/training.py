@@ -17,19 +17,19 @@ HELP = 'loss and top-1 by epoch, from the logs of runs'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of this picture."""
+    """Add the arguments of this picture."""
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='folder of a run, or the log in it')
 
 
 def labels(runs: list[Path]) -> list[str]:
-    """Short names of runs: their folders, from where their paths part."""
+    """Return short names of runs: their folders, from where their paths part."""
     folders = [run.resolve() if run.is_dir() else run.resolve().parent for run in runs]
     root = Path(os.path.commonpath(folders)) if len(folders) > 1 else folders[0].parent
     return [str(folder.relative_to(root)) for folder in folders]
 
 
 def draw(args: argparse.Namespace) -> 'Figure':
-    """Losses on the left, top-1 on the right."""
+    """Draw losses on the left, top-1 on the right."""
     figure, ((losses, top1),) = new_figure(1, 2, (9, 3))
     for i, (path, name) in enumerate(zip(args.runs, labels(args.runs))):
         run, style = read_log(path), dict(color=f'C{i}', marker='.')
