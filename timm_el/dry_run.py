@@ -24,7 +24,7 @@ class LayerRun:
     Args:
         input: Shape of its (first) input, batch axis included.
         output: Shape of its (last) output.
-        calls: How often it ran.
+        calls: Number of its runs.
         macs: Multiply-accumulates of all calls; values of the output for what is neither convolution nor linear layer.
     """
     input: tuple[int, ...]
@@ -105,7 +105,7 @@ def own_input_size(model: nn.Module) -> tuple[int, int, int]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Take all hooks off while a model is run, traced or copied, and put attributes and buffers back afterwards.
 
-    What a user's hooks store is theirs: they must not see meta tensors, fx's proxies or noise. Hooks of all modules
+    A user's hooks must not see meta tensors, fx's proxies or noise. Hooks of all modules
     (`torch.nn.modules.module.register_module_forward_hook`) are off too. Parameters and submodules are not put back.
     """
     attributes = [(module, dict(vars(module))) for module in model.modules()]

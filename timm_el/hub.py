@@ -70,11 +70,11 @@ def save_for_hub(
 
     Args:
         model: A registered model of this package, or a timm model that `binarize` converted.
-        folder: Where to; it is made if need be.
+        folder: Folder to write; it is made if need be.
         float_dtype: As for `save_packed`.
         metrics: Name and value, for the card, such as {'top1': 71.2}.
-        dataset: What it was trained on, for the card.
-        details: How it was trained, for the card (Markdown).
+        dataset: Name of the training data, for the card.
+        details: Description of its training, for the card (Markdown).
         repo_id: Name on the Hub, for the card's snippet.
         model_args: Arguments of `timm.create_model` that the folder shall carry beside those that timm recorded.
         pretrained_cfg: Changes to timm's pretrained config: input_size, mean, std and so on.
@@ -111,7 +111,7 @@ def _refuse_unfit(model: nn.Module) -> None:
 
 
 def _config(model: nn.Module, model_args: dict[str, Any], pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
-    """Return what timm's config.json holds beside the model's own config, as arguments of `save_config_for_hf`."""
+    """Return arguments of `save_config_for_hf`: our facts, changes of the config, constructor arguments."""
     args = {k: v.to_dict() if isinstance(v, Recipe) else v
             for k, v in {**getattr(model, '_model_args', {}), **model_args}.items()}
     registered, report = _is_registered(model), getattr(model, 'binarize_report', None)
@@ -154,7 +154,7 @@ def from_hub(
     Args:
         repo: 'user/repo', with or without 'hf-hub:', or a folder.
         revision: Branch, tag or commit on the Hub.
-        cache_dir: Where downloads are kept.
+        cache_dir: Folder of downloads.
         kwargs: As for `timm.create_model`: num_classes, in_chans, features_only and so on.
 
     Returns:

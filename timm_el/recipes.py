@@ -64,7 +64,7 @@ class Recipe:
             a gamma.
         gamma: 'learnable', or 'fixed' at its initial value (eq. 5).
         residual: Keep the host's residual shortcut.
-        act: What happens to activations. 'drop': all are removed, the sign is the non-linearity. 'branch': each moves
+        act: Fate of activations. 'drop': all are removed, the sign is the non-linearity. 'branch': each moves
             before the norm of its own convolution, conv -> act -> norm -> add, so that none stands before a sign.
             'keep': all stay where they are. 'ends': as 'drop', but that of the stem and the last one stay, and a new
             norm comes between the stem's and the first sign (BinaryE). 'prelu': in their place each branch, and the
@@ -77,9 +77,9 @@ class Recipe:
         scale_weight_grad: Gradient flows through alpha (XNOR-Net's backward pass).
         scale_output: A learned factor of the convolution's output: 'channel' or 'rank1' (XNOR-Net++, cases 1 and 4),
             'gate' (Real-to-Binary's, which depends on the input), or None.
-        pre: What stands before the sign: 'norm' (a new BatchNorm; that of the host, behind the convolution, goes),
+        pre: Module before the sign: 'norm' (a new BatchNorm; that of the host, behind the convolution, goes),
             'shift' (ReActNet's learned threshold), or None.
-        link_pool: How links of strided convolutions pool: 'max', the paper's, or 'avg'.
+        link_pool: Pooling in the links of strided convolutions: 'max', the paper's, or 'avg'.
         bases: (M, N), how many binary bases make up a weight and an input (ABC-Net); () where each is its own sign.
 
     Raises:

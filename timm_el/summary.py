@@ -1,7 +1,8 @@
 """Summary of any network: bits, bytes and operations, layer by layer.
 
 OPs follow Bi-Real Net and ReActNet: OPs = float MACs + binary MACs / 64, one MAC counted once, convolutions and linear
-layers only. What the links add (one fused multiply-add for each value that a link adds) stands in a column of its own.
+layers only. The links' own operations, one fused multiply-add for each value that a link adds, have a column of their
+own.
 """
 from dataclasses import asdict, dataclass
 from typing import Any

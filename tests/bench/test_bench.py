@@ -55,7 +55,7 @@ def test_inference_prints_a_table(engine, capsys, monkeypatch):
     assert main(['bench', 'infer', 'resnet18', '--recipe', 'el', *SMALL[1:], '--peers', 'none']) == 0
     out = capsys.readouterr().out
     body = engine.info()['body']
-    for text in (f'body {body} (native)', 'AMX', 'ONEDNN_MAX_CPU_ISA=AVX2', 'resnet18, el', 'layer4.1.conv2',
+    for text in (f'backend {body} (native)', 'AMX', 'ONEDNN_MAX_CPU_ISA=AVX2', 'resnet18, el', 'layer4.1.conv2',
                  'binary conv', 'T binary MAC/s', 'host channels_last'):
         assert text in out, text
 

@@ -28,9 +28,9 @@ class Contestant:
 
     Args:
         run: One inference; returns the logits.
-        of: What it computes: the name of a model, with a recipe if one is given.
+        of: Name of the model that it computes, with a recipe if one is given.
         original: Logits of the same net in torch.
-        note: What else there is to know.
+        note: Remark for the table.
     """
     run: Callable[[], Any]
     of: str
@@ -56,7 +56,7 @@ def check_engine(allow_reference: bool) -> None:
     info = engine.info()
     if not info['native'] and not allow_reference:
         raise RuntimeError(
-            f'deploy: found the body {info["body"]!r} ({info["reason"]}), expected a native one: a time of the '
+            f'deploy: found the backend {info["body"]!r} ({info["reason"]}), expected a native one: a time of the '
             f'reference says nothing about a deployed model; make the native path work, or pass --allow-reference')
 
 
@@ -108,15 +108,10 @@ def measure_inference(
     channels, *own = own_input_size(latent)
     pixels = [size, size] if size else own
     x = torch.randn(batch, channels, *pixels)
-    batch_of_norms = torch.randn(4, channels, *pixels)
-
-    def settled(net: nn.Module, name: str) -> _Net:
-        net = settle_norms(net, batch_of_norms)
-        return _Net(net, name, runner(net, x)().clone())
-
-    binarized = settled(latent, model if recipe is None else f'{model}, {recipe}')
-    float_host = settled(timm.create_model(host_of), host_of)
-    others = {other: settled(create(model, other), f'{model}, {other}') for other in also}
+    norm_batch = torch.randn(4, channels, *pixels)
+    binarized = _Net.settled(latent, model if recipe is None else f'{model}, {recipe}', x, norm_batch)
+    float_host = _Net.settled(timm.create_model(host_of), host_of, x, norm_batch)
+    others = {other: _Net.settled(create(model, other), f'{model}, {other}', x, norm_batch) for other in also}
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(float_host.net, latent, x, torch.get_num_threads(), Path(folder))
         built, absent = build_all(chosen, setting)
@@ -140,6 +135,12 @@ class _Net:
     net: nn.Module
     name: str
     logits: torch.Tensor
+
+    @classmethod
+    def settled(cls, net: nn.Module, name: str, x: torch.Tensor, norm_batch: torch.Tensor) -> '_Net':
+        """Settle the norms of a net on one batch of images, and compute its logits of another (both N, C, H, W)."""
+        net = settle_norms(net, norm_batch)
+        return cls(net, name, runner(net, x)().clone())
 
     def contestant(self, run: Callable[[], Any], note: str = '') -> Contestant:
         """Return a contestant that computes this net."""

@@ -28,7 +28,7 @@ class Setting:
         latent: The binarized net, in eval mode.
         x: Images (N, C, H, W), contiguous.
         threads: Threads that one inference may use.
-        folder: Where exported files are kept, so that each is written once.
+        folder: Place of exported files, each of which is written once.
     """
     host: nn.Module
     latent: nn.Module
@@ -42,7 +42,7 @@ class Built(NamedTuple):
 
     Args:
         run: One inference of the setting's images; returns the logits.
-        note: Which kernels it uses, or what was done to the net.
+        note: Kernels that it uses, or changes that were made to the net.
     """
     run: Callable[[], np.ndarray]
     note: str
@@ -53,7 +53,7 @@ class Peer:
     """One engine in one precision.
 
     Args:
-        packages: What it imports.
+        packages: Names of packages that it imports.
         build: Makes it ready to run.
         binary: It runs the binarized net, not its float host.
     """

@@ -27,9 +27,9 @@ def take_turns(
 
     Args:
         contestants: Name -> a function that runs once.
-        rounds: How many rounds count.
-        warmup: How many rounds before them do not.
-        settle: Run each contestant once more, untimed, before each timed run: nobody pays for caches that the one
+        rounds: Number of rounds that count.
+        warmup: Number of rounds before them, which do not count.
+        settle: Run each contestant once more, untimed, before each timed run, so that none pays for caches that the one
             before it filled, or for threads of that one that still spin.
 
     Returns:

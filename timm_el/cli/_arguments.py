@@ -24,7 +24,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """Add the number of threads."""
-    parser.add_argument('--threads', type=positive, help="threads of everybody (default: torch's own choice)")
+    parser.add_argument('--threads', type=positive, help="threads of every contestant (default: torch's own choice)")
 
 
 def set_threads(threads: int | None) -> None:

@@ -25,7 +25,7 @@ def show_inference(r: dict[str, Any]) -> Iterator[str]:
     native = 'native' if engine['native'] else f'NOT native: {engine["reason"]}'
     yield f'{machine["cpu"]}, {amx}, {machine["threads"]} threads{forced}'
     yield ', '.join(f'{name} {version}' for name, version in machine['versions'].items())
-    yield (f'deployed: body {engine["body"]} ({native}); batch {r["batch"]}, {"x".join(map(str, r["size"]))} px, '
+    yield (f'deployed: backend {engine["body"]} ({native}); batch {r["batch"]}, {"x".join(map(str, r["size"]))} px, '
            f'medians of {r["pairs"]} rounds')
     yield ''
     yield table(('', 'net', 'ms', 'min..max', '/ deployed', 'min..max', 'difference', ''), [

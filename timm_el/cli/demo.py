@@ -1,4 +1,4 @@
-"""Show what a binarized network sees, what it costs, and how it learns; all offline.
+"""Show a binarized network at work: what it sees, costs and learns; all offline.
 
 First a network with shipped weights classifies scikit-learn's photographs, or the images and folders that are named,
 and stands beside its float host in size and latency. Then one is trained, in about three minutes, on scikit-learn's

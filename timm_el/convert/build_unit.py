@@ -1,4 +1,4 @@
-"""Build a unit out of a decision: binary forms of the host's layers, norms for another place, what the recipe adds."""
+"""Units built from decisions: binary forms of the host's layers, norms for another place, additions of the recipe."""
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
@@ -40,9 +40,9 @@ def build_unit(decision: Convert, recipe: Recipe, run: LayerRun | None, image: s
     """Return the unit that takes the place of a site; the host's modules in it are the host's own.
 
     Args:
-        decision: What becomes of the site.
-        recipe: How to binarize.
-        run: How the host's layer ran, None if that is not known.
+        decision: Decision about the site.
+        recipe: Recipe of the conversion.
+        run: Run of the host's layer, None if it is not known.
         image: Size of the image that it ran on, for errors.
 
     Raises:
@@ -108,7 +108,7 @@ def drops_norm(decision: Convert, recipe: Recipe) -> bool:
 
 
 def takes_tail(decision: Convert) -> bool:
-    """Return whether what the host has behind the norm moves into the branch."""
+    """Return whether the host's modules behind the norm move into the branch."""
     return decision.link is not None and decision.conv is not Conv.OMITTED
 
 
@@ -119,7 +119,7 @@ def act_for_branch(site: Site) -> nn.Module:
 
 
 def build_tail(site: Site) -> nn.Module | None:
-    """Return what the host has behind the norm, as one module, or None."""
+    """Return the host's modules behind the norm as one module, or None."""
     places = present(site.tail)
     if len(places) < 2:
         return places[0].module if places else None
@@ -129,7 +129,7 @@ def build_tail(site: Site) -> nn.Module | None:
 
 
 def present(places: tuple[Place, ...]) -> list[Place]:
-    """Return the places where there is something that does something."""
+    """Return the places with a module that does something."""
     return [place for place in places if place.module is not None and not isinstance(place.module, nn.Identity)]
 
 
@@ -139,7 +139,7 @@ def name_of_place(place: Place) -> str:
 
 
 def build_pre(pre: Pre, host: nn.Module) -> nn.Module:
-    """Return what comes in front of a sign."""
+    """Return the module in front of a sign."""
     if pre is Pre.CENTRE:
         return new_norm(host, not host.weight.requires_grad)
     return new_beside(nn.BatchNorm2d if pre is Pre.NORM else Shift, host.in_channels, host)
@@ -209,7 +209,7 @@ def pads_same(layer: nn.Module) -> bool:
 
 
 def binary_form(layer: nn.Module, recipe: Recipe) -> Callable[..., nn.Module] | Why:
-    """Return what makes the binary form of a layer, or why there is none."""
+    """Return the maker of the binary form of a layer, or why there is none."""
     cls = type(layer)
     if issubclass(cls, nn.Linear):
         known = cls.forward is nn.Linear.forward or cls.__module__ == 'timm.layers.linear'

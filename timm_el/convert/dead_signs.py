@@ -1,4 +1,4 @@
-"""Dead signs: find the units whose sign would be the same everywhere, on a batch of images."""
+"""Dead signs: a search on a batch of images for units whose sign would be the same everywhere."""
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Verdict:
     Args:
         revived: Paths of units that need a norm in front of their sign.
         constant: Paths of units that no norm can help, because their input does not vary.
-        notes: What the user shall know.
+        notes: Remarks for the report.
     """
     revived: list[str] = field(default_factory=list)
     constant: list[str] = field(default_factory=list)
@@ -35,8 +35,8 @@ class Verdict:
 def judge_signs(model: nn.Module, images: torch.Tensor | None = None) -> Verdict:
     """Run images through a converted network and judge each sign by its share of +1.
 
-    They pass in training and in eval mode, until a pass finds nothing. What is found dead gets a norm for the rest of
-    the passes, so that what comes after it is judged with it in place. The network is as before afterwards.
+    Passes alternate between training and eval mode, until one finds nothing. A dead sign gets a norm for the rest of
+    the passes, so that later signs are judged with the norm in place. The network is as before afterwards.
 
     Args:
         model: The converted network.
@@ -60,7 +60,7 @@ def judge_signs(model: nn.Module, images: torch.Tensor | None = None) -> Verdict
 
 @contextmanager
 def _own_pre(units: Iterable[BinaryUnit]) -> Iterator[None]:
-    """Put back what units have in front of their signs."""
+    """Put the modules in front of the units' signs back afterwards."""
     before = [(unit, unit.pre) for unit in units]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Decide what becomes of each site of a host. Nothing is built or changed here; one function answers each question."""
+"""Decisions about the sites of a host. Nothing is built or changed here; one function answers each question."""
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,12 +32,12 @@ class Question:
     """Request for a conversion, and what is known of the host.
 
     Args:
-        recipe: How to binarize.
+        recipe: Recipe of the conversion.
         asked: Paths of layers to keep float, each with the pattern that says so.
         shared: Paths of layers that share their weight, or themselves, with another place, and that place.
-        runs: How the host's layers ran, as far as that is known.
+        runs: Runs of the host's layers by path, as far as they are known.
         input_size: (channels, height, width) of the image that they ran on; None if the host does not run on it.
-        keep: What the caller asked to keep float, as it was passed.
+        keep: The caller's keep list.
     """
     recipe: Recipe
     asked: dict[str, str]
@@ -48,7 +48,7 @@ class Question:
 
 
 def decide(network: Network, question: Question) -> list[Decision]:
-    """Return what becomes of each site of a network, in the order of its sites.
+    """Return a decision about each site of a network, in the order of its sites.
 
     Raises:
         ValueError: The recipe leaves nothing of a layer.
@@ -164,7 +164,7 @@ def has_act(site: Site) -> bool:
 
 
 def act_of_kept(site: Site, recipe: Recipe, stays: bool) -> Act | None:
-    """Return what becomes of the activation of a layer that stays float."""
+    """Return the fate of the activation of a layer that stays float."""
     if not has_act(site):
         return None
     if stays or recipe.act == 'keep':
@@ -177,7 +177,7 @@ def act_of_kept(site: Site, recipe: Recipe, stays: bool) -> Act | None:
 
 
 def act_of_unit(site: Site, recipe: Recipe, stays: bool) -> Act | None:
-    """Return what becomes of the activation of a unit."""
+    """Return the fate of the activation of a unit."""
     if stays or recipe.act == 'keep':
         return Act.KEPT if has_act(site) else None
     if recipe.act == 'prelu':
@@ -188,7 +188,7 @@ def act_of_unit(site: Site, recipe: Recipe, stays: bool) -> Act | None:
 
 
 def choose_conv(site: Site, recipe: Recipe) -> tuple[Conv, Why | None]:
-    """Return what becomes of the layer inside a unit, and why it is not binarized."""
+    """Return the fate of the layer inside a unit, and why it is not binarized."""
     if site.role in recipe.omit:
         return Conv.OMITTED, Reason.OMITTED.why(site.role)
     if not recipe.binarizes:
@@ -227,7 +227,7 @@ def _own_link(group: Group, i: int) -> nn.Module:
 
 
 def choose_pre(site: Site, recipe: Recipe) -> Pre | None:
-    """Return what comes in front of the sign of a binarized layer."""
+    """Return the kind of module in front of the sign of a binarized layer."""
     if site.constant_sign and recipe.act != 'keep':
         return Pre.CENTRE
     return Pre(recipe.pre) if recipe.pre else None

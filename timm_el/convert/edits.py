@@ -33,10 +33,10 @@ class Draft:
     Args:
         question: The request, and what is known of the host.
         layers: Convolutions and linear layers of the host by path.
-        networks: What the host is made of.
-        decisions: What becomes of their sites.
+        networks: Networks in the host.
+        decisions: Decisions about their sites.
         edits: By path, in the order in which they are made.
-        notes: What does not belong to one layer.
+        notes: Remarks that belong to no single layer.
     """
     question: Question
     layers: dict[str, nn.Module]
@@ -97,7 +97,7 @@ def build_units(decisions: Sequence[Decision], question: Question) -> dict[str, 
 
 
 def _edit_act(site: Site, act: Act | None) -> Iterator[Edit]:
-    """Yield what takes an activation away that is a module of its own."""
+    """Yield the edit that takes away an activation that is a module of its own."""
     separate = site.act is not None and not isinstance(site.act.module, nn.Identity)
     if act not in (None, Act.KEPT) and separate and (site.norm is None or fused_act(site.norm.module) is None):
         yield Edit(site.act.path, nn.Identity())
@@ -141,7 +141,7 @@ def _edit_unit(decision: Convert, question: Question) -> Iterator[Edit]:
 
 
 def _edit_shortcut(group: Group, splits: bool, question: Question) -> Iterator[Edit]:
-    """Yield what takes a host's shortcut away: it goes around one convolution, or the recipe keeps none."""
+    """Yield the edit that takes a host's shortcut away: it goes around one convolution, or the recipe keeps none."""
     shortcut = group.shortcut
     if splits:
         moved_to = None if shortcut.module is None else f'{group.sites[0].path}.link'
@@ -165,10 +165,7 @@ def _edit_stem(network: Network, edits: dict[str, Edit]) -> Iterator[Edit]:
 
 
 def _refuse_hooked_sites(network: Network) -> None:
-    """Raise if a module that belongs to a site carries hooks. No weight is looked at before: to do so may change it.
-
-    Raises:
-        ValueError: One does.
+    """Raise if a module that belongs to a site carries hooks, before any weight is looked at, which may change it.
     """
     for site in network.sites:
         for place in (site.conv, site.norm, site.act):
@@ -179,7 +176,7 @@ def _refuse_hooked_sites(network: Network) -> None:
 def _refuse_hooks(path: str, module: nn.Module) -> None:
     """Raise if a module that would be taken apart, or a part of it, carries hooks.
 
-    Those that compute a tensor in each pass are named as what they are.
+    Hooks that compute a tensor in each pass are named as such.
 
     Raises:
         ValueError: It does.

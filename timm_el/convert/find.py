@@ -12,11 +12,11 @@ __all__ = ['find_sites', 'find_traced_network']
 
 
 def find_sites(model: nn.Module, runs: dict[str, LayerRun]) -> list[Network]:
-    """Return what a host is made of.
+    """Return the networks in a host.
 
     Args:
         model: The host; it is not changed.
-        runs: How its layers ran (`dry_run.run_layers`), as far as that is known.
+        runs: Runs of its layers (`dry_run.run_layers`), as far as they are known.
     """
     return find_known_networks(model) or [find_traced_network(model, runs)]
 

@@ -164,7 +164,7 @@ def is_non_negative(
         graph: The graph.
         node: The node; what is not one may be negative.
         dropped: The graph's names of the activations that go.
-        known: What has been found out about other nodes; it is added to.
+        known: Results for other nodes; it is added to.
     """
     if not isinstance(node, fx.Node):
         return False

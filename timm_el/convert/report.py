@@ -1,4 +1,4 @@
-"""Report of a conversion: what `binarize` did to each layer, made once from the decisions."""
+"""Report of a conversion, layer by layer, made once from the decisions."""
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,17 +23,17 @@ class ReportRow:
     """Row of a report: one convolution or linear layer of the host.
 
     Args:
-        path: Where the layer stood in the host.
+        path: Path of the layer in the host.
         kind: Class name of the host's layer.
         status: 'binarized' (weights and inputs; also as several bases, or with ternary inputs), 'binary inputs',
             'binary weights' or 'ternary weights' (only these), 'real' (in a unit, but float), 'omitted' (left out, its
             link stands alone), 'removed' (with the shortcut that it was on), 'kept' (float, outside any unit).
-        why: Why it was not binarized or got no link, None where it was and did.
+        why: Reason why it was not binarized or got no link, None where it was and did.
         role: Its role (`recipes.ROLES`), None if kept.
-        link: What goes around it: 'identity', 'squeeze', 'expand', 'host shortcut', or None.
+        link: Kind of its link: 'identity', 'squeeze', 'expand', 'host shortcut', or None.
         scale_input: True if it has K.
         norm: Path of the norm that was paired with it.
-        act: What became of its activation: 'dropped', 'in branch', 'replaced' (by a learned one of the recipe's),
+        act: Fate of its activation: 'dropped', 'in branch', 'replaced' (by a learned one of the recipe's),
             'kept', or None where it has none.
         params: Number of its weights.
         macs: Its multiply-accumulates for one image; None if they could not be counted, 0 if it does not run in eval
@@ -86,10 +86,10 @@ class Report:
     Args:
         recipe: The recipe in use.
         rows: One row for each convolution and linear layer.
-        notes: What does not belong to one layer.
-        moved: Where the host's modules went, old path to new path, '' for those that are gone.
+        notes: Remarks that belong to no single layer.
+        moved: New path of each of the host's modules that moved, by its old path; '' for those that are gone.
         input_size: (channels, height, width) of the image for which operations were counted, None if they were not.
-        keep: What the caller asked to keep float.
+        keep: The caller's keep list.
         revived: Units that got a norm because their sign was the same almost everywhere.
         hopeless: Units whose layer stays float because its input does not vary.
     """

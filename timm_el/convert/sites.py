@@ -114,10 +114,10 @@ class Site:
         norm: The norm that alone reads it.
         act: The activation behind the norm, perhaps behind an addition too, where it is a module of its own.
         role: `recipes.ROLES`.
-        tail: What the host applies behind the norm (squeeze-excite, drop path, drop block, blur). If the unit has a
-            link, it moves into the branch, so that the real-valued signal is neither gated nor dropped.
-        kept: Why the host's structure says that the layer stays float.
-        no_link: Why a link would do harm.
+        tail: Modules of the host behind the norm (squeeze-excite, drop path, drop block, blur). If the unit has a link,
+            they move into the branch, so that the real-valued signal is neither gated nor dropped.
+        kept: Reason in the host's structure why the layer stays float.
+        no_link: Reason why a link would do harm.
         constant_sign: True where only a new norm keeps the sign from being +1 everywhere.
     """
     conv: Place
@@ -163,7 +163,7 @@ class Network:
         image_conv: The convolution that reads the images themselves.
         stride: Of the last features to the image, 1 if that is not known.
         side_paths: Prefixes of the paths of small float side branches (squeeze-excite).
-        notes: What could not be traced.
+        notes: Remarks on parts that could not be traced.
     """
     groups: tuple[Group, ...]
     is_traced: bool = False
@@ -186,9 +186,9 @@ class Keep:
     """Decision that a layer stays float, outside any unit; only its activation may move.
 
     Args:
-        site: Where.
+        site: The site.
         why: The reason.
-        act: What becomes of its activation, None where it has none.
+        act: Fate of its activation, None where it has none.
     """
     site: Site
     why: Why
@@ -200,12 +200,12 @@ class Convert:
     """Decision that a unit takes the place of a site.
 
     Args:
-        site: Where.
-        conv: What becomes of the layer.
+        site: The site.
+        conv: Fate of the layer.
         link: The module that goes around it, or None.
-        act: What becomes of its activation, None where it has none.
-        pre: What comes in front of the sign.
-        why: Why it is not binarized, or has no link.
+        act: Fate of its activation, None where it has none.
+        pre: Kind of module in front of the sign.
+        why: Reason why it is not binarized, or has no link.
     """
     site: Site
     conv: Conv
@@ -223,9 +223,9 @@ class Edit:
     """One assignment in the model.
 
     Args:
-        path: Where.
-        module: What is put there.
-        moved_to: Where the module that was there is afterwards: a path, '' if it is gone, None if nothing of it moved.
+        path: Path of the module that goes.
+        module: Module that is put there.
+        moved_to: New path of the module that was there, '' if it is gone, None if nothing of it moved.
     """
     path: str
     module: nn.Module
@@ -253,6 +253,6 @@ def channels_of(layer: nn.Module) -> tuple[int, int]:
 
 
 def role_of(layer: nn.Module, known: str | None = None) -> str:
-    """Return the role of a layer: what a known block says, else by its shape."""
+    """Return the role of a layer: that of a known block, else by its shape."""
     geometry = ((1, 1), (1, 1), 1) if isinstance(layer, nn.Linear) else (layer.kernel_size, layer.stride, layer.groups)
     return known or role_of_shape(*channels_of(layer), *geometry)

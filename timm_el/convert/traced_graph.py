@@ -1,8 +1,8 @@
 """Traced graphs: a network as torch.fx sees it, and the moves in it.
 
-What fx cannot trace as a whole falls into parts along the module structure, each traced by itself: then what is known
-inside a part is used, and what is between them is not. torch.fx patches torch.nn globally while it traces, so do not
-convert in one thread while another runs a model; the registered models are not traced.
+A network that fx cannot trace as a whole falls into parts along the module structure, each traced by itself: then the
+data flow inside the parts is known, and that between them is not. torch.fx patches torch.nn globally while it traces,
+so do not convert in one thread while another runs a model; the registered models are not traced.
 """
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -76,10 +76,10 @@ class TracedGraph:
     """One traced graph, and the moves in it that rules about convolutions need.
 
     Args:
-        graph: What fx has traced.
+        graph: Graph that fx has traced.
         modules: Modules of the model by the names that the graph has for them.
         paths: Path of each module in the model.
-        runs: How layers ran.
+        runs: Runs of layers by path.
         part: The module that was traced.
     """
 
@@ -182,7 +182,7 @@ class TracedGraph:
         return node
 
     def terms(self, addition: fx.Node) -> Iterator[fx.Node]:
-        """Yield all that is summed up where an addition takes part."""
+        """Yield the terms of the sum that an addition is part of."""
         while (follower := self.follower(addition)) is not None and is_addition(follower):
             addition = follower
         stack = [addition]
@@ -242,13 +242,13 @@ def is_candidate(module: nn.Module | None, run: LayerRun | None) -> bool:
 
 
 def trace(model: nn.Module, runs: Runs) -> tuple[list[TracedGraph], list[Untraceable]]:
-    """Return the graphs of a network, or of its parts, and what could not be traced.
+    """Return the graphs of a network, or of its parts, and the modules that could not be traced.
 
     A copy is traced, and no hook runs: a hook of the user's must not see fx's proxies.
 
     Args:
         model: The network; it is not changed.
-        runs: How its layers ran (`dry_run.run_layers`). Only the shape of its input tells a linear layer on pixels from
+        runs: Runs of its layers (`dry_run.run_layers`). Only the shape of its input tells a linear layer on pixels from
             one on vectors.
     """
     with undisturbed(model):
@@ -262,12 +262,12 @@ def trace(model: nn.Module, runs: Runs) -> tuple[list[TracedGraph], list[Untrace
 
 
 class _Tracing:
-    """A network on its way into graphs: what cannot be traced as a whole is traced part by part.
+    """Tracing of a network: a module that cannot be traced as a whole is traced part by part.
 
     Args:
         twin: A copy of the network, which is traced in its place.
         paths: Path of each module in the network.
-        runs: How its layers ran.
+        runs: Runs of its layers by path.
     """
 
     def __init__(self, twin: nn.Module, paths: dict[nn.Module, str], runs: Runs) -> None:

@@ -14,7 +14,7 @@ def write_digits(folder: Path, seed: int, limit: int = 1_797) -> None:
     """Write an ImageFolder with train/ and validation/, shuffled by the seed.
 
     Args:
-        folder: Where to.
+        folder: Folder to write.
         seed: Of the shuffle.
         limit: Images in all; a fifth of them is held out.
 

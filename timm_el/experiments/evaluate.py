@@ -52,7 +52,7 @@ def load_images(
         data_dir: A folder that timm's `create_dataset` reads.
         split: Name of the folder in it, where there is one.
         img_size: Pixels; None: the model's own.
-        limit: How many images, spread evenly over all; None: all of them.
+        limit: Number of images, spread evenly over all; None: all of them.
         batch_size: Images in a batch.
         workers: Processes that read.
         dataset: Kind and name, as for train.py; '' is a folder of images.

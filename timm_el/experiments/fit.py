@@ -105,11 +105,11 @@ def fit(
 ) -> dict[str, float]:
     """Train one run, or go on with it, and return its last record.
 
-    What is random in an epoch depends on the seed and the epoch alone, and schedules on the step alone, so that model,
+    Random numbers of an epoch depend on the seed and the epoch alone, and schedules on the step alone, so that model,
     averaged model, optimizer and epoch, which timm's checkpoint holds, are all that there is to resume.
 
     Args:
-        config: What to train.
+        config: Settings of the run.
         output: The run's folder.
         data_dir: An ImageFolder with the folders `train_split` and `val_split`.
         cache: Folder for decoded images (`pad_crop`); `output` if None.

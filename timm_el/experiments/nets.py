@@ -25,7 +25,7 @@ class Net:
     Args:
         text: As it was named.
         model: Name of a timm model, or a folder.
-        recipe: What it is binarized with; None: its own.
+        recipe: Recipe to binarize it with; None: its own.
         weights: A file, 'pretrained', or None for fresh ones.
     """
     text: str

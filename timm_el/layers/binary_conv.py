@@ -92,7 +92,7 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
         scale_input: Apply K. Without effect on a real input.
         input_scale_grad: Let gradient flow through K.
         weight_scale_grad: Let gradient flow through alpha.
-        pad_value: What a padded tap holds after the sign: 0 (contributes nothing), -1 or +1. Only for
+        pad_value: Value of a padded tap after the sign: 0 (contributes nothing), -1 or +1. Only for
             padding_mode='zeros'.
         same_pad: Pad for an output of ceil(H / stride), uneven where need be and known only when the input is
             (TensorFlow's SAME, timm's `Conv2dSame`), in place of `padding`, which must be 0.

@@ -61,8 +61,8 @@ def check_unwrapped(model: nn.Module, verb: str) -> None:
     """Raise ValueError if a model is a wrapper around another one: compiled, scripted, or for several processes.
 
     Args:
-        model: What somebody wants to change or copy.
-        verb: What for, for the error.
+        model: Model to change or copy.
+        verb: The intention, for the error.
     """
     if isinstance(model, torch.jit.ScriptModule) or type(model).__name__ in WRAPPERS:
         raise ValueError(
@@ -74,7 +74,7 @@ def check_tensors(module: nn.Module, path: str) -> None:
     """Raise ValueError unless a module's parameters and buffers are plain tensors, and a layer's weight a float one.
 
     Quantized layers, tensor subclasses (torchao, DTensor, bitsandbytes), sparse tensors and lazy parameters are not.
-    What is inside the module's children is not looked at.
+    Children of the module are not looked at.
 
     Args:
         module: Any module.

@@ -95,7 +95,7 @@ class ElasticLink(nn.Module):
             conv: `torch.nn.Conv2d` or `torch.nn.Linear`.
             gamma: As for the link itself.
             same_pad: The convolution pads for ceil(H / stride) rows, whatever its `padding` says.
-            pool: Where there is pooling, 'max', as in the paper, or 'avg', the mean of the pixels inside the image.
+            pool: 'max', as in the paper, or 'avg', the mean of the pixels inside the image, where there is pooling.
 
         Returns:
             The link, or None if no pooling has the convolution's output size (a mean knows no dilation).

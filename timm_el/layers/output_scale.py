@@ -78,7 +78,7 @@ class Gate(nn.Module):
     Args:
         in_channels: C_in.
         out_channels: C_out.
-        reduction: How much narrower the hidden layer is.
+        reduction: Ratio of C_in to the width of the hidden layer.
     """
 
     def __init__(

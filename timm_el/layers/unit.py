@@ -33,10 +33,10 @@ class BinaryUnit(nn.Module):
         link: `ElasticLink` or any module that maps x to the shape of the branch's output.
         pre: Applied to the branch's input (the link sees x itself).
         post: Applied to the sum.
-        tail: End of the branch: what a host had between its norm and the addition (squeeze-excite, drop path, blur).
+        tail: End of the branch: the host's modules between norm and addition (squeeze-excite, drop path, blur).
         act_first: conv -> act -> norm in place of conv -> norm -> act.
         scale: Module of two arguments, the convolution's real input z (before its sign) and its output y, that gives y
-            times a factor (`methods.py`: XNOR-Net++'s learned scales, Real-to-Binary's gate).
+            times a factor (`output_scale.py`: XNOR-Net++'s learned scales, Real-to-Binary's gate).
 
     Raises:
         ValueError: Neither conv nor link is given.

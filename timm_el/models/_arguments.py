@@ -25,7 +25,7 @@ def check_arguments(host: type[nn.Module], model: type[nn.Module], kwargs: dict[
     Args:
         host: timm's class.
         model: Our subclass of it.
-        kwargs: What is about to be passed to the host.
+        kwargs: Arguments for the host's constructor.
     """
     known = [
         name for cls in (model, host) for name, p in inspect.signature(cls.__init__).parameters.items()

@@ -17,7 +17,7 @@ class OfficialCheckpoint:
 
     Args:
         state_dict: Tensors under their official names.
-        source: Whose layout it is, for errors.
+        source: Name of the layout, for errors.
     """
 
     def __init__(self, state_dict: dict[str, torch.Tensor], source: str) -> None:

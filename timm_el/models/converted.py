@@ -38,7 +38,7 @@ def _convert(
 ) -> nn.Module:
     """Return a host that was converted with as many classes as the planned one, and then got its own number.
 
-    What is the last layer of a net without a classifier may be kept float, and would not take the plan's weights.
+    In a net without a classifier another layer is the last, may be kept float, and would not take the plan's weights.
     """
     planned_classes = num_classes if planned_classes is None else planned_classes
     model = binarize(timm.create_model(host, num_classes=planned_classes, **kwargs), recipe, like=plan)
@@ -52,7 +52,7 @@ def _features(
 ) -> nn.Module:
     """Return the feature extractor of a net: of all levels, and by `forward_intermediates` where nothing else is asked.
 
-    Which class and levels timm takes for a host is known to the host's own entry point only.
+    Only the host's own entry point knows the class and the levels that timm takes for it.
     """
     if feature_cls is None:
         feature_cls = 'getter' if hasattr(model, 'forward_intermediates') else 'hook'

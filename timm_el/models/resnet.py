@@ -29,7 +29,7 @@ from ._pretrained import CIFAR10, bundled_file, choose_weights
 
 __all__ = ['BinarizedResNet']
 
-STAGES = 4  # that the forward of timm's ResNet calls
+STAGES = 4  # in the forward of timm's ResNet
 
 
 class BinarizedResNet(CheckedLoading, ResNet):

@@ -19,7 +19,7 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 def _spelled_out(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:
     """Return the values of `hard` with the gradient of `soft`.
 
-    Where hard is not 0, soft has its sign, and abs(soft) <= 1: the sum is exact in every float format.
+    The sum is exact in every float format, because abs(soft) <= 1, and soft has the sign of hard where hard is not 0.
     """
     return soft + (hard - soft).detach()
 
@@ -235,7 +235,7 @@ class Quantizer:
         function: x -> quantized x; it picks the definition or the lean form. None if it needs more than x.
         definition: The same in tensor arithmetic, for tracers.
         lean: The same for an autograd.Function, None if there is none.
-        of_inputs, of_weights: Whether an input, or a weight, may have it.
+        of_inputs, of_weights: An input, or a weight, may have it.
     """
     name: str | None
     bits: int

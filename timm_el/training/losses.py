@@ -17,7 +17,7 @@ def attention_map(features: torch.Tensor, norm: str = 'l2') -> torch.Tensor:
 
     Args:
         features: (N, C, H, W).
-        norm: 'l2', of the paper, or 'max', of larq's training.
+        norm: 'l2', as in the paper, or 'max', as in larq's training.
 
     Returns:
         Tensor (N, H * W); all zero where the features are.

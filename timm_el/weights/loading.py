@@ -1,7 +1,8 @@
-"""State dicts for binarized models: packed files, float checkpoints as latent initialisation, checks before loading.
+"""Loading of state dicts into binarized models: packed files, float checkpoints, checks before the first copy.
 
-Every door of loading leads through here: `load_state_dict` of a registered model by `CheckedLoading`, that of a
-converted one or of a model inside another by the hook of `guard_loading`, `pretrained=True` by `float_to_latent`.
+All four ways of loading use these checks: `load_state_dict` of a registered model by `CheckedLoading`, that of a
+converted one or of a model inside another by the hook of `guard_loading`, `pretrained=True` by `float_to_latent`,
+and `load_packed` by itself.
 """
 import os
 import re
@@ -90,10 +91,10 @@ def _map_of(model: nn.Module) -> ParameterMap | None:
 def float_to_latent(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors of a model's float host under the model's own keys.
 
-    Those of the model itself pass through, packed ones are unpacked. The signature is that of timm's
-    `pretrained_filter_fn`. What the host does not have (gammas, new norms) gets the model's own value, and the running
-    statistics of norms whose activation moved in front of them follow from the weights. Shortcuts without average
-    pooling (conv, norm) are read into ones with it (pool, conv, norm).
+    Tensors of the model itself pass through, packed ones are unpacked. The signature is that of timm's
+    `pretrained_filter_fn`. Tensors that the host does not have (gammas, new norms) get the model's own values, and the
+    running statistics of norms whose activation moved in front of them follow from the weights. Shortcuts without
+    average pooling (conv, norm) are read into ones with it (pool, conv, norm).
 
     Args:
         state_dict: Checkpoint of the float host (timm's or torchvision's names) or of the model.
@@ -183,9 +184,9 @@ def check_state_dict(module: nn.Module, state_dict: dict[str, Any], strict: bool
 
     Args:
         module: The model.
-        state_dict: What is about to be loaded.
+        state_dict: Tensors that are about to be loaded.
         strict: Missing and unknown keys count too; a float checkpoint and wrong shapes always do.
-        prefix: Where the model's keys stand in the state dict.
+        prefix: Prefix of the model's keys in the state dict.
 
     Raises:
         CheckpointError: It does not fit.

@@ -7,7 +7,7 @@ The file holds the tensors of the model's state dict under their own names, exce
                     (O, ceil(I / 8)) for a linear layer. Bit 1 means +1, bit 0 means -1, least significant bit first
                     along I; the tail bits of the last byte are 0 (bits.py).
     P.weight_alpha  float (O,): alpha = mean abs(W) per output channel, not negative. Absent if the layer has no alpha.
-    P.weight_pad    int8 (): what a padded tap holds after the sign, -1 or +1. Absent where it is 0, or a linear layer.
+    P.weight_pad    int8 (): the value of a padded tap after the sign, -1 or +1. Absent if it is 0, or a linear layer.
 
 so that the weight in use is alpha[o] * (+1 or -1). All other float tensors (biases, norms, gammas, float layers) stay
 float, in their own dtype or all in the one that was asked for, which then is alpha's too; integer tensors stay as they
@@ -71,13 +71,13 @@ def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def fit_counters(state_dict: dict[str, Any], own: dict[str, torch.Tensor], prefix: str = '') -> None:
     """Give a state dict the counters of batches that a model's norms have, in place.
 
-    A frozen norm counts no batches: what a state dict has for it goes. Where a state dict has a norm without its
-    counter, the model's own stays.
+    A frozen norm counts no batches: its counter in a state dict goes. For a norm without its counter in a state dict
+    the model's own stays.
 
     Args:
-        state_dict: What is about to be loaded.
+        state_dict: Tensors that are about to be loaded.
         own: The model's own state dict.
-        prefix: Where the model's keys stand in the state dict.
+        prefix: Prefix of the model's keys in the state dict.
     """
     for norm in [key[:-len('running_mean')] for key in own if key.endswith('running_mean')]:
         key = f'{norm}num_batches_tracked'
@@ -187,7 +187,7 @@ def check_damage(
 
     Args:
         packed: Tensors of a packed file.
-        where: What to call them in errors.
+        where: Name of the tensors in errors.
         model: The model that they are for, so that the error can name what is missing.
 
     Raises:
@@ -230,7 +230,7 @@ def unpack_state_dict(
     Args:
         packed: Tensors of a packed file.
         model: The model that they are for; it is not changed.
-        where: What to call the tensors in errors.
+        where: Name of the tensors in errors.
 
     Returns:
         State dict with the names and shapes of the model's own.
@@ -318,7 +318,7 @@ def save_packed(
 
     Args:
         model: A binarized model.
-        path: Where to; a name in .safetensors is what timm expects.
+        path: File to write; timm expects a name in .safetensors.
         float_dtype: As for `pack_state_dict`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Parameter map: which tensor of a float host each tensor of a binarized model was.
+"""Parameter map: from the tensors of a binarized model to the tensors of its float host.
 
 `binarize` keeps the host's tensors and makes new modules around them, so that the map is read off the tensors
 themselves, before and after: no key is renamed by its text.
