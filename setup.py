@@ -15,8 +15,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / 'build_tools'))
+sys.path.insert(0, str(Path(__file__).resolve().parent / 'build_tools'))
 import el_compile  # noqa: E402
 
 ENGINE = Path('timm_el', 'engine')
@@ -62,7 +61,7 @@ class BuildKernels(build_ext):
 
     def _copy_beside_sources(self, *products):
         for path in products:
-            beside = ROOT / ENGINE / path.name
+            beside = el_compile.ROOT / ENGINE / path.name
             if path.resolve() == beside:
                 continue
             beside.unlink(missing_ok=True)

@@ -117,3 +117,28 @@ def test_docstrings_name_a_thing_or_begin_with_a_command(path):
 def test_unfit_docstrings_are_found():
     source = '"""What this is."""\nclass A:\n    """The thing."""\n    def f(self):\n        """The result."""\n'
     assert unfit_docstrings(source) == ['What this is.', 'The result.']
+
+
+# The same part of an interface in several modules: a shell verb, a picture, a model file of timm.
+INTERFACES = {
+    'main', 'HELP', 'add_arguments', 'draw', 'checkpoint_filter_fn', 'default_cfgs', '_cfg', '__all__', '__getattr__'}
+
+
+def names_of(tree: ast.Module) -> set[str]:
+    """Return the names that a module defines at its top level."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names.update(n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+    return names
+
+
+def test_a_name_means_one_thing():
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for name in names_of(ast.parse(path.read_text(encoding='utf-8'))) - INTERFACES:
+            places.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

@@ -34,10 +34,7 @@ class LayerRun:
 
 
 def run_layers(
-        model: nn.Module,
-        input_size: tuple[int, int, int],
-        extra: Iterable[str] = (),
-        compute: bool = False,
+        model: nn.Module, input_size: tuple[int, int, int], extra: Iterable[str] = (), compute: bool = False,
 ) -> dict[str, LayerRun]:
     """Run a copy of a network, in eval mode, on the meta device, where shapes are computed and values are not.
 

@@ -86,7 +86,7 @@ def save_for_hub(
         ValueError: The model is not binarized, or timm does not know it; or the folder does not load back to the same
             outputs.
     """
-    _refuse_unfit(model)
+    _check_rebuildable(model)
     folder = Path(folder)
     pack_state_dict(model, float_dtype)  # what cannot be packed is refused before anything is written
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def save_for_hub(
     return folder
 
 
-def _refuse_unfit(model: nn.Module) -> None:
+def _check_rebuildable(model: nn.Module) -> None:
     """Raise ValueError for a model that `from_hub` could not build again."""
     name = type(model).__name__
     if not _is_registered(model) and getattr(model, 'binarize_report', None) is None:
@@ -143,11 +143,7 @@ def _verify(model: nn.Module, folder: Path) -> None:
 
 
 def from_hub(
-        repo: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        **kwargs: Any,
+        repo: str | os.PathLike, *, revision: str | None = None, cache_dir: str | os.PathLike | None = None, **kwargs,
 ) -> nn.Module:
     """Load a network from a Hub repository or a folder of the same form.
 

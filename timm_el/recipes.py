@@ -25,12 +25,7 @@ TERNARY = ('twn', 'ttq')
 
 
 def role_of_shape(
-        in_channels: int,
-        out_channels: int,
-        kernel_size: tuple[int, int],
-        stride: tuple[int, int],
-        groups: int,
-) -> str:
+        in_channels: int, out_channels: int, kernel_size: tuple[int, int], stride: tuple[int, int], groups: int) -> str:
     """Return the role of a convolution by its shape, where no known block gives it one."""
     if max(kernel_size) > 1:
         depthwise = groups == in_channels and groups > 1

@@ -9,8 +9,8 @@ from conftest import randomise
 import timm_el
 from timm_el.__main__ import main
 from timm_el.bench import peers
+from timm_el.bench.hosts import settle_norms
 from timm_el.bench.layer_times import layer_table, layer_times
-from timm_el.bench.nets import settle_norms
 from timm_el.bench.turns import Spread, ratios, take_turns
 from timm_el.layers import BinaryConv2d, BinaryUnit, ElasticLink, StandardizedBinaryConv2d
 

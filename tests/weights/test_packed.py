@@ -17,9 +17,9 @@ from timm.utils import ModelEmaV3
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import timm_el
-from timm_el.bench.nets import settle_norms
+from timm_el.bench.hosts import settle_norms
 from timm_el.layers import BinaryConv2d, BinaryLinear
-from timm_el.weights.packed import CheckpointError, binary_layers, read_packed
+from timm_el.weights.packed import CheckpointError, binary_weight_layers, read_packed
 
 CONVERTED = [
     'resnet18', 'regnetx_002', 'densenet121', 'mobilenetv2_100', 'test_convnext', 'test_nfnet', 'tf_efficientnetv2_b0',
@@ -112,7 +112,7 @@ def test_size_of_el_resnet50(tmp_path, float_dtype, limit):
     assert path.stat().st_size <= limit
     with safe_open(path, 'pt') as file:
         floats = sum(file.get_tensor(k).numel() for k in file.keys() if file.get_tensor(k).is_floating_point())
-    binary = sum(layer.weight.numel() for _, layer in binary_layers(model))
+    binary = sum(layer.weight.numel() for layer in binary_weight_layers(model).values())
     assert floats + binary < 25_800_000  # no binary weight has a float tensor
 
 
@@ -129,7 +129,7 @@ def test_signs_survive_a_dtype_that_cannot_hold_alpha(tmp_path):
     path = tmp_path / 'm.safetensors'
     timm_el.save_packed(model, path, torch.float16)
     twin = timm_el.load_packed(small(seed=1), path)
-    for (_, a), (_, b) in zip(binary_layers(model), binary_layers(twin)):
+    for a, b in zip(binary_weight_layers(model).values(), binary_weight_layers(twin).values()):
         assert torch.equal(a.weight >= 0, b.weight >= 0)
 
 
@@ -143,7 +143,7 @@ def test_registered_models_come_back_bit_for_bit(name, tmp_path):
     timm_el.save_packed(model, path)
     twin = timm_el.load_packed(timm.create_model(name), path)
     assert same(model, twin)
-    list(binary_layers(twin))[-1][1].weight.data.neg_()
+    list(binary_weight_layers(twin).values())[-1].weight.data.neg_()
     assert not same(model, twin)
 
 
@@ -178,7 +178,7 @@ def test_converted_nets_come_back_bit_for_bit(name, tmp_path):
     torch.manual_seed(0)
     twin = timm_el.load_packed(timm_el.binarize(timm.create_model(name)), path)
     assert same(model, twin)
-    list(binary_layers(twin))[-1][1].weight.data.neg_()
+    list(binary_weight_layers(twin).values())[-1].weight.data.neg_()
     assert not same(model, twin)
 
 
@@ -208,7 +208,7 @@ def test_pad_values_are_part_of_the_file(pad_value, tmp_path):
 def test_a_loaded_model_trains(packed):
     model = timm_el.load_packed(small(seed=1), packed[1]).train()
     model(images()).square().sum().backward()
-    for name, layer in binary_layers(model):
+    for name, layer in binary_weight_layers(model).items():
         assert (layer.weight.grad != 0).float().mean() > 0.3, name
 
 
@@ -375,7 +375,7 @@ def fuzz(path, count: int) -> int:
             assert unchanged(twin, before)
             continue
         assert all(torch.equal(a.quantized_weight(), b.quantized_weight())
-                   for (_, a), (_, b) in zip(binary_layers(net), binary_layers(twin)))
+                   for a, b in zip(binary_weight_layers(net).values(), binary_weight_layers(twin).values()))
         assert all(torch.equal(a, b) for k, a in net.state_dict().items() if not k.endswith('weight')
                    for b in [twin.state_dict()[k]])
         twin.load_state_dict(before)

@@ -15,9 +15,9 @@ from .. import engine
 from ..dry_run import own_input_size, run_layers
 from ..engine import deploy
 from ..models.factory import create
+from .hosts import host_name, settle_norms
 from .layer_times import layer_table
 from .machine import describe
-from .nets import host_name, settle_norms
 from .peers import PACKAGES, PEERS, Setting, build_all, choose
 from .turns import Spread, ratios, take_turns
 

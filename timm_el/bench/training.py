@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
 from ..models.factory import create
+from .hosts import host_name
 from .machine import cpu_name
-from .nets import host_name
 from .turns import Spread, ratios, take_turns
 
 

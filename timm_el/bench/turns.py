@@ -18,10 +18,7 @@ class Spread(NamedTuple):
 
 
 def take_turns(
-        contestants: dict[str, Callable[[], Any]],
-        rounds: int,
-        warmup: int = 2,
-        settle: bool = False,
+        contestants: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, settle: bool = False,
 ) -> dict[str, list[float]]:
     """Run all contestants in each round, one after the other.
 

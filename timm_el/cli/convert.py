@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
         '--input-size', type=positive, nargs=3, metavar=('C', 'H', 'W'), help="default: the model's own")
     add_json(parser)
     args = parser.parse_args(argv)
-    model = binarize(_build(args.net), args.recipe, keep=args.keep, strict=args.strict)
+    model = binarize(_create_host(args.net), args.recipe, keep=args.keep, strict=args.strict)
     summary = summarize(model, args.input_size)
     if args.json:
         print(json.dumps({'report': model.binarize_report.to_dict(), 'summary': summary.to_dict()}, indent=2))
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
         print(f'{model.binarize_report}\n\n{summary}')
 
 
-def _build(name: str):
+def _create_host(name: str):
     """Return a float net by its name in timm, or `tv:` and its name in torchvision."""
     if not name.startswith('tv:'):
         return timm.create_model(name)

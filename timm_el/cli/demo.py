@@ -10,9 +10,9 @@ from pathlib import Path
 import timm
 import torch
 
+from ..bench.hosts import FLOAT_HOSTS
 from ..bench.inference import runner
 from ..bench.machine import cpu_name
-from ..bench.nets import FLOAT_HOSTS
 from ..bench.turns import Spread, take_turns
 from ..dry_run import own_input_size
 from ..engine import deploy, info

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..experiments.evaluate import FORMS, TOLERANCE, evaluate_net
-from ..experiments.nets import HELP, PRETRAINED
+from ..experiments.nets import NET_HELP, PRETRAINED
 from ..tables import table
 from ._arguments import add_json, add_threads, parser_of, positive, set_threads
 
@@ -28,7 +28,7 @@ def forms(text: str) -> list[str]:
 def main(argv: list[str]) -> None:
     """Evaluate a network and print the result."""
     parser = parser_of('eval', __doc__)
-    parser.add_argument('net', metavar='NET', help=f'{HELP}. Default of the weights: {PRETRAINED}')
+    parser.add_argument('net', metavar='NET', help=f'{NET_HELP}. Default of the weights: {PRETRAINED}')
     parser.add_argument('--data-dir', required=True, metavar='D', help='the images')
     parser.add_argument('--dataset', default='', help='as for train.py: torch/cifar10 (default: a folder)')
     parser.add_argument('--dataset-download', action='store_true', help='fetch it first, where timm can')

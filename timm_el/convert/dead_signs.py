@@ -105,12 +105,8 @@ def _noise(model: nn.Module) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _pass(
-        model: nn.Module,
-        x: torch.Tensor,
-        training: bool,
-        units: dict[nn.Module, tuple[str, BinaryUnit]],
-        constant: list[str],
-) -> list[str]:
+        model: nn.Module, x: torch.Tensor, training: bool, units: dict[nn.Module, tuple[str, BinaryUnit]],
+        constant: list[str]) -> list[str]:
     """Run one batch in one mode and return the units that got a norm. Modes and buffers are as before afterwards."""
     revived: list[str] = []
 

@@ -53,7 +53,7 @@ def decide(network: Network, question: Question) -> list[Decision]:
     Raises:
         ValueError: The recipe leaves nothing of a layer.
     """
-    whys = {site.path: why_kept(site, question) for site in network.sites}
+    whys = {site.path: reason_to_keep(site, question) for site in network.sites}
     return [decision for group in network.groups for decision in _decide_group(group, network, whys, question)]
 
 
@@ -108,7 +108,7 @@ def decide_dead_signs(
 # Questions
 
 
-def why_kept(site: Site, question: Question) -> Why | None:
+def reason_to_keep(site: Site, question: Question) -> Why | None:
     """Return why a site's layer stays float, outside any unit, or None."""
     if site.path in question.asked:
         return Reason.ASKED.why(question.asked[site.path])

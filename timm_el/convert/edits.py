@@ -60,14 +60,14 @@ def make_draft(model: nn.Module, question: Question, first_notes: Sequence[str],
     edits: dict[str, Edit] = {}
     for network in networks:
         decided = decide(network, question)
-        edits.update(_build(network, decided, question))
+        edits.update(_build_network(network, decided, question))
         decisions += decided
     layers = {path: module for path, module in model.named_modules() if isinstance(module, WEIGHTED)}
     notes = [*first_notes, *(note for network in networks for note in network.notes), *last_notes]
     return Draft(question, layers, networks, decisions, edits, notes)
 
 
-def _build(network: Network, decisions: Sequence[Decision], question: Question) -> dict[str, Edit]:
+def _build_network(network: Network, decisions: Sequence[Decision], question: Question) -> dict[str, Edit]:
     """Return the edits of a network by path, in the order in which they are made.
 
     Raises:

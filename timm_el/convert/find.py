@@ -38,7 +38,7 @@ def find_traced_network(model: nn.Module, runs: dict[str, LayerRun]) -> Network:
 
 def _read(graph: TracedGraph) -> tuple[list[Site], list[Place]]:
     """Return the sites of a graph, and the activations outside of them that stand before a sign."""
-    pairs = {conv: judgements.pair(graph, conv) for conv in graph.convs}
+    pairs = {conv: judgements.norm_and_act_nodes(graph, conv) for conv in graph.convs}
     kept = {conv: why for conv, (norm, _) in pairs.items() if (why := judgements.why_kept(graph, conv, norm))}
     binary = [conv for conv in graph.convs if conv not in kept]
     signed = [conv.args[0] for conv in binary] + [x for node in graph.opaque for x in node.all_input_nodes]
@@ -51,7 +51,7 @@ def _read(graph: TracedGraph) -> tuple[list[Site], list[Place]]:
         # The activation inside a norm is found there.
         separate = act is not None and is_act(graph.module(act))
         sites.append(Site(
-            _place(graph, conv), norm and _place(graph, norm), _place(graph, act) if separate else None,
+            _place_of(graph, conv), norm and _place_of(graph, norm), _place_of(graph, act) if separate else None,
             role_of(graph.module(conv)), (), kept.get(conv),
             judgements.why_no_link(graph, conv, norm, binary, dropped),
             conv in binary and judgements.is_non_negative(graph, conv.args[0], dropped)))
@@ -59,13 +59,13 @@ def _read(graph: TracedGraph) -> tuple[list[Site], list[Place]]:
     return sites, [Place(graph.paths[module], module) for module in loose]
 
 
-def _place(graph: TracedGraph, node) -> Place:
+def _place_of(graph: TracedGraph, node) -> Place:
     return Place(graph.path(node), graph.module(node))
 
 
 def _image_conv(graph: TracedGraph):
     """Return the place of the convolution that reads the images themselves, or None."""
-    return next((_place(graph, conv) for conv in graph.convs if isinstance(graph.module(conv), nn.Conv2d)
+    return next((_place_of(graph, conv) for conv in graph.convs if isinstance(graph.module(conv), nn.Conv2d)
                  and graph.reads_images and conv.args[0].op == 'placeholder'), None)
 
 

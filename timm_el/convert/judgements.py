@@ -11,7 +11,7 @@ from ..kinds import fused_act, is_act, is_norm
 from .sites import Reason, Why
 from .traced_graph import TracedGraph, is_addition, is_layer, name_of, weightless
 
-__all__ = ['acts_before', 'is_non_negative', 'pair', 'why_kept', 'why_no_link']
+__all__ = ['acts_before', 'is_non_negative', 'norm_and_act_nodes', 'why_kept', 'why_no_link']
 
 NON_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax)
 NON_NEGATIVE_FUNCTIONS = {
@@ -21,7 +21,7 @@ NON_NEGATIVE_METHODS = ('relu', 'relu_', 'sigmoid')
 MaybeNode = fx.Node | None
 
 
-def pair(graph: TracedGraph, conv: fx.Node) -> tuple[MaybeNode, MaybeNode]:
+def norm_and_act_nodes(graph: TracedGraph, conv: fx.Node) -> tuple[MaybeNode, MaybeNode]:
     """Return the norm and the activation that alone read a layer; of a fused norm of timm, the norm twice."""
     norm = graph.follower(conv)
     if norm is None or not is_norm(graph.module(norm)):

@@ -149,7 +149,7 @@ def _has_strangers(inside: dict[str, nn.Module], sites: Sequence[Site], beside: 
 def _sites(model: nn.Module, path: str, rows: Sequence[Names]) -> Iterator[Site]:
     """Yield the sites of a block; a Sequential in place of a convolution (a deep stem) becomes its own sites."""
     for names in rows:
-        conv, norm, act = (_place(model, join_path(path, name)) for name in (names.conv, names.norm, names.act))
+        conv, norm, act = (_place_at(model, join_path(path, name)) for name in (names.conv, names.norm, names.act))
         tail = tuple(Place(p, get_module(model, p)) for p in (join_path(path, name) for name in names.tail))
         if conv is None:
             continue
@@ -159,7 +159,7 @@ def _sites(model: nn.Module, path: str, rows: Sequence[Names]) -> Iterator[Site]
             yield from _sites_of_row(conv, norm, act)
 
 
-def _place(model: nn.Module, path: str | None) -> Place | None:
+def _place_at(model: nn.Module, path: str | None) -> Place | None:
     module = get_module(model, path)
     return None if module is None else Place(path, module)
 

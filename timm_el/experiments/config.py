@@ -10,7 +10,7 @@ import yaml
 
 from ..fields import check_fields
 
-Recipe = str | dict[str, Any]
+RecipeField = str | dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class FitConfig:
         ValueError: An unknown field, a value of the wrong type, or a count that is not positive.
     """
     model: str = 'el_resnet26'
-    recipe: Recipe | None = None
+    recipe: RecipeField | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     num_classes: int = 10
     input_size: Sequence[int] = (3, 32, 32)
@@ -75,7 +75,7 @@ class FitConfig:
     model_ema_decay: float = 0.9998
     # teaching
     teacher: str | None = None
-    teacher_recipe: Recipe | None = None
+    teacher_recipe: RecipeField | None = None
     teacher_kwargs: dict[str, Any] = field(default_factory=dict)
     teacher_checkpoint: str | None = None
     task_loss_weight: float = 1.0

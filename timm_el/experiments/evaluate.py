@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from ..bench.machine import describe
 from ..engine import deploy, info
 from ..weights.loading import load_packed
-from ..weights.packed import binary_layers, save_packed
+from ..weights.packed import binary_weight_layers, save_packed
 from .nets import PRETRAINED, Net
 
 
@@ -35,15 +35,8 @@ TOLERANCE = {'latent': 0.1, 'packed': 0.1, 'deployed': 0.3}
 
 
 def load_images(
-        model: nn.Module,
-        data_dir: str,
-        split: str = 'validation',
-        img_size: int | None = None,
-        limit: int | None = None,
-        batch_size: int = 64,
-        workers: int = 0,
-        dataset: str = '',
-        download: bool = False,
+        model: nn.Module, data_dir: str, split: str = 'validation', img_size: int | None = None,
+        limit: int | None = None, batch_size: int = 64, workers: int = 0, dataset: str = '', download: bool = False,
 ) -> DataLoader:
     """Return batches of the images of a folder, prepared as the model's config says.
 
@@ -98,13 +91,8 @@ def count_right(nets: dict[str, nn.Module], images: Iterable) -> dict[str, Any]:
 
 
 def evaluate_net(
-        text: str,
-        data_dir: str,
-        names: list[str] | None = None,
-        limit: int | None = None,
-        img_size: int | None = None,
-        **images: Any,
-) -> dict[str, Any]:
+        text: str, data_dir: str, names: list[str] | None = None, limit: int | None = None, img_size: int | None = None,
+        **images: Any) -> dict[str, Any]:
     """Return top-1 and top-5 of a network in several forms, and how often they agree.
 
     Args:
@@ -116,7 +104,7 @@ def evaluate_net(
     net = Net.parse(text, PRETRAINED)
     model = net.build()
     loader = load_images(model, data_dir, limit=limit, img_size=img_size, **images)
-    possible = list(FORMS) if any(True for _ in binary_layers(model)) else ['latent']
+    possible = list(FORMS) if binary_weight_layers(model) else ['latent']
     nets = {name: FORMS[name](model) for name in names or possible}
     return {
         'net': text, 'size': img_size or model.pretrained_cfg['input_size'][-1], 'limit': limit,

@@ -95,14 +95,8 @@ def check_resumable(config: FitConfig, output: str) -> None:
 
 
 def fit(
-        config: FitConfig,
-        output: str,
-        data_dir: str,
-        cache: str | None = None,
-        device: str = 'cpu',
-        workers: int = 2,
-        stop_after: int | None = None,
-) -> dict[str, float]:
+        config: FitConfig, output: str, data_dir: str, cache: str | None = None, device: str = 'cpu', workers: int = 2,
+        stop_after: int | None = None) -> dict[str, float]:
     """Train one run, or go on with it, and return its last record.
 
     Random numbers of an epoch depend on the seed and the epoch alone, and schedules on the step alone, so that model,

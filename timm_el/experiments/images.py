@@ -65,15 +65,8 @@ class TensorImages:
     """
 
     def __init__(
-            self,
-            images: torch.Tensor,
-            labels: torch.Tensor,
-            batch_size: int,
-            mean: Sequence[float],
-            std: Sequence[float],
-            seed: int = 0,
-            pad: int = None,
-    ) -> None:
+            self, images: torch.Tensor, labels: torch.Tensor, batch_size: int, mean: Sequence[float],
+            std: Sequence[float], seed: int = 0, pad: int = None) -> None:
         self.images, self.labels, self.batch_size, self.seed, self.pad = images, labels, batch_size, seed, pad
         self.scale = (1 / (255 * torch.tensor(std))).reshape(-1, 1, 1)
         self.offset = (torch.tensor(mean) / torch.tensor(std)).reshape(-1, 1, 1)

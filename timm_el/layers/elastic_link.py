@@ -79,11 +79,7 @@ class ElasticLink(nn.Module):
 
     @classmethod
     def for_conv(
-            cls,
-            conv: nn.Module,
-            gamma: str | None = 'learnable',
-            same_pad: bool = False,
-            pool: str = 'max',
+            cls, conv: nn.Module, gamma: str | None = 'learnable', same_pad: bool = False, pool: str = 'max',
     ) -> Optional['ElasticLink']:
         """Return the link around a given convolution or linear layer.
 

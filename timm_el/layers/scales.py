@@ -28,13 +28,8 @@ def weight_scale(weight: torch.Tensor, grad: bool = False) -> torch.Tensor:
 
 
 def input_scale(
-        x: torch.Tensor,
-        kernel_size: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        groups: int = 1,
-) -> torch.Tensor:
+        x: torch.Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
+        dilation: tuple[int, int], groups: int = 1) -> torch.Tensor:
     """Return the scale of a binary input, K (paper, eq. 3; XNOR-Net, section 3.2).
 
     K = box_filter( mean over channels of abs(x) ). Every tap of the box weighs 1 / (kH * kW); taps in the padding count

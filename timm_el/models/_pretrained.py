@@ -3,6 +3,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_pretrained_cfg
 
 _logger = logging.getLogger(__name__)
@@ -14,6 +15,14 @@ SHIPPED = next((p for p in (PACKAGE / '_hub', PACKAGE.parent / 'hub') if (p / 'm
 CIFAR10 = dict(
     num_classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), crop_pct=1.0, interpolation='bilinear',
     label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'))
+
+
+def default_cfg(**kwargs: Any) -> dict[str, Any]:
+    """Return a default config in timm's form: the ImageNet one of the package's nets, with changes."""
+    return {
+        'url': '', 'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875,
+        'interpolation': 'bilinear', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'paper_ids': 'arXiv:2112.10149', 'license': 'apache-2.0', **kwargs}
 
 
 def bundled_file(name: str) -> str | None:

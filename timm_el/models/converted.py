@@ -28,14 +28,9 @@ FEATURES = {
     'list': FeatureListNet}
 
 
-def _convert(
-        host: str,
-        recipe: str | Recipe | dict[str, Any],
-        plan: dict[str, Any] | None,
-        planned_classes: int | None,
-        num_classes: int = 1000,
-        **kwargs: Any,
-) -> nn.Module:
+def _create_converted(
+        host: str, recipe: str | Recipe | dict[str, Any], plan: dict[str, Any] | None, planned_classes: int | None,
+        num_classes: int = 1000, **kwargs) -> nn.Module:
     """Return a host that was converted with as many classes as the planned one, and then got its own number.
 
     In a net without a classifier another layer is the last, may be kept float, and would not take the plan's weights.
@@ -84,12 +79,8 @@ def _own_tensors(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[
 
 @register_model
 def timm_el_converted(
-        pretrained: bool = False,
-        host: str = 'resnet18',
-        recipe: str | Recipe | dict[str, Any] = 'el',
-        plan: dict[str, Any] | None = None,
-        **kwargs: Any,
-) -> nn.Module:
+        pretrained: bool = False, host: str = 'resnet18', recipe: str | Recipe | dict[str, Any] = 'el',
+        plan: dict[str, Any] | None = None, **kwargs) -> nn.Module:
     """Create a converted net of timm; `pretrained=True` is for folders of `save_for_hub` (`local-dir:`, `hf-hub:`).
 
     Args:
@@ -106,6 +97,6 @@ def timm_el_converted(
         cfg = {k: v for k, v in facts.items() if k not in ('architecture', 'tag')}
     feature_cls = partial(_features, feature_cls=kwargs.pop('feature_cls', None))
     return build_model_with_cfg(
-        _convert, CONVERTED, pretrained, cfg, pretrained_filter_fn=_own_tensors,
+        _create_converted, CONVERTED, pretrained, cfg, pretrained_filter_fn=_own_tensors,
         feature_cfg=dict(feature_cls=feature_cls, out_indices=None),
         host=host, recipe=recipe, plan=plan, planned_classes=planned_classes, **kwargs)

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._builder import build_model_with_cfg, pretrained_cfg_for_features
 from timm.models._efficientnet_builder import decode_arch_def, resolve_act_layer, resolve_bn_args, round_channels
 from timm.models._features import FeatureHooks
@@ -18,7 +17,7 @@ from ..convert.binarize import binarize
 from ..recipes import Recipe
 from ..weights.loading import CheckedLoading, float_to_latent
 from ._arguments import check_arguments
-from ._pretrained import CIFAR10, bundled_file, choose_weights
+from ._pretrained import CIFAR10, bundled_file, choose_weights, default_cfg
 
 __all__ = ['BinarizedEfficientNet', 'BinarizedEfficientNetFeatures']
 
@@ -32,11 +31,7 @@ class BinarizedEfficientNet(CheckedLoading, EfficientNet):
     """
 
     def __init__(
-            self,
-            *args: Any,
-            recipe: str | Recipe | dict[str, Any] = 'el_mobilenet',
-            real_weights: bool = False,
-            **kwargs: Any,
+            self, *args, recipe: str | Recipe | dict[str, Any] = 'el_mobilenet', real_weights: bool = False, **kwargs,
     ) -> None:
         check_arguments(EfficientNet, BinarizedEfficientNet, kwargs)
         super().__init__(*args, **kwargs)
@@ -56,11 +51,7 @@ class BinarizedEfficientNetFeatures(EfficientNetFeatures):
     """
 
     def __init__(
-            self,
-            *args: Any,
-            recipe: str | Recipe | dict[str, Any] = 'el_mobilenet',
-            real_weights: bool = False,
-            **kwargs: Any,
+            self, *args, recipe: str | Recipe | dict[str, Any] = 'el_mobilenet', real_weights: bool = False, **kwargs,
     ) -> None:
         check_arguments(EfficientNetFeatures, BinarizedEfficientNetFeatures, kwargs)
         super().__init__(*args, **kwargs)
@@ -76,18 +67,7 @@ class BinarizedEfficientNetFeatures(EfficientNetFeatures):
                 self.feature_info.get_dicts(keys=('module', 'hook_type')), self.named_modules())
 
 
-def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv_stem', 'classifier': 'classifier',
-        'paper_ids': 'arXiv:2112.10149', 'license': 'apache-2.0',
-        **kwargs
-    }
-
-
+_cfg = partial(default_cfg, first_conv='conv_stem', classifier='classifier')
 default_cfgs = generate_default_cfgs({
     'el_mobilenet_v1.cifar10': _cfg(
         file=bundled_file('el_mobilenet_v1.cifar10'), input_size=(3, 64, 64), pool_size=(2, 2), **CIFAR10),
@@ -96,11 +76,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_mobilenet_v1(
-        variant: str,
-        channel_multiplier: float = 1.0,
-        pretrained: bool = False,
-        **kwargs: Any,
-) -> BinarizedEfficientNet:
+        variant: str, channel_multiplier: float = 1.0, pretrained: bool = False, **kwargs) -> BinarizedEfficientNet:
     kwargs = choose_weights(variant, pretrained, kwargs)
     arch_def = [
         ['dsa_r1_k3_s1_c64'],

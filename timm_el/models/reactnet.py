@@ -7,12 +7,12 @@ with the state-of-the-art"): the duplicated shortcut of the reduction blocks bec
 The official net writes a reduction 1x1 as two convolutions C -> C with a norm and the same shortcut each, and joins the
 halves. That equals one convolution C -> 2C with one norm of 2C channels and a tiling Expand without gamma, as here.
 """
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, create_classifier
 from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
@@ -24,7 +24,7 @@ from ..weights.loading import CheckedLoading, guard_loading
 from ..weights.packed import is_packed, unpack_state_dict
 from ._arguments import check_counts, check_flags
 from ._official import OfficialCheckpoint, strip_wrappers
-from ._pretrained import CIFAR10, bundled_file, choose_weights
+from ._pretrained import CIFAR10, bundled_file, choose_weights, default_cfg
 
 __all__ = ['ReActNet', 'ReActBlock']
 
@@ -43,17 +43,8 @@ class ReActBlock(nn.Module):
     """
 
     def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            stride: int = 1,
-            real_reduction: bool = False,
-            gamma: str | None = None,
-            weight_quantizer: str | None = 'ste',
-            drop_path: float = 0.,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
-    ) -> None:
+            self, in_chs: int, out_chs: int, stride: int = 1, real_reduction: bool = False, gamma: str | None = None,
+            weight_quantizer: str | None = 'ste', drop_path: float = 0., device=None, dtype=None) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         quantizers = dict(input_quantizer='approx', weight_quantizer=weight_quantizer)
@@ -195,13 +186,8 @@ class ReActNet(CheckedLoading, nn.Module):
         self.fc.train(self.training)
 
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: int | list[int] | None = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
+            self, x: torch.Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
+            output_fmt: str = 'NCHW', intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Return the final features (N, C, H', W') and those of selected stages.
 
@@ -225,11 +211,7 @@ class ReActNet(CheckedLoading, nn.Module):
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
+            self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Drop all that the given intermediate features do not need, and return their indices."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[:max_index + 1]
@@ -321,24 +303,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return out
 
 
-def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv_stem', 'classifier': 'fc', 'license': 'apache-2.0',
-        **kwargs
-    }
-
-
+_cfg = partial(default_cfg, first_conv='conv_stem', classifier='fc')
 default_cfgs = generate_default_cfgs({
     'reactnet_a.untrained': _cfg(paper_ids='arXiv:2003.03488'),
     'reactnet_c.untrained': _cfg(paper_ids='arXiv:2003.03488'),
     'el_reactnet_c.cifar10': _cfg(
-        file=bundled_file('el_reactnet_c.cifar10'), input_size=(3, 32, 32), pool_size=(1, 1), **CIFAR10,
-        paper_ids='arXiv:2112.10149'),
-    'el_reactnet_c.untrained*': _cfg(paper_ids='arXiv:2112.10149'),
+        file=bundled_file('el_reactnet_c.cifar10'), input_size=(3, 32, 32), pool_size=(1, 1), **CIFAR10),
+    'el_reactnet_c.untrained*': _cfg(),
 })
 
 

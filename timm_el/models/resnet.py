@@ -10,11 +10,11 @@ classes with another recipe.
 `el_resnet20` is the net of three stages for images of 32 px (He et al., 2016, section 4.2), but for its shortcuts.
 """
 import re
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from timm.models._registry import generate_default_cfgs, register_model
@@ -25,7 +25,7 @@ from ..recipes import Recipe
 from ..weights.loading import RECIPE_CODE, CheckedLoading, float_to_latent
 from ._arguments import check_arguments, check_flags
 from ._official import OfficialCheckpoint, strip_wrappers
-from ._pretrained import CIFAR10, bundled_file, choose_weights
+from ._pretrained import CIFAR10, bundled_file, choose_weights, default_cfg
 
 __all__ = ['BinarizedResNet']
 
@@ -154,17 +154,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return out
 
 
-def _cfg(url: str = '', **kwargs: Any) -> dict[str, Any]:
-    return {
-        'url': url,
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0',
-        **{'paper_ids': 'arXiv:2112.10149', **kwargs}
-    }
-
-
+_cfg = partial(default_cfg, first_conv='conv1', classifier='fc')
 default_cfgs = generate_default_cfgs({
     'bireal_resnet18.untrained': _cfg(paper_ids='arXiv:1808.00278'),
     'bireal_resnet34.untrained': _cfg(paper_ids='arXiv:1808.00278'),

@@ -7,7 +7,7 @@ import torch.nn as nn
 from timm.task import DistillationTeacher, LogitDistillationTask
 from timm.utils import unwrap_model
 
-from .losses import KD_LOSSES, NORMS, attention_loss
+from .losses import ATTENTION_NORMS, KD_LOSSES, attention_loss
 
 __all__ = ['residual_blocks', 'DistillationTask']
 
@@ -96,8 +96,8 @@ class DistillationTask(LogitDistillationTask):
                 'or the name of a pretrained model, or use timm.task.ClassificationTask')
         if loss_type not in KD_LOSSES:
             raise ValueError(f'loss_type: found {loss_type!r}, expected one of {tuple(KD_LOSSES)}')
-        if attention_norm not in NORMS:
-            raise ValueError(f'attention_norm: found {attention_norm!r}, expected one of {NORMS}')
+        if attention_norm not in ATTENTION_NORMS:
+            raise ValueError(f'attention_norm: found {attention_norm!r}, expected one of {ATTENTION_NORMS}')
         super().__init__(student_model, teacher_model, **kwargs)
         self.loss_type = loss_type
         self.attention_loss_weight = attention_loss_weight

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 __all__ = ['attention_map', 'attention_loss', 'logit_loss', 'distributional_loss']
 
 
-NORMS = ('l2', 'max')
+ATTENTION_NORMS = ('l2', 'max')
 
 
 def attention_map(features: torch.Tensor, norm: str = 'l2') -> torch.Tensor:
@@ -25,8 +25,8 @@ def attention_map(features: torch.Tensor, norm: str = 'l2') -> torch.Tensor:
     Raises:
         ValueError: `norm` is another, or the features are not 4-D.
     """
-    if norm not in NORMS:
-        raise ValueError(f'norm: found {norm!r}, expected one of {NORMS}')
+    if norm not in ATTENTION_NORMS:
+        raise ValueError(f'norm: found {norm!r}, expected one of {ATTENTION_NORMS}')
     if features.dim() != 4:
         raise ValueError(f'features: found shape {tuple(features.shape)}, expected (N, C, H, W)')
     q = features.square().sum(1).flatten(1)
@@ -34,11 +34,7 @@ def attention_map(features: torch.Tensor, norm: str = 'l2') -> torch.Tensor:
     return q / size.clamp_min(torch.finfo(q.dtype).tiny)
 
 
-def attention_loss(
-        student: Sequence[torch.Tensor],
-        teacher: Sequence[torch.Tensor],
-        norm: str = 'l2',
-) -> torch.Tensor:
+def attention_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], norm: str = 'l2') -> torch.Tensor:
     """Return the distance of the attention maps of matched layers.
 
     'l2':  sum over layers of  mean over images of  || Q_s - Q_t ||_2      (Real-to-Binary, eq. 4)

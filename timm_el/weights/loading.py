@@ -18,7 +18,7 @@ from .packed import (
     fit_counters,
     is_packed,
     read_packed,
-    some_binary_layers,
+    require_binary_weights,
     take_signs,
     unpack_state_dict,
     write_signs,
@@ -163,7 +163,7 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str], assign: bool = F
         FileNotFoundError: There is no such file.
         ValueError: The model is not binarized.
     """
-    some_binary_layers(model)
+    require_binary_weights(model)
     state_dict, signs = take_signs(read_packed(path, model), model, os.fspath(path))
     # Until all has been checked the own weights stand for themselves; to copy a tensor to itself costs nothing.
     state_dict.update((key, weight) for key, (_, _, weight) in signs.items())

@@ -34,7 +34,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,11 +60,11 @@ class CheckpointError(ValueError, RuntimeError):
     """A file or state dict does not fit a model, or is damaged. Nothing was loaded."""
 
 
-def binary_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the layers with a binary weight, each behind the prefix of its tensors."""
-    for path, module in model.named_modules():
-        if isinstance(module, (BinaryConv2d, BinaryLinear)) and module.weight_quantizer is not None:
-            yield f'{path}.' if path else '', module
+def binary_weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers with a binary weight by the prefix of their tensors."""
+    return {
+        f'{path}.' if path else '': module for path, module in model.named_modules()
+        if isinstance(module, (BinaryConv2d, BinaryLinear)) and module.weight_quantizer is not None}
 
 
 def fit_counters(state_dict: dict[str, Any], own: dict[str, torch.Tensor], prefix: str = '') -> None:
@@ -88,9 +87,9 @@ def fit_counters(state_dict: dict[str, Any], own: dict[str, torch.Tensor], prefi
             state_dict.setdefault(prefix + key, torch.zeros_like(counter, device='cpu') if counter.is_meta else counter)
 
 
-def some_binary_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return `binary_layers` by prefix; raise ValueError if there are none."""
-    layers = dict(binary_layers(model))
+def require_binary_weights(model: nn.Module) -> dict[str, nn.Module]:
+    """Return `binary_weight_layers` of a model; raise ValueError if it has none."""
+    layers = binary_weight_layers(model)
     if layers:
         return layers
     graphs = (fx.GraphModule, torch.jit.ScriptModule)
@@ -130,7 +129,7 @@ def pack_state_dict(model: nn.Module, float_dtype: torch.dtype | None = None) ->
         raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
     if float_dtype is not None and float_dtype not in FLOAT_DTYPES:
         raise ValueError(f'float_dtype: found {float_dtype!r}, expected one of {FLOAT_DTYPES} or None')
-    layers = some_binary_layers(model)
+    layers = require_binary_weights(model)
     for path, module in model.named_modules():
         check_tensors(module, path or 'model')
         check_own_tensors(module, path or 'model')
@@ -217,7 +216,7 @@ def check_damage(
 def _missing(packed: dict[str, torch.Tensor], model: nn.Module) -> list[str]:
     """Return the names that a packed file of the model has and `packed` has not."""
     names = dict.fromkeys(key for key in model.state_dict() if not key.endswith('num_batches_tracked'))
-    for prefix, layer in binary_layers(model):
+    for prefix, layer in binary_weight_layers(model).items():
         del names[f'{prefix}weight']
         names.update(dict.fromkeys([prefix + BITS, *[prefix + ALPHA] * layer.scale_weight]))
     return [name for name in names if name not in packed]
@@ -260,7 +259,8 @@ def take_signs(
     """
     state_dict = {key: tensor for key, tensor in packed.items() if key != VERSION_KEY}
     fit_counters(state_dict, model.state_dict())
-    signs = {f'{prefix}weight': _take(state_dict, prefix, layer, where) for prefix, layer in binary_layers(model)
+    layers = binary_weight_layers(model)
+    signs = {f'{prefix}weight': _take(state_dict, prefix, layer, where) for prefix, layer in layers.items()
              if prefix + BITS in state_dict}
     stray = next((key for key in state_dict if key.endswith((f'.{BITS}', f'.{ALPHA}', f'.{PAD}'))), None)
     if stray is not None:

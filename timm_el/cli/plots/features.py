@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn as nn
 
-from ...experiments.nets import HELP as NET
-from ...experiments.nets import Net
+from ...experiments.nets import NET_HELP, Net
 from ...experiments.photos import SAMPLES, prepare, read
 from . import new_figure
 
@@ -23,7 +22,7 @@ HELP = 'feature maps of the same channels in several nets on one photograph'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this picture."""
-    parser.add_argument('nets', nargs='+', metavar='NET', help=NET)
+    parser.add_argument('nets', nargs='+', metavar='NET', help=NET_HELP)
     parser.add_argument('--image', default=SAMPLES[0], help='path of an image, or one of ' + ', '.join(SAMPLES))
     parser.add_argument('--layer', default='layer1', help='path of a module in the nets (default: layer1)')
     parser.add_argument('--channels', nargs='+', type=int, default=[0, 1, 2, 3, 4, 5])

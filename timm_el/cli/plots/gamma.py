@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
-from ...experiments.nets import HELP as NET
-from ...experiments.nets import Net
+from ...experiments.nets import NET_HELP, Net
 from ...layers import ElasticLink
 from . import new_figure
 
@@ -20,7 +19,7 @@ HELP = 'the gamma of every link, before and after training'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this picture."""
-    parser.add_argument('nets', nargs='+', metavar='NET', help=NET)
+    parser.add_argument('nets', nargs='+', metavar='NET', help=NET_HELP)
 
 
 def gammas(model: nn.Module) -> dict[str, float]:

@@ -17,9 +17,8 @@ from ...bench.machine import cpu_name
 from ...bench.turns import Spread, take_turns
 from ...dry_run import own_input_size
 from ...engine import deploy
-from ...experiments.nets import HELP as NET
-from ...experiments.nets import Net
-from ...weights.packed import binary_layers, save_packed
+from ...experiments.nets import NET_HELP, Net
+from ...weights.packed import binary_weight_layers, save_packed
 from . import new_figure
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ HELP = 'accuracy against size and latency'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this picture."""
-    parser.add_argument('nets', nargs='+', metavar='NET', help=NET)
+    parser.add_argument('nets', nargs='+', metavar='NET', help=NET_HELP)
     parser.add_argument('--data-dir', metavar='D', help='measure top-1 on these images, as `eval` does')
     parser.add_argument('--img-size', type=int, help="pixels (default: each model's own)")
     parser.add_argument('--rounds', type=int, default=21, help='default: 21')
@@ -39,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def size_mb(model: torch.nn.Module) -> float:
     """Return the megabytes to ship: the packed file of a binarized net, the tensors of a float one."""
-    if not any(True for _ in binary_layers(model)):
+    if not binary_weight_layers(model):
         return sum(t.nbytes for t in model.state_dict().values()) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'model.safetensors'
@@ -57,7 +56,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     for text in args.nets:
         net = Net.parse(text)
         model = net.build()
-        binary = any(True for _ in binary_layers(model))
+        binary = bool(binary_weight_layers(model))
         fast = deploy(model) if binary else model
         if args.data_dir:
             from ...experiments.evaluate import count_right, load_images
