@@ -16,7 +16,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / 'build_tools'))
-import el_compile  # noqa: E402
+import el_compile
 
 ENGINE = Path('timm_el', 'engine')
 TARGET = os.environ.get('TIMM_EL_TARGET')
