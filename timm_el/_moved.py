@@ -2,8 +2,6 @@
 import importlib.abc
 import sys
 
-__all__ = ['moved_to']
-
 MOVED = {
     'timm_el.packed': 'timm_el.weights.packed', 'timm_el.checkpoints': 'timm_el.weights.loading',
     'timm_el.bits': 'timm_el.weights.bits', 'timm_el.shapes': 'timm_el.dry_run',

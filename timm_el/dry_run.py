@@ -9,8 +9,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-__all__ = ['LayerRun', 'run_layers', 'own_input_size', 'meta_copy', 'stand_in', 'undisturbed', 'HOOKS', 'WEIGHTED']
-
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 WEIGHTED = (*CONVOLUTIONS, nn.Linear)

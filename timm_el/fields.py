@@ -4,8 +4,6 @@ import types
 import typing
 from typing import Any, Literal, Union
 
-__all__ = ['check_fields']
-
 WORDS = {bool: 'True or False', int: 'an integer', float: 'a number', str: 'a string', type(None): 'None'}
 
 

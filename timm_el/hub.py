@@ -24,8 +24,6 @@ from .summary import summarize
 from .weights.loading import load_packed
 from .weights.packed import FORMAT_VERSION, pack_state_dict, read_packed, save_packed
 
-__all__ = ['save_for_hub', 'from_hub', 'push_to_hub', 'file_facts', 'read_metrics']
-
 WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
 FOLDER_VERSION = 2  # of folders of converted nets; in the first one the architecture was the host's
 

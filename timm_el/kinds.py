@@ -1,9 +1,6 @@
 """Kinds of modules: norms, activations, and modules that pass a signal on."""
-
 import torch.nn as nn
 from timm.layers import DropBlock2d, DropPath
-
-__all__ = ['fused_act', 'is_act', 'is_identity_in_eval', 'is_norm', 'is_pass_through']
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 NO_ACTS = (nn.Identity, nn.Softmax, nn.MultiheadAttention)  # torch keeps them beside its activations

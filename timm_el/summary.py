@@ -13,8 +13,6 @@ from .dry_run import own_input_size, run_layers
 from .layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_own_tensors
 from .tables import table
 
-__all__ = ['summarize', 'Summary', 'LayerSummary']
-
 BINARY_MACS_PER_OP = 64
 
 

@@ -1,8 +1,6 @@
 """Text tables with columns as wide as their cells."""
 from collections.abc import Iterable, Sequence
 
-__all__ = ['table']
-
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], align: str = '') -> str:
     """Return lines of text, one a row, under a head.

@@ -1,5 +1,4 @@
 """Nets of a comparison: a binarized model and the float net that it stands for."""
-
 import torch
 import torch.nn as nn
 

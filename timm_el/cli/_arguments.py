@@ -1,8 +1,6 @@
 """Arguments that several verbs have."""
 import argparse
 
-__all__ = ['add_changes', 'add_json', 'add_places', 'add_threads', 'parser_of', 'positive', 'set_threads']
-
 
 def parser_of(verb: str, doc: str) -> argparse.ArgumentParser:
     """Return the parser of a verb, described by the docstring of its module."""

@@ -4,8 +4,6 @@ from typing import Any
 
 from ..tables import table
 
-__all__ = ['show_inference', 'show_training']
-
 
 def show_training(r: dict[str, Any]) -> Iterator[str]:
     """Yield lines for a result of `measure_training`."""

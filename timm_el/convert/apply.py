@@ -7,8 +7,6 @@ import torch.nn as nn
 from ..layers import BinaryUnit
 from .sites import Edit, get_module
 
-__all__ = ['apply']
-
 
 def apply(model: nn.Module, edits: Iterable[Edit], undo: ExitStack) -> None:
     """Put modules in their places, at every path that the module has that was there.

@@ -30,10 +30,6 @@ from .edits import Draft, build_units, make_draft
 from .report import find_failures, make_report, starts_anew
 from .sites import Act, Convert, Decision, Network
 
-__all__ = ['binarize']
-
-_one_at_a_time = threading.RLock()  # torch.fx patches torch.nn for all threads
-
 
 def _refuse_unfit(model: nn.Module) -> None:
     """Raise for modules that cannot be swapped without changing more than themselves."""

@@ -27,11 +27,6 @@ from ..layers.ternary import TrainedTernaryConv2d
 from ..recipes import Recipe
 from .sites import Act, Conv, Convert, Place, Pre, Reason, Site, Why, channels_of
 
-__all__ = [
-    'act_for_branch', 'binary_form', 'build_unit', 'name_of_place', 'new_beside', 'new_norm', 'norm_after_act',
-    'pads_same', 'present', 'shift_before_pool', 'split_norm_act',
-]
-
 STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 POOLED_BIAS = -0.4
 

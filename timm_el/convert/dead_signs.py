@@ -11,8 +11,6 @@ from ..dry_run import own_input_size, undisturbed
 from ..layers import BinaryUnit, real_weights
 from .build_unit import new_norm
 
-__all__ = ['Verdict', 'judge_signs']
-
 ALIVE = (0.03, 0.97)  # share of +1 that leaves room for other images than those of the batch
 NEW_NORMS = (nn.GroupNorm, nn.LayerNorm)  # a shift, or a BatchNorm that has yet to see data, makes room for one
 NEVER = (0.002, 0.998)  # outside of it, behind a norm, there is nothing to take the sign of

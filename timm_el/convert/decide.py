@@ -24,8 +24,6 @@ from .sites import (
     channels_of,
 )
 
-__all__ = ['Question', 'decide', 'decide_dead_signs', 'ends_of', 'splits_shortcut', 'whys_of']
-
 
 @dataclass(frozen=True)
 class Question:

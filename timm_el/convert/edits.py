@@ -23,8 +23,6 @@ from .decide import Question, decide, ends_of, splits_shortcut, whys_of
 from .find import find_sites
 from .sites import Act, Conv, Convert, Decision, Edit, Group, Keep, Network, Site, channels_of
 
-__all__ = ['Draft', 'build_units', 'make_draft']
-
 
 @dataclass(frozen=True)
 class Draft:

@@ -8,8 +8,6 @@ from .known_blocks import find_known_networks
 from .sites import Group, Network, Place, Site, role_of
 from .traced_graph import TracedGraph, Untraceable, trace
 
-__all__ = ['find_sites', 'find_traced_network']
-
 
 def find_sites(model: nn.Module, runs: dict[str, LayerRun]) -> list[Network]:
     """Return the networks in a host.

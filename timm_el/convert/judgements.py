@@ -11,8 +11,6 @@ from ..kinds import fused_act, is_act, is_norm
 from .sites import Reason, Why
 from .traced_graph import TracedGraph, is_addition, is_layer, name_of, weightless
 
-__all__ = ['acts_before', 'is_non_negative', 'norm_and_act_nodes', 'why_kept', 'why_no_link']
-
 NON_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax)
 NON_NEGATIVE_FUNCTIONS = {
     F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, torch.sigmoid, F.sigmoid, F.hardsigmoid, F.softplus, F.softmax}

@@ -11,8 +11,6 @@ from torchvision.models import resnet as tv_resnet
 from ..kinds import is_act, is_norm
 from .sites import Group, Network, Place, Reason, Site, get_module, join_path, role_of
 
-__all__ = ['KNOWN_BLOCKS', 'Block', 'Names', 'find_known_networks']
-
 
 @dataclass(frozen=True)
 class Names:

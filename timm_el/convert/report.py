@@ -15,8 +15,6 @@ from .decide import ends_of, splits_shortcut, whys_of
 from .edits import Draft
 from .sites import EXEMPT, FAILURES, Act, Conv, Convert, Decision, Edit, Keep, Reason, Why
 
-__all__ = ['Report', 'ReportRow', 'find_failures', 'make_report', 'starts_anew']
-
 
 @dataclass(frozen=True)
 class ReportRow:

@@ -14,11 +14,6 @@ import torch.nn as nn
 
 from ..recipes import role_of_shape
 
-__all__ = [
-    'Act', 'Conv', 'Convert', 'Decision', 'EXEMPT', 'Edit', 'FAILURES', 'Group', 'Keep', 'Network', 'Place', 'Pre',
-    'Reason', 'Site', 'Why', 'channels_of', 'get_module', 'join_path', 'role_of',
-]
-
 
 class Reason(enum.Enum):
     """Reasons why a layer stays float, is gone, or has no link. The text is for the report."""

@@ -19,8 +19,6 @@ from torchvision.models.feature_extraction import NodePathTracer
 from ..dry_run import LayerRun, stand_in, undisturbed
 from ..kinds import is_act, is_norm, is_pass_through
 
-__all__ = ['TracedGraph', 'Untraceable', 'is_layer', 'name_of', 'trace']
-
 PASS_FUNCTIONS = {
     F.dropout, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.interpolate, F.pad, torch.flatten, torch.chunk,
     torch.split, torch.transpose, torch.permute, torch.mean}

@@ -4,8 +4,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-__all__ = ['HELD_OUT', 'NAMES', 'digits_config', 'write_digits']
-
 NAMES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 HELD_OUT = 360  # images, the last fifth of the shuffled set
 

@@ -1,6 +1,4 @@
 """Convolutions of binary inputs with binary weights (paper, equation 3)."""
-from typing import Any
-
 import torch
 import torch.fx
 import torch.nn as nn
@@ -10,9 +8,6 @@ from ..quantizers import REGISTRY, is_symbolic, lean, wide_float
 from .checks import check_images, check_positive
 from .quantized import _Quantized
 from .scales import input_scale
-
-__all__ = ['BinaryConv2d', 'StandardizedBinaryConv2d', 'same_pads']
-
 
 PAD_VALUES = (-1, 0, 1)
 

@@ -1,6 +1,4 @@
 """Linear layer of binary inputs and binary weights (paper, equation 3)."""
-from typing import Any
-
 import torch
 import torch.fx
 import torch.nn as nn
@@ -8,8 +6,6 @@ import torch.nn.functional as F
 
 from .checks import check_float, check_positive
 from .quantized import _Quantized
-
-__all__ = ['BinaryLinear']
 
 
 class BinaryLinear(_Quantized, nn.Linear):

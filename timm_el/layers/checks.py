@@ -9,11 +9,6 @@ from torch.utils.hooks import RemovableHandle
 
 from ..quantizers import is_symbolic
 
-__all__ = [
-    'check_float', 'check_images', 'check_own_tensors', 'check_positive', 'check_tensors', 'check_unwrapped',
-    'guard_input',
-]
-
 WRAPPERS = ('OptimizedModule', 'DistributedDataParallel', 'DataParallel', 'FullyShardedDataParallel')
 QUANTIZED = ('torch.ao.', 'torch.nn.quantized', 'torchao.')
 # Modules of torch's hooks that compute a tensor from others before each pass, and what makes it a parameter again.

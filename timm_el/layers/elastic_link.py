@@ -8,8 +8,6 @@ import torch.nn.functional as F
 
 from .checks import check_images, check_positive
 
-__all__ = ['ElasticLink']
-
 
 class ElasticLink(nn.Module):
     r"""Real-valued path around a binary convolution: pool, then Squeeze, Expand or Identity, divided by gamma (eq. 4).

@@ -10,9 +10,6 @@ from ..quantizers import abc_input, abc_offsets, abc_weight, abc_weight_bases
 from . import BinaryConv2d
 from .checks import check_positive
 
-__all__ = ['MultiBaseConv2d']
-
-
 
 class MultiBaseConv2d(BinaryConv2d):
     r"""ABC-Net's convolution: M * N binary ones (Lin et al., NeurIPS 2017, eq. 11).

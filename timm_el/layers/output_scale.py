@@ -1,14 +1,10 @@
 """Factors of a binary convolution's output: XNOR-Net++'s learned scales, Real-to-Binary's gate."""
-
 import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
 from .checks import check_positive
-
-__all__ = ['LearnedScale', 'Gate']
-
 
 
 def _stretched(factors: torch.Tensor, size: int) -> torch.Tensor:

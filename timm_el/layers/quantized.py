@@ -11,8 +11,6 @@ import torch.nn as nn
 from ..quantizers import REGISTRY, WEIGHT_QUANTIZERS, get_quantizer
 from .scales import weight_scale
 
-__all__ = ['constant_weights', 'real_weights']
-
 
 class _Quantized(nn.Module):
     """Common base of `BinaryConv2d` and `BinaryLinear`: two quantizers and two scales."""

@@ -6,8 +6,6 @@ import torch.nn.functional as F
 from ..quantizers import get_quantizer
 from .checks import check_positive
 
-__all__ = ['Shift', 'RSign', 'RPReLU']
-
 
 class Shift(nn.Module):
     """Learnable shift per channel: y = x + bias, bias of shape (C,), initialised to 0.

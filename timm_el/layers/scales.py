@@ -1,13 +1,9 @@
 """Scales of binary weights and inputs: alpha and K (paper, equation 3)."""
-
 import torch
 import torch.fx
 import torch.nn.functional as F
 
 from ..quantizers import wide_float
-
-__all__ = ['weight_scale', 'input_scale']
-
 
 
 def weight_scale(weight: torch.Tensor, grad: bool = False) -> torch.Tensor:

@@ -4,8 +4,6 @@ import torch.nn as nn
 
 from .quantized import _Quantized
 
-__all__ = ['input_sign_shares']
-
 
 @torch.no_grad()
 def input_sign_shares(model: nn.Module, images: torch.Tensor) -> dict[str, float]:

@@ -8,9 +8,6 @@ import torch.nn as nn
 from ..quantizers import ttq, ttq_levels
 from . import BinaryConv2d
 
-__all__ = ['TrainedTernaryConv2d']
-
-
 
 class TrainedTernaryConv2d(BinaryConv2d):
     r"""TTQ's convolution: ternary weights with two learned levels (Zhu et al., ICLR 2017).

@@ -1,9 +1,6 @@
 """Unit that stands where a host had a convolution, its norm and its activation."""
-
 import torch
 import torch.nn as nn
-
-__all__ = ['BinaryUnit', 'ZeroShortcut', 'HOST_ATTRIBUTES', 'expected_statistics']
 
 HOST_ATTRIBUTES = (
     'in_channels', 'out_channels', 'in_features', 'out_features', 'kernel_size', 'stride', 'padding', 'dilation',

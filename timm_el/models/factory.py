@@ -1,7 +1,4 @@
 """Creation of networks by name: registered models, and nets of timm that a recipe converts."""
-
-from typing import Any
-
 import timm
 import torch.nn as nn
 

@@ -9,9 +9,6 @@ from timm.utils import unwrap_model
 
 from .losses import ATTENTION_NORMS, KD_LOSSES, attention_loss
 
-__all__ = ['residual_blocks', 'DistillationTask']
-
-
 
 def residual_blocks(model: nn.Module) -> list[str]:
     """Return the paths of the blocks of a timm model's stages, Real-to-Binary's transfer points ('layer1.0', ...)."""

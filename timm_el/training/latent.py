@@ -1,12 +1,8 @@
 """Latent weights: the layers that have them, and their clipping."""
-
 import torch
 import torch.nn as nn
 
 from ..layers import BinaryConv2d, BinaryLinear
-
-__all__ = ['binary_layers', 'clip_latent_weights']
-
 
 
 def binary_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -4,9 +4,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-__all__ = ['attention_map', 'attention_loss', 'logit_loss', 'distributional_loss']
-
-
 ATTENTION_NORMS = ('l2', 'max')
 
 

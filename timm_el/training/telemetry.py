@@ -9,9 +9,6 @@ import torch.nn as nn
 from ..layers import ElasticLink, input_sign_shares
 from .latent import binary_layers
 
-__all__ = ['JsonLines', 'Telemetry']
-
-
 
 class JsonLines:
     """A file of JSON lines, one record each. Reopened at an epoch, it forgets that epoch and what came after.

@@ -6,8 +6,6 @@ that the bits of one tap run along the input channels, as they do in a packed NH
 """
 import torch
 
-__all__ = ['pack_signs', 'unpack_signs', 'pack_weight', 'unpack_weight', 'packed_size']
-
 
 def packed_size(n: int) -> int:
     """Return the number of bytes that hold n bits."""

@@ -25,11 +25,6 @@ from .packed import (
 )
 from .parameter_map import ParameterMap
 
-__all__ = [
-    'CheckpointError', 'CheckedLoading', 'check_adapted', 'check_state_dict', 'float_to_latent', 'load_float',
-    'load_packed', 'guard_loading',
-]
-
 
 class CheckedLoading:
     """Mixin of the registered models: `load_state_dict` refuses what does not fit before the first tensor is copied."""

@@ -44,8 +44,6 @@ from ..layers import BinaryConv2d, BinaryLinear, check_own_tensors, check_tensor
 from ..version import __version__
 from .bits import pack_signs, pack_weight, packed_size, unpack_signs
 
-__all__ = ['CheckpointError', 'pack_state_dict', 'unpack_state_dict', 'is_packed', 'save_packed', 'read_packed']
-
 FORMAT_VERSION = 1
 VERSION_KEY = 'packed_version'
 METADATA_KEY = 'timm_el'

@@ -11,8 +11,6 @@ import torch.nn as nn
 
 from ..layers import BinaryConv2d, expected_statistics
 
-__all__ = ['ParameterMap', 'RenewedNorm', 'tensors_of']
-
 State = dict[str, torch.Tensor]
 
 
