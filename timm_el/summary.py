@@ -101,10 +101,8 @@ class Summary:
         """Return plain data for JSON."""
         totals = ('params', 'bit_params', 'real_params', 'mbit', 'binary_macs', 'real_macs', 'ops', 'link_ops')
         return {
-            'input_size': list(self.input_size),
-            'total': {name: getattr(self, name) for name in totals},
-            'layers': [asdict(layer) for layer in self.layers],
-        }
+            'input_size': list(self.input_size), 'total': {name: getattr(self, name) for name in totals},
+            'layers': [asdict(layer) for layer in self.layers]}
 
     def __str__(self) -> str:
         counts = ('bit_params', 'real_params', 'binary_macs', 'real_macs', 'link_ops')

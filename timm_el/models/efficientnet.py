@@ -79,33 +79,21 @@ def _create_mobilenet_v1(
         variant: str, channel_multiplier: float = 1.0, pretrained: bool = False, **kwargs) -> BinarizedEfficientNet:
     kwargs = choose_weights(variant, pretrained, kwargs)
     arch_def = [
-        ['dsa_r1_k3_s1_c64'],
-        ['dsa_r2_k3_s2_c128'],
-        ['dsa_r2_k3_s2_c256'],
-        ['dsa_r6_k3_s2_c512'],
-        ['dsa_r2_k3_s2_c1024'],
-    ]
+        ['dsa_r1_k3_s1_c64'], ['dsa_r2_k3_s2_c128'], ['dsa_r2_k3_s2_c256'], ['dsa_r6_k3_s2_c512'],
+        ['dsa_r2_k3_s2_c1024']]
     model_args = dict(
-        block_args=decode_arch_def(arch_def),
-        num_features=0,
-        stem_size=32,
+        block_args=decode_arch_def(arch_def), num_features=0, stem_size=32,
         round_chs_fn=partial(round_channels, multiplier=channel_multiplier),
         norm_layer=kwargs.pop('norm_layer', None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
-        act_layer=resolve_act_layer(kwargs, 'relu'),
-        **kwargs,
-    )
+        act_layer=resolve_act_layer(kwargs, 'relu'), **kwargs)
     features_only = model_args.pop('features_only', False)
     as_features = features_only and not {'feature_cfg', 'feature_cls'} & set(kwargs)
     model = build_model_with_cfg(
-        BinarizedEfficientNetFeatures if as_features else BinarizedEfficientNet,
-        variant,
-        pretrained,
-        features_only=features_only and not as_features,
-        pretrained_strict=not as_features,
+        BinarizedEfficientNetFeatures if as_features else BinarizedEfficientNet, variant, pretrained,
+        features_only=features_only and not as_features, pretrained_strict=not as_features,
         pretrained_filter_fn=float_to_latent,
         kwargs_filter=('num_classes', 'num_features', 'head_conv', 'global_pool') if as_features else None,
-        **model_args,
-    )
+        **model_args)
     if as_features:
         model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
     return model

@@ -133,17 +133,12 @@ class ReActNet(CheckedLoading, nn.Module):
             blocks = []
             for j in range(depth):
                 first = j == 0
+                out_chs = 2 * chs if first else chs
+                drop_path = drop_path_rate * (sum(depths[:i]) + j) / max(sum(depths) - 1, 1)
                 blocks.append(ReActBlock(
-                    chs,
-                    2 * chs if first else chs,
-                    stride if first else 1,
-                    real_reduction=real_reduction,
-                    gamma=gamma,
-                    weight_quantizer=None if real_weights else 'ste',
-                    drop_path=drop_path_rate * (sum(depths[:i]) + j) / max(sum(depths) - 1, 1),
-                    **dd,
-                ))
-                chs = 2 * chs if first else chs
+                    chs, out_chs, stride if first else 1, real_reduction, gamma, None if real_weights else 'ste',
+                    drop_path, **dd))
+                chs = out_chs
             stages.append(nn.Sequential(*blocks))
             self.feature_info.append(dict(num_chs=chs, reduction=reduction, module=f'stages.{i}'))
         self.stages = nn.Sequential(*stages)
@@ -316,13 +311,8 @@ default_cfgs = generate_default_cfgs({
 def _create_reactnet(variant: str, pretrained: bool = False, **kwargs: Any) -> ReActNet:
     kwargs = choose_weights(variant, pretrained, kwargs)
     return build_model_with_cfg(
-        ReActNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True),
-        **kwargs,
-    )
+        ReActNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True), **kwargs)
 
 
 @register_model
