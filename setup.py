@@ -1,4 +1,4 @@
-"""Build the engine's kernels with the package. Everything else about it is in pyproject.toml.
+"""Build of the engine's kernels with the package. Everything else about it is in pyproject.toml.
 
 The result is a plain shared library, loaded with ctypes: one wheel of a platform serves every Python and torch.
 

@@ -1,4 +1,4 @@
-"""Compile the engine's kernels into one shared library: the choice of a compiler, and its command lines.
+"""Compilation of the engine's kernels into one shared library: the choice of a compiler, and its command lines.
 
 Needs the standard library only, because the build backend asks here whether Zig has to be installed.
 """

@@ -1,4 +1,4 @@
-"""Build the parts of the site that follow from the code: the table of recipes and the help of each verb.
+"""Parts of the site that follow from the code: the table of recipes and the help of each verb.
 
 A page asks for a part with an HTML comment, `<!-- generated: recipes -->` or `<!-- generated: verbs -->`. Files of the
 repository outside docs/ that a page links to (train_cfgs/README.md, pictures) become files of the site.

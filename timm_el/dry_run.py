@@ -23,7 +23,7 @@ class LayerRun:
         input: Shape of its (first) input, batch axis included.
         output: Shape of its (last) output.
         calls: Number of its runs.
-        macs: Multiply-accumulates of all calls; values of the output for what is neither convolution nor linear layer.
+        macs: Multiply-accumulates of all runs; of other modules than convolutions and linear layers, output values.
     """
     input: tuple[int, ...]
     output: tuple[int, ...]

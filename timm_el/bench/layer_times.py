@@ -65,7 +65,7 @@ def layer_times(model: nn.Module, x: torch.Tensor, repeats: int = 20) -> tuple[d
 
     Args:
         model: Any network in eval mode.
-        x: Its input.
+        x: Images (N, C, H, W).
         repeats: Forward passes that count; one before them does not.
 
     Returns:

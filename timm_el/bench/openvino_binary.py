@@ -43,6 +43,9 @@ def binary_model(latent: nn.Module, x: torch.Tensor) -> tuple[ov.Model, str]:
 
     Returns:
         The model, and a note on the binary convolutions that stay float convolutions of signs ('' if there are none).
+
+    Raises:
+        RuntimeError: The converted graph has another number of binary convolutions than the net.
     """
     twin = copy.deepcopy(latent)
     convs = [m for m in twin.modules() if isinstance(m, BinaryConv2d) and m.is_binary]
@@ -80,6 +83,9 @@ def binary_convolution(op: ov.Node) -> ov.Node | None:
     """Return FakeQuantize, BinaryConvolution and a factor per channel for the convolution of a Sign, None for another.
 
     The factor is the absolute weight: the converter may have folded alpha and the scale of a norm into it.
+
+    Raises:
+        RuntimeError: The weight is no constant, or not of one absolute value in each channel.
     """
     source, weight = (op.input_value(i).get_node() for i in (0, 1))
     if source.get_type_name() != 'Sign':

@@ -54,7 +54,7 @@ class Peer:
 
     Args:
         packages: Names of packages that it imports.
-        build: Makes it ready to run.
+        build: Function that makes it ready to run.
         binary: It runs the binarized net, not its float host.
     """
     packages: tuple[str, ...]

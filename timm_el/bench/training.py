@@ -24,7 +24,7 @@ def device_name(device: str) -> str:
 
 
 def saved_bytes(model: nn.Module, x: torch.Tensor, amp: bool = False) -> int:
-    """Return the bytes that autograd keeps between forward and backward.
+    """Return the bytes that autograd keeps between forward and backward for images x (N, C, H, W).
 
     Each storage counts once; parameters and the input are excluded.
     """
@@ -50,7 +50,7 @@ def _autocast(x: torch.Tensor, amp: bool) -> torch.autocast:
 
 def train_step(
         model: nn.Module, x: torch.Tensor, y: torch.Tensor, opt: str, amp: bool = False) -> Callable[[], None]:
-    """Return a function that takes one training step, and waits until the device has finished it."""
+    """Return a function that takes one training step and waits for the device; images x (N, C, H, W), labels y (N,)."""
     optimizer = create_optimizer_v2(model, opt=opt, lr=1e-4, weight_decay=0.)
 
     def step() -> None:
@@ -88,7 +88,7 @@ def measure_training(
         opt: Optimizer of timm.
         compiled: Compile both with torch.compile.
         channels_last: Memory format of both.
-        device: As for torch.
+        device: Name of a device of torch.
         amp: Run forward and loss under autocast in bfloat16.
     """
     host_of = host_name(model, host, recipe)

@@ -1,8 +1,8 @@
-"""Shell verbs. Each is a module of this package with a function `main(argv)`, imported when it is called."""
+"""Shell verbs, each a module of this package with a function `main(argv)`, imported when it is called."""
 VERBS = {
     'ablate': 'run or resume a table of ablations, or print it beside the paper',
-    'bench': 'what inference or training of a model costs beside its float host and other engines',
-    'convert': 'binarize any net and print what became of each layer',
+    'bench': 'measure inference or training of a model beside its float host and other engines',
+    'convert': 'binarize any net and print a report, layer by layer',
     'demo': 'classify photographs with shipped weights, then train on real images, offline, in about three minutes',
     'eval': 'top-1 of a network as it is, packed and deployed, from a folder of images',
     'fit': 'train stage by stage: two-stage, progressive, with teachers; resumable',

@@ -9,7 +9,7 @@ def parser_of(verb: str, doc: str) -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """Return a positive integer; the type of an argument."""
+    """Return a positive integer, or raise ArgumentTypeError; the type of an argument."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f'found {text!r}, expected a positive integer')
     return int(text)

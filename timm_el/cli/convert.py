@@ -1,4 +1,4 @@
-"""Convert a net and print what became of each layer, and what it costs.
+"""Convert a net and print a report and a summary, layer by layer.
 
 NET is a model of timm, or `tv:` and the name of one of torchvision's.
 """

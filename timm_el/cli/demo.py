@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
 
 
 def learn(model: str, recipes: list[str], epochs: int, size: int, seed: int, digits: int) -> None:
-    """Train a network on digits with each recipe and print what came of it."""
+    """Train a network on digits with each recipe and print the results."""
     print()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,11 @@ def learn(model: str, recipes: list[str], epochs: int, size: int, seed: int, dig
 
 
 def look(name: str, paths: list[str]) -> None:
-    """Classify photographs with pretrained weights, and print what that costs beside the float host."""
+    """Classify photographs with pretrained weights, and print size and latency beside the float host's.
+
+    Raises:
+        ValueError: The weights of the model are not shipped.
+    """
     model = timm.create_model(name, pretrained=True).eval()
     file = model.pretrained_cfg.get('file')
     if not file:

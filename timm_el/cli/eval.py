@@ -17,7 +17,7 @@ from ._arguments import add_json, add_threads, parser_of, positive, set_threads
 
 
 def forms(text: str) -> list[str]:
-    """Return names of forms, separated by commas; the type of an argument."""
+    """Return names of forms from a list with commas, or raise ArgumentTypeError; the type of an argument."""
     names = text.split(',')
     for name in names:
         if name not in FORMS:

@@ -13,7 +13,7 @@ from .. import models  # noqa: F401  registers the models
 
 
 def find_script(name: str) -> str:
-    """Return the path of a script: as given, else in $TIMM_SCRIPTS."""
+    """Return the path of a script, as given, else in $TIMM_SCRIPTS; raise SystemExit if there is none."""
     folder = os.environ.get('TIMM_SCRIPTS')
     candidates = [name] + ([os.path.join(folder, name)] if folder else [])
     for path in candidates:

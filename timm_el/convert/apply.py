@@ -1,4 +1,4 @@
-"""Apply edits to a model, with a way back."""
+"""Application of edits to a model, with a way back."""
 from collections.abc import Iterable
 from contextlib import ExitStack
 

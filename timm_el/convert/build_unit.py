@@ -141,7 +141,7 @@ def build_pre(pre: Pre, host: nn.Module) -> nn.Module:
 
 
 def build_scale(site: Site, recipe: Recipe, run: LayerRun | None, image: str) -> nn.Module:
-    """Return the learned factor of a convolution's output."""
+    """Return the learned factor of a convolution's output; raise ValueError if it needs a size that is not known."""
     conv = site.conv.module
     if recipe.scale_output == 'gate':
         return new_beside(Gate, conv.in_channels, conv, out_channels=conv.out_channels)

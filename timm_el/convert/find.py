@@ -1,4 +1,4 @@
-"""Find the sites of a host: by the table of known blocks, else by data flow."""
+"""Search for the sites of a host: by the table of known blocks, else by data flow."""
 import torch.nn as nn
 
 from ..dry_run import LayerRun

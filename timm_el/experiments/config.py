@@ -110,7 +110,7 @@ class FitConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> 'FitConfig':
-        """Return the config of the plain data of a YAML."""
+        """Return the config of the plain data of a YAML; raise ValueError for an unknown field."""
         known = [f.name for f in dataclasses.fields(cls)]
         for key in data:
             if key not in known:
@@ -132,7 +132,11 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML as plain data, with changes to its fields, each as FIELD=VALUE."""
+    """Read a YAML as plain data, with changes to its fields, each as FIELD=VALUE.
+
+    Raises:
+        ValueError: The file holds no fields, or a change is of another form.
+    """
     with open(path) as f:
         data = yaml.safe_load(f)
     if not isinstance(data, dict):

@@ -31,7 +31,7 @@ def read_args(folder: str | Path) -> dict[str, Any]:
 def load_run(folder: str | Path) -> nn.Module:
     """Return the model of a run with the weights of its last epoch; its config says how the run prepared its images.
 
-    Not those of the best epoch: they were chosen on the validation images, and among those since the last resume only.
+    The best epoch would not be fair: it was chosen on the validation images, among the epochs since the last resume.
 
     Raises:
         ValueError: There are no weights yet.

@@ -179,7 +179,7 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
             return self.convolve_lean(x, bias) if lean else self.convolve(x, bias)
 
     def convolve(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return ( Sign(x) (*) Sign(W) ) . alpha + bias, spelled out."""
+        """Return ( Sign(x) (*) Sign(W) ) . alpha + bias (N, C_out, H', W') of x (N, C_in, H, W), spelled out."""
         signed = self.quantized_input(x)
         if self.pad_first:
             mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode

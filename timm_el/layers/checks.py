@@ -20,6 +20,7 @@ COMPUTING = {
 
 
 def check_positive(**counts: int) -> None:
+    """Raise ValueError unless all counts, which bear the names of the caller's arguments, are positive integers."""
     for name, value in counts.items():
         try:
             positive = not isinstance(value, bool) and operator.index(value) > 0
@@ -30,7 +31,7 @@ def check_positive(**counts: int) -> None:
 
 
 def check_float(x: torch.Tensor, where: str) -> None:
-    """Raise TypeError unless x is a float tensor. Tracers see no shapes, so they are let pass."""
+    """Raise TypeError unless x is a float tensor. A tracer's proxy has no dtype and passes."""
     if torch.jit.is_scripting():
         if not x.is_floating_point():
             raise TypeError('input: expected a float tensor; convert images with .float() and normalise them')
@@ -41,7 +42,7 @@ def check_float(x: torch.Tensor, where: str) -> None:
 
 
 def check_images(x: torch.Tensor, channels: int, where: str) -> None:
-    """Raise unless x is a float tensor (N, channels, H, W)."""
+    """Raise TypeError or ValueError unless x is a float tensor (N, channels, H, W)."""
     check_float(x, where)
     if torch.jit.is_scripting():
         if x.dim() != 4 or x.shape[1] != channels:

@@ -68,7 +68,7 @@ class _Quantized(nn.Module):
         return weight
 
     def quantized_form_of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weight in use if `weight` were the latent one."""
+        """Return the weight in use if `weight`, in the shape of the layer's, were the latent one."""
         twin = copy.copy(self)
         twin.__dict__['_parameters'] = {**self._parameters, 'weight': nn.Parameter(weight, requires_grad=False)}
         return twin.quantized_weight()

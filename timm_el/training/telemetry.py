@@ -42,7 +42,7 @@ class Telemetry:
     """Telemetry of the binary layers of a network in training, one JSON line a record.
 
     A record has 'epoch', 'update', 'gamma' (path of each Elastic-Link with one -> value), 'histogram_edges', and
-    'layers', path -> what follows; rows without meaning (no binary weight, no binary input, no images) are left out.
+    'layers', path -> fields; those without meaning (no binary weight, no binary input, no images) are left out.
 
     | field | meaning |
     |---|---|

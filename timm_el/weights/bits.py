@@ -62,7 +62,7 @@ def unpack_signs(packed: torch.Tensor, n: int, dtype: torch.dtype = torch.float3
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Pack the signs of a convolution weight (O, I, kH, kW) into bytes (O, kH, kW, ceil(I / 8))."""
+    """Pack the signs of a weight (O, I, kH, kW) into bytes (O, kH, kW, ceil(I / 8)); raise ValueError if not 4-D."""
     if weight.dim() != 4:
         raise ValueError(f'weight: found shape {tuple(weight.shape)}, expected 4-D (O, I, kH, kW)')
     return pack_signs(weight.permute(0, 2, 3, 1))

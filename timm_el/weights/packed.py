@@ -269,7 +269,7 @@ def take_signs(
 
 @torch.no_grad()
 def write_signs(bits: torch.Tensor, alpha: torch.Tensor | None, weight: torch.Tensor) -> None:
-    """Fill a weight with +-alpha, or +-1."""
+    """Fill a weight (O, ...) with +-alpha, or +-1: bits as in the file, alpha (O,) or None."""
     signs = unpack_signs(bits, weight.shape[1], torch.int8)
     # Each step by itself is a fast kernel; a product of int8 with floats is not.
     weight.copy_((signs.permute(0, 3, 1, 2) if weight.dim() == 4 else signs).contiguous())

@@ -14,7 +14,7 @@ from . import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HELP = 'what each gradient estimator takes Sign for'
+HELP = 'curve and slope of each gradient estimator'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

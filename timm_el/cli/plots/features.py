@@ -47,7 +47,11 @@ def feature_maps(model: nn.Module, layer: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def draw(args: argparse.Namespace) -> 'Figure':
-    """Draw one row per net: the photograph as the net sees it, then its channels."""
+    """Draw one row per net: the photograph as the net sees it, then its channels.
+
+    Raises:
+        ValueError: A net has no such layer, or not so many channels.
+    """
     image = read(args.image)
     columns = 1 + len(args.channels)
     figure, axes = new_figure(len(args.nets), columns, (1.4 * columns, 1.5 * len(args.nets)))
