@@ -48,24 +48,23 @@ class LayerSummary:
         return self.weight_bits * self.bit_params + 32 * self.real_params
 
 
+def _total(name: str, doc: str) -> property:
+    """Return a property of a summary, the sum of an attribute of its layers."""
+    return property(lambda summary: sum(getattr(layer, name) for layer in summary.layers), doc=doc)
+
+
 @dataclass(frozen=True)
 class Summary:
     """Layers and totals. Prints as a table; `to_dict` gives the same as data."""
     input_size: tuple[int, int, int]
     layers: tuple[LayerSummary, ...]
 
-    def _sum(self, name: str) -> int:
-        return sum(getattr(layer, name) for layer in self.layers)
-
-    @property
-    def bit_params(self) -> int:
-        """Parameters stored in one bit, or a few."""
-        return self._sum('bit_params')
-
-    @property
-    def real_params(self) -> int:
-        """Parameters stored in 32 bits."""
-        return self._sum('real_params')
+    bit_params = _total('bit_params', 'Parameters stored in one bit, or a few.')
+    real_params = _total('real_params', 'Parameters stored in 32 bits.')
+    binary_macs = _total('binary_macs', 'Multiply-accumulates of binary inputs with binary weights.')
+    real_macs = _total('real_macs', 'All other multiply-accumulates of convolutions and linear layers.')
+    link_ops = _total('link_ops', 'Values that links add.')
+    bits = _total('bits', 'Size of the parameters in bits.')
 
     @property
     def params(self) -> int:
@@ -75,22 +74,7 @@ class Summary:
     @property
     def mbit(self) -> float:
         """Size of the parameters in 10^6 bits: one bit per binary weight and base, 32 per other parameter."""
-        return sum(layer.bits for layer in self.layers) / 1e6
-
-    @property
-    def binary_macs(self) -> int:
-        """Multiply-accumulates of binary inputs with binary weights."""
-        return self._sum('binary_macs')
-
-    @property
-    def real_macs(self) -> int:
-        """All other multiply-accumulates of convolutions and linear layers."""
-        return self._sum('real_macs')
-
-    @property
-    def link_ops(self) -> int:
-        """Values that links add."""
-        return self._sum('link_ops')
+        return self.bits / 1e6
 
     @property
     def ops(self) -> float:
