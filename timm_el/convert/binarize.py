@@ -1,10 +1,10 @@
 """Verb `binarize`: swap the conv-norm-act chains of a network for `BinaryUnit`s, in place, all or nothing.
 
-    find_sites -> decide -> build -> apply          see sites.py for what each stage gives to the next
+    find_sites -> decide -> build_units -> apply          the types between these stages are in sites.py
 
 Nothing is changed before `apply`, and every error but those of a foreign forward comes from before it. The host's class
 and forward stay as they are: a unit stands where the convolution stood, and Identity where its norm and activation
-stood. In a network that no table describes, signs that would be the same everywhere are found by running the converted
+stood. In a network that no table describes, signs that would be the same everywhere are found by a run of the converted
 network, and decided, built and applied in a second pass.
 """
 import fnmatch
@@ -73,8 +73,8 @@ def binarize(
     activation moves in front of its norm, that norm's running statistics start anew.) The first convolution, the
     classifier, squeeze-excite and the residual downsampling stay float, and so does a layer that runs more than once or
     shares its weight. Activations stay between layers that are kept float. Where a weight is frozen, what is new around
-    it is frozen too. Afterwards `model.binarize_report` says what became of each layer. If anything is refused, the
-    model is as it was.
+    it is frozen too. Afterwards `model.binarize_report` has a row for each layer. If anything is refused, the model is
+    as it was.
 
     Args:
         model: The network; it is changed in place.
@@ -114,7 +114,7 @@ def binarize(
 
 
 def _check_arguments(model: nn.Module, example_input: torch.Tensor | None, real_weights: bool) -> None:
-    """Raise for arguments of `binarize` that are not what it takes, and for a model that is not fit for it."""
+    """Raise TypeError or ValueError for an argument of the wrong kind, or for a model that is not fit to convert."""
     if not isinstance(model, nn.Module):
         raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
     if not isinstance(real_weights, bool):

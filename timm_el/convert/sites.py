@@ -1,11 +1,11 @@
 """Data types of a conversion: sites of a host, decisions about them, edits of the model.
 
-    find_sites(model) -> [Network]            known_blocks.py, traced_graph.py
-    decide(network, ...) -> [Decision]        decide.py
-    build(decision) -> [Edit]                 build_unit.py
-    apply(model, edits, undo)                 apply.py
+    find_sites(model, runs) -> [Network]              find.py, known_blocks.py, traced_graph.py
+    decide(network, question) -> [Decision]           decide.py
+    build_units(decisions, question) -> {path: Edit}  edits.py, build_unit.py
+    apply(model, edits, undo)                         apply.py
 
-All are frozen: no stage changes what another one made.
+All are frozen: no stage changes the results of another. A `Draft` (edits.py) holds the results of the first three.
 """
 import enum
 from dataclasses import dataclass
