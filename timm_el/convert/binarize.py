@@ -30,6 +30,8 @@ from .edits import Draft, build_units, make_draft
 from .report import find_failures, make_report, starts_anew
 from .sites import Act, Convert, Decision, Network
 
+_one_at_a_time = threading.RLock()  # torch.fx patches torch.nn for all threads
+
 
 def _refuse_unfit(model: nn.Module) -> None:
     """Raise for modules that cannot be swapped without changing more than themselves."""
@@ -102,14 +104,15 @@ def binarize(
     if like is not None:
         recipe, keep = Recipe.from_dict(like['recipe']), like['keep']
     chosen, notes = _choose_recipe(model, recipe, real_weights)
-    question, not_run = _ask(model, chosen, keep, _image_size(model, example_input, like))
-    draft = make_draft(model, question, not_run, notes)
-    if strict:
-        _refuse_impossible(draft)
-    if any(isinstance(decision, Convert) for decision in draft.decisions):
-        _convert(model, draft, example_input, like)
-    else:
-        model.binarize_report = make_report(_all_kept(draft))
+    with _one_at_a_time:
+        question, not_run = _ask(model, chosen, keep, _image_size(model, example_input, like))
+        draft = make_draft(model, question, not_run, notes)
+        if strict:
+            _refuse_impossible(draft)
+        if any(isinstance(decision, Convert) for decision in draft.decisions):
+            _convert(model, draft, example_input, like)
+        else:
+            model.binarize_report = make_report(_all_kept(draft))
     return model
 
 

@@ -1,4 +1,6 @@
 """Convolutions of binary inputs with binary weights (paper, equation 3)."""
+from typing import Any
+
 import torch
 import torch.fx
 import torch.nn as nn
@@ -147,7 +149,7 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
             self.conv_padding = (self.pad_sides[2], self.pad_sides[0])
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **quantization) -> 'BinaryConv2d':
+    def from_conv(cls, conv: nn.Conv2d, **quantization: Any) -> 'BinaryConv2d':
         """Return a binary convolution whose latent weight and bias are the parameters of a float one.
 
         Args:
@@ -244,7 +246,7 @@ class StandardizedBinaryConv2d(BinaryConv2d):
         self.gain = nn.Parameter(torch.ones_like(self.weight[:, :1, :1, :1])) if has_gain else None
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **quantization) -> 'StandardizedBinaryConv2d':
+    def from_conv(cls, conv: nn.Conv2d, **quantization: Any) -> 'StandardizedBinaryConv2d':
         """Return a binary convolution that shares the parameters of a float one, with its `scale`, `eps` and `gain`."""
         gain = getattr(conv, 'gain', None)
         binary = super().from_conv(

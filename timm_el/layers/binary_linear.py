@@ -1,4 +1,6 @@
 """Linear layer of binary inputs and binary weights (paper, equation 3)."""
+from typing import Any
+
 import torch
 import torch.fx
 import torch.nn as nn
@@ -46,7 +48,7 @@ class BinaryLinear(_Quantized, nn.Linear):
             input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad, weight_scale_grad)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, **quantization) -> 'BinaryLinear':
+    def from_linear(cls, linear: nn.Linear, **quantization: Any) -> 'BinaryLinear':
         """Return a binary linear layer that shares the parameters of a float one."""
         binary = cls(
             linear.in_features, linear.out_features, linear.bias is not None, device='meta', **quantization)
