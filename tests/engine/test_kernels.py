@@ -22,13 +22,14 @@ from timm_el.engine.spec import ConvSpec, Window, table_stride
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / 'timm_el' / 'engine' / 'kernels'
+DRIVER = ROOT / 'tests' / 'kernels' / 'driver.c'
 FLAGS = [flag for line in (KERNELS / 'flags.txt').read_text().splitlines() for flag in line.split()]
 CC = os.environ.get('CC') or shutil.which('cc') or shutil.which('gcc') or shutil.which('clang')
 
 
 def build(folder: Path, compiler: str, *extra: str, before: Sequence[str] = (), sources: Path = KERNELS) -> str:
     program = str(folder / 'driver.exe')  # a name that Windows needs and nobody else minds
-    files = [str(path) for path in sorted(sources.glob('*.c'))]
+    files = [f'-I{sources}', str(DRIVER), *(str(path) for path in sorted(sources.glob('*.c')))]
     libraries = ['-lm', '-ldl'] if sys.platform == 'linux' and '-windows-' not in ' '.join(extra) else ['-lm']
     command = [compiler, *before, *FLAGS, '-Wall', '-Wextra', '-Werror', *extra, '-o', program, *files, *libraries]
     subprocess.run(command, check=True)

@@ -2,7 +2,8 @@
  * formula in engine.h, then chains, several callers at once, and, where there is one, a fork. For sanitizers and emulators:
  * no Python.
  *
- *     cc $(cat flags.txt) -o driver *.c -lm -ldl && ./driver [cases [seed [nofork]]]
+ *     cd timm_el/engine/kernels
+ *     cc $(cat flags.txt) -I. -o driver ../../../tests/kernels/driver.c *.c -lm -ldl && ./driver [cases [seed [nofork]]]
  */
 #include "engine.h"
 
