@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import timm_el
 from timm_el import Recipe
-from timm_el.layers import BinaryUnit
+from timm_el.layers import BinaryConv2d, BinaryUnit
 from timm_el.recipes import ROLES
 
 FEW = 25
@@ -151,6 +151,21 @@ def test_a_net_comes_out_of_its_packed_tensors(examples):
         again = timm_el.pack_state_dict(twin)
         assert again.keys() == packed.keys() and all(torch.equal(again[key], packed[key]) for key in packed)
     hold(check, examples, HOST_NAMES, PACKABLE)
+
+
+@pytest.mark.parametrize('name', HOSTS)
+def test_a_negated_convolution_is_seen(name):
+    """Whichever it is, by the comparison of outputs and by that of units."""
+    recipe = Recipe('el_everywhere', link=ROLES, act='branch', real=())
+    model = randomise(binarized(name, recipe), 2).eval()
+    deployed, expected = timm_el.deploy(model), outputs(model)
+    layers = [m for m in model.modules() if isinstance(m, BinaryConv2d)]
+    assert len(layers) >= 6 and worst_unit(model, deployed, images()) < 1e-5
+    for layer in layers:
+        layer.weight.data.neg_()
+        assert (outputs(model) - expected).abs().max() > 1e-3
+        assert worst_unit(model, deployed, images()) > 1e-2
+        layer.weight.data.neg_()
 
 
 def check_deployed(name: str, recipe: Recipe) -> None:

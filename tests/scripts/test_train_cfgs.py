@@ -57,6 +57,7 @@ def test_the_model_can_be_created_as_train_py_does(file):
 
 @pytest.mark.parametrize('name', [name for name in MODELS if timm.get_pretrained_cfg(name).num_classes == 1000])
 def test_the_papers_recipe_of_each_model(name):
+    """A snapshot: the paper's schedule stands in a file for each model, and is the same in all."""
     cfg = load(ROOT / 'train_cfgs' / f'{name}_in1k.yaml')
     expected = dict(
         model=name, opt='adam', lr=0.001, epochs=100, batch_size=256, weight_decay=0.0, warmup_epochs=0, smoothing=0.0,
