@@ -1,17 +1,21 @@
-"""Hub folders, and the real huggingface_hub client against a Hub on loopback."""
+"""Hub folders, pushed to a folder, and by the real huggingface_hub client to a Hub on loopback."""
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
 from conftest import randomise
+from huggingface_hub import RepoUrl
 from local_hub import Hub
 
 import timm_el
+from timm_el.__main__ import main
 from timm_el.hub import file_facts
 from timm_el.models._pretrained import SHIPPED
 
@@ -251,6 +255,45 @@ def run(code, *args, **env):
     return result.stdout
 
 
+class LocalApi:
+    """`HfApi` with a folder in place of the Hub; a name without a user is the user's own."""
+    root: Path
+    calls: list
+
+    def __init__(self, **kwargs) -> None:
+        self.calls.append(kwargs)
+
+    def create_repo(self, repo_id: str, **kwargs) -> RepoUrl:
+        self.calls.append(kwargs)
+        return RepoUrl(f'https://huggingface.co/{repo_id if "/" in repo_id else f"me/{repo_id}"}')
+
+    def upload_folder(self, repo_id: str, folder_path, allow_patterns: list, **kwargs) -> None:
+        ignore = shutil.ignore_patterns(*set(os.listdir(folder_path)) - set(allow_patterns))
+        shutil.copytree(folder_path, self.root / repo_id, ignore=ignore, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize('options', [['--model', 'el_resnet18'], ['--model', 'test_resnet', '--recipe', 'el']])
+def test_what_is_pushed_is_the_net_and_nothing_else(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(LocalApi, 'root', tmp_path / 'hub', raising=False)
+    monkeypatch.setattr(LocalApi, 'calls', [], raising=False)
+    monkeypatch.setattr('huggingface_hub.HfApi', LocalApi)
+    folder = tmp_path / 'net'
+    push = ['push', 'net', *options, '--model-kwargs', '{"num_classes": 3}', '--folder', str(folder), '--private']
+    assert main([*push, '--dry-run']) == 0
+    assert 'nothing was uploaded' in capsys.readouterr().out and not LocalApi.calls
+    (folder / 'notes.txt').write_text('not for others')
+    assert main(push) == 0
+    said, pushed = capsys.readouterr().out, tmp_path / 'hub' / 'me' / 'net'
+    assert f'sha256 {file_facts(folder / "model.safetensors")["sha256"]}' in said
+    assert said.splitlines()[-1] == 'https://huggingface.co/me/net'
+    assert LocalApi.calls == [{'token': None, 'library_name': 'timm_el'}, {'private': True, 'exist_ok': True}]
+    assert set(os.listdir(pushed)) == {'README.md', 'config.json', 'model.safetensors'}
+    expected = outputs(timm_el.from_hub(folder), 32)
+    assert torch.equal(outputs(timm_el.from_hub(pushed), 32), expected)
+    assert torch.equal(outputs(timm.create_model(f'local-dir:{pushed}', pretrained=True), 32), expected)
+
+
+@pytest.mark.slow
 def test_push_list_download_and_offline_reuse_with_the_real_client(tmp_path):
     small = ['--model-kwargs', '{"num_classes": 3}', '--pretrained-cfg', '{"input_size": [3, 32, 32]}']
     push = ['push', 'user/net', '--model', 'el_resnet18', '--float-dtype', 'float16', *small]

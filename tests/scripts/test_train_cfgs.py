@@ -10,6 +10,8 @@ from conftest import MODELS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / 'train_cfgs').glob('*.yaml'))
+# Options of the train.py of timm's sources, which no wheel of timm has: `sorted(action.dest for action in
+# train_parser()._actions)` without 'help', a name a line. Where TIMM_SCRIPTS names those sources, the test compares.
 OPTIONS = (pathlib.Path(__file__).parent / 'train_options.txt').read_text().split()
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 
