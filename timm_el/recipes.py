@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from .fields import check_fields
 from .quantizers import WEIGHT_QUANTIZERS, get_quantizer
 
+__all__ = ['ROLES', 'Recipe', 'RECIPES', 'get_recipe', 'role_of_shape']
+
 ROLES = (
     'reduce',      # 1x1 with fewer output than input channels; a bottleneck's first convolution
     'spatial',     # kernel larger than 1x1; a bottleneck's middle convolution
