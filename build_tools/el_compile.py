@@ -177,7 +177,7 @@ def compile_library(compiler: Compiler, output: Path, folder: Path) -> None:
     cache = folder / 'zig'
 
     def compile_one(source: Path) -> str:
-        made = str(folder / f'{source.stem}.o')
+        made = str(folder / f'{"_".join(source.relative_to(abi.KERNELS).with_suffix("").parts)}.o')
         compiler.run(*flags, '-c', str(source), '-o', made, cache=cache)
         return made
 

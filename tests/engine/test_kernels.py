@@ -29,7 +29,7 @@ CC = os.environ.get('CC') or shutil.which('cc') or shutil.which('gcc') or shutil
 
 def build(folder: Path, compiler: str, *extra: str, before: Sequence[str] = (), sources: Path = KERNELS) -> str:
     program = str(folder / 'driver.exe')  # a name that Windows needs and nobody else minds
-    files = [f'-I{sources}', str(DRIVER), *(str(path) for path in sorted(sources.glob('*.c')))]
+    files = [str(path) for path in sorted(sources.rglob('*.c'))]
     libraries = ['-lm', '-ldl'] if sys.platform == 'linux' and '-windows-' not in ' '.join(extra) else ['-lm']
     command = [compiler, *before, *FLAGS, '-Wall', '-Wextra', '-Werror', *extra, '-o', program, *files, *libraries]
     subprocess.run(command, check=True)
@@ -52,9 +52,10 @@ def test_the_driver_finds_every_body_right(tmp_path):
 def test_the_driver_sees_a_wrong_kernel(tmp_path):
     wrong = tmp_path / 'kernels'
     shutil.copytree(KERNELS, wrong)
-    body = (wrong / 'body.h').read_text()
-    assert '(n + n)' in body
-    (wrong / 'body.h').write_text(body.replace('(n + n)', '(n + n + 1)'))
+    epilogues = wrong / 'isa' / 'real.h'
+    text = epilogues.read_text()
+    assert '(n + n)' in text
+    epilogues.write_text(text.replace('(n + n)', '(n + n + 1)'))
     result = subprocess.run([build(tmp_path, CC, sources=wrong), '40'], capture_output=True, text=True)
     assert result.returncode == 1 and 'differs' in result.stdout
 

@@ -99,16 +99,14 @@ static void run_piece(void *context, int item) {
             const int source = r->steps[i].source, added = r->steps[i].added;
             stage *s = stages + i;
             el_prepare(s, r->l + i, scratch + r->scratch_at[i]);
-            s->y = i + 1 < r->n ? (float *)(void *)(scratch + r->ring_at[i]) : r->y + image * image_size(p->oh, p->ow, p->c_out);
-            s->y_ring = r->ring[i];
-            s->x = source < r->first ? r->values[source] + image * image_size(p->h, p->w, p->c_in) : stages[source - r->first].y;
-            s->x_ring = source < r->first ? p->h : r->ring[source - r->first];
+            s->y = i + 1 < r->n ? view_of((float *)(void *)(scratch + r->ring_at[i]), r->ring[i], p->ow, p->c_out)
+                                : view_of(r->y + image * image_size(p->oh, p->ow, p->c_out), p->oh, p->ow, p->c_out);
+            s->x = source < r->first ? view_of(r->values[source] + image * image_size(p->h, p->w, p->c_in), p->h, p->w, p->c_in)
+                                     : stages[source - r->first].y;
             s->link = s->x;
-            s->link_ring = s->x_ring;
-            if (added >= 0) {
-                s->added = added < r->first ? r->values[added] + image * image_size(p->oh, p->ow, p->c_out) : stages[added - r->first].y;
-                s->added_ring = added < r->first ? p->oh : r->ring[added - r->first];
-            }
+            if (added >= 0)
+                s->added = added < r->first ? view_of(r->values[added] + image * image_size(p->oh, p->ow, p->c_out), p->oh, p->ow, p->c_out)
+                                            : stages[added - r->first].y;
             have[i] = 0;
         }
         const int step = r->l[r->n - 1].band_rows;

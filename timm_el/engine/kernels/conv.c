@@ -29,19 +29,17 @@ static void conv_piece(void *context, int item) {
     const int c0 = (int)((int64_t)blocks * split / j->splits) * EL_REAL_BLOCK;
     int c1 = (int)((int64_t)blocks * (split + 1) / j->splits) * EL_REAL_BLOCK;
     if (c1 > p->c_out) c1 = p->c_out;
-    stage s = {.x_ring = p->h, .link_ring = p->link ? p->link_h : 1, .added_ring = p->oh, .y_ring = p->oh};
-    if (j->next && j->next->weight && item == 0) {
-        s.ahead = j->next->weight;
-        s.ahead_bytes = el_weight_size(j->next);
-    }
+    stage s = {.next = {NULL, 0}};
+    if (j->next && j->next->weight && item == 0) s.next = (el_prefetch){j->next->weight, el_weight_size(j->next)};
     for (int64_t row = from; row < to;) {
         const size_t image = (size_t)(row / p->oh);
         const int oy0 = (int)(row % p->oh), oy1 = to - row < p->oh - oy0 ? oy0 + (int)(to - row) : p->oh;
         el_prepare(&s, &j->l, scratch);
-        s.x = j->x + image * image_size(p->h, p->w, p->c_in);
-        if (p->link) s.link = j->link + image * image_size(p->link_h, p->link_w, p->link_c);
-        s.y = j->y + image * image_size(p->oh, p->ow, p->c_out);
-        if (j->added) s.added = j->added + image * image_size(p->oh, p->ow, p->c_out);
+        s.x = view_of(j->x + image * image_size(p->h, p->w, p->c_in), p->h, p->w, p->c_in);
+        s.y = view_of(j->y + image * image_size(p->oh, p->ow, p->c_out), p->oh, p->ow, p->c_out);
+        if (p->link)
+            s.link = view_of(j->link + image * image_size(p->link_h, p->link_w, p->link_c), p->link_h, p->link_w, p->link_c);
+        if (j->added) s.added = view_of(j->added + image * image_size(p->oh, p->ow, p->c_out), p->oh, p->ow, p->c_out);
         el_run_rows(&s, oy0, oy1, c0, c1);
         row += oy1 - oy0;
     }

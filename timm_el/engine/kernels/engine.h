@@ -1,4 +1,4 @@
-/* The engine's own small language: one plan for every convolution, one table of functions for every body.
+/* The interface of the engine: one plan for every convolution. Instruction sets are in isa.h.
  *
  * Plain C11 on raw pointers. Nothing here knows of torch or Python, so one library serves every version of both.
  *
@@ -64,53 +64,10 @@ typedef struct {
     const float *table;
     const float *threshold;  /* c_in floats, or NULL for 0 */
     const uint32_t *flip;    /* c_in words, 0x80000000 where x and threshold change sign first, or NULL */
-    const void *weight;      /* see layout.py; for a body with a layout of its own, from el_lay_out */
+    const void *weight;      /* see layout.py; for a counter with another layout, from el_lay_out */
     const int32_t *tap_sums; /* taps rows of c_out: (pad_value + 1) * sum of the tap's weights; NULL without padding */
 } el_plan;
 
-/* What one body can do.
- *
- * An output pixel's inputs are `segments` runs of `length` words (or floats): run s starts at base[pixel] + offsets[s].
- * A tile is up to tile_pixels pixels (real_tile_pixels for dot) by any number of channels.
- */
-typedef struct {
-    const char *name;
-    int tile_pixels, real_tile_pixels;
-    int (*supported)(void);
-    /* Signs of n pixels of c floats as bits, `step` words from pixel to pixel; tail bits are 0. */
-    void (*pack)(const float *x, int n, size_t x_step, const float *threshold, const uint32_t *flip, int c,
-                 uint64_t *bits, size_t step);
-    /* Mean of abs(x) of n pixels: 16 lanes, lane i sums x[i], x[16 + i], ... in order; then halves: 8, 4, 2, 1. */
-    void (*abs_mean)(const float *x, int n, int c, float *means);
-    /* Bytes of the weights of `channels` channels of `words` words. */
-    size_t (*weight_size)(int words, int channels);
-    /* From blocks of 8 channels, word by word, to the body's own layout; NULL if it reads these blocks. */
-    void (*lay_out)(const uint64_t *blocks, int words, int channels, void *weight);
-    /* counts[p * stride + c] = bits in which pixel p and channel c differ; channels beyond the last are scratch. */
-    void (*count)(const uint64_t *const *base, int tile, const size_t *offsets, int segments, int length,
-                  const void *weight, int channels, int32_t *counts, int stride);
-    /* counts[c] = taps in which channel c of one pixel differs; length is the words of one tap. */
-    void (*count_depthwise)(const uint64_t *base, const size_t *offsets, int taps, int length, const uint64_t *weight,
-                            int32_t *counts);
-    /* out[p * stride + c] = fma chain over the runs of pixel p times weight[k][c], in blocks of 64 channels. Memory
-     * that is needed next, `ahead`, is fetched meanwhile, a little with each k. */
-    void (*dot)(const float *const *base, int tile, const size_t *offsets, int segments, int length,
-                const float *weight, int channels, float *out, int stride, const char *ahead, size_t ahead_bytes);
-    /* out[c] = fma chain over taps of taps[t][c] * weight[t * weight_stride + c]. */
-    void (*dot_depthwise)(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c,
-                          float *out);
-    /* out[c] = largest, or mean, of n pixels. */
-    void (*pool)(const float *const *pixels, int n, int mode, int c, float *out);
-    /* The epilogue of a tile, for channels c0 .. c1. Rows of accumulators and corrections (NULL for none) are `stride`
-     * long and start at c0; those of link, added and y are whole pixels. */
-    void (*finish)(const el_plan *plan, const void *acc, int stride, int tile, const int32_t *corrections, int base,
-                   const float *k, const float *link, int c0, int c1, const float *added, float *y);
-    double (*chip_rate)(void); /* binary MAC/s of xor, popcount and add on registers */
-} el_body;
-
-extern const el_body el_body_portable, el_body_avx2, el_body_avx512, el_body_neon;
-
-#define EL_CHANNEL_BLOCK 8 /* binary channels per block of the 64-bit layouts */
 #define EL_REAL_BLOCK 64   /* real channels per block */
 
 #if defined(_WIN32)
@@ -142,12 +99,12 @@ enum {
 
 EL_API uint32_t el_cpu(void);                 /* bits of EL_CPU_... */
 EL_API const char *el_hash(void);             /* EL_HASH, which the build defines: of the sources it was given */
-EL_API const char *el_bodies(void);           /* names of the bodies that this processor runs, best first */
+EL_API const char *el_bodies(void);           /* names of the instruction sets that this processor runs, best first */
 EL_API int el_use(const char *name);          /* EL_BAD_PLAN if the processor does not run it */
 EL_API const char *el_active(void);
 EL_API size_t el_large_image(size_t bytes);   /* from which size on a few rows at a time are made; gives that of before */
 EL_API double el_chip_rate(void);
-EL_API int el_own_layout(void);               /* the active body lays binary weights out anew */
+EL_API int el_own_layout(void);               /* the active counter reads binary weights in another layout than the stored one */
 EL_API size_t el_weight_size(const el_plan *plan);
 EL_API void el_lay_out(const el_plan *plan, const void *stored, void *weight);
 EL_API void el_tap_sums(const el_plan *plan, const void *stored, int32_t *sums);

@@ -1,7 +1,5 @@
-/* Which plans are valid, and how weights lie. */
+/* Validity of plans: nothing is computed with a plan that el_is_bad() refuses. */
 #include "rows.h"
-
-#include <string.h>
 
 static int is_bad_window(const el_window *w) {
     const int64_t most = EL_MAX_REACH;
@@ -10,7 +8,7 @@ static int is_bad_window(const el_window *w) {
            (int64_t)w->kw * w->dw > most;
 }
 
-/* Some place of a window along one axis has no pixel of the image. */
+/* Return whether a window, at one of its n places along an axis, holds no pixel of the image. */
 static int is_outside(int taps, int stride, int padding, int dilation, int size, int n) {
     for (int64_t o = 0; o < n; o++) {
         int64_t at = o * stride - padding;
@@ -47,52 +45,4 @@ int el_is_bad(const el_plan *p) {
     if (p->link_pool == EL_POOL_NONE) return p->link_h != p->oh || p->link_w != p->ow;
     if (is_bad_window(&p->pool) || (int64_t)p->pool.kh * p->pool.kw > EL_MAX_POOL) return 1;
     return has_empty_window(&p->pool, p->link_h, p->link_w, p->oh, p->ow);
-}
-
-/* ------------------------------------------------------------------------------------------------------------------ */
-
-size_t el_weight_size(const el_plan *p) {
-    const int taps = p->conv.kh * p->conv.kw;
-    if (p->real) {
-        if (is_depthwise(p)) return (size_t)taps * (size_t)round_up(p->c_out, 16) * sizeof(float);
-        return (size_t)round_up(p->c_out, EL_REAL_BLOCK) * (size_t)taps * (size_t)p->c_in * sizeof(float);
-    }
-    if (is_depthwise(p)) return (size_t)taps * (size_t)tap_words(p) * sizeof(uint64_t);
-    return (size_t)p->groups * el_body_active->weight_size(taps * tap_words(p), p->c_out / p->groups);
-}
-
-static size_t blocks_size(int words, int channels) {
-    return (size_t)round_up(channels, EL_CHANNEL_BLOCK) * (size_t)words * sizeof(uint64_t);
-}
-
-int el_own_layout(void) { return el_body_active->lay_out != NULL; }
-
-void el_lay_out(const el_plan *p, const void *stored, void *weight) {
-    const int words = p->conv.kh * p->conv.kw * tap_words(p), og = p->c_out / p->groups;
-    if (is_depthwise(p) || !el_body_active->lay_out) {
-        memcpy(weight, stored, el_weight_size(p));
-        return;
-    }
-    for (int g = 0; g < p->groups; g++)
-        el_body_active->lay_out((const uint64_t *)(const void *)((const char *)stored + (size_t)g * blocks_size(words, og)), words, og,
-                      (char *)weight + (size_t)g * el_body_active->weight_size(words, og));
-}
-
-/* (pad_value + 1) times the sum of each tap's weights, which are +1 where a bit is 1 and -1 elsewhere. */
-void el_tap_sums(const el_plan *p, const void *stored, int32_t *sums) {
-    const int taps = p->conv.kh * p->conv.kw, words = tap_words(p), og = p->c_out / p->groups, cg = p->c_in / p->groups;
-    memset(sums, 0, (size_t)taps * (size_t)p->table_stride * sizeof(int32_t));
-    for (int c = 0; c < p->c_out; c++)
-        for (int t = 0; t < taps; t++) {
-            int ones = 0;
-            if (is_depthwise(p)) {
-                ones = (int)(((const uint64_t *)stored)[t * words + c / 64] >> (c % 64) & 1);
-            } else {
-                const char *group = (const char *)stored + (size_t)(c / og) * blocks_size(taps * words, og);
-                const uint64_t *channel = (const uint64_t *)(const void *)group +
-                                          (size_t)(c % og / 8) * 8 * (size_t)(taps * words) + (size_t)(c % og % 8);
-                for (int i = 0; i < words; i++) ones += __builtin_popcountll(channel[(size_t)(t * words + i) * 8]);
-            }
-            sums[(size_t)t * (size_t)p->table_stride + (size_t)c] = (p->pad_value + 1) * (2 * ones - cg);
-        }
 }

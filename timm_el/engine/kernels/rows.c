@@ -1,64 +1,121 @@
-/* One layer: which rows, which pixels, which channels, in which order. All arithmetic is in the bodies. */
+/* A layer, a few rows at a time: which rows, which pixels, which channels, in which order. All arithmetic is in isa/.
+ *
+ * Output rows are made in bands, the pixels of a band in tiles, the channels of a tile in chunks:
+ *
+ *        input rows of a band                  output rows of a band (BAND_PIXELS or more)
+ *
+ *     y0 +-----------------------+        oy0 +------+------+------+----
+ *        | 0 0 0 0 padding 0 0 0 |            | tile | tile | tile |        a tile may go on in the next row
+ *        | 0 +---------------+ 0 |  window    +------+------+------+----
+ *        | 0 | packed signs, | 0 |  ------>   | tile | ...
+ *        | 0 | or floats     | 0 |        oy1 +------+----
+ *        +-----------------------+
+ *        the last rows are the first ones of the next band: they move up
+ *
+ * For a band:  take_rows   packs the signs (or copies the floats) of its input rows
+ *              locate      finds where each output pixel's inputs start, and its K, and pools its link
+ * For a tile:  take_tile   packs the signs of its input pixels instead, where a window is one pixel
+ *              accumulate  counts bits that differ, or takes dot products
+ *              correct     finds what padding adds
+ *              prefetch    asks for a part of the next layer's weights
+ *              finish      computes the epilogue and writes outputs
+ *
+ * So a value of x is read from memory once for its sign and, still in cache, once more for the link.
+ *
+ * Rows of x, link, added and y may be rings: of what one layer makes for the next, only rows that are still needed are
+ * kept, row y at y % ring. A band ends where one of the rings does, so that its rows follow one another in memory:
+ *
+ *     ring of 4 rows    | 8 | 5 | 6 | 7 |    row 8 has taken the place of row 4; a band of rows 7 .. 9 is cut after 7
+ */
 #include "rows.h"
 
 #include <string.h>
 
-#define CHUNK 512              /* binary output channels finished at a time: their counts stay in the first cache */
+#define CHUNK 512               /* binary output channels finished at a time: their counts stay in the first cache */
 #define REAL_CHUNK_BYTES 262144 /* real weights used at a time: they stay in the second cache */
-#define BAND_PIXELS 96         /* output pixels of a band, at least, if the image has them */
-#define K_PIXELS 8             /* whose signs and means are taken while they are in the first cache */
+#define BAND_PIXELS 96          /* output pixels of a band, at least, if the image has them */
+#define K_PIXELS 8              /* pixels whose signs and means are taken while they are in the first cache */
 
-#define AT(type, where) ((type *)(void *)(s->scratch + s->l->where))
+/* Output rows oy0 .. oy1 whose windows start at input row y0, of channels c0 .. c1. */
+typedef struct {
+    int oy0, oy1, y0, c0, c1;
+} band;
 
-/* Input rows from .. to of the band that starts at y0: their signs and means of abs(x), or copies of real ones. */
+/* Pixels first .. first + count of a band, the first of which is output pixel (oy, ox); channels c .. c + n, of one group,
+ * in rows of `stride` sums. */
+typedef struct {
+    int first, count, oy, ox;
+    int group, c, n, stride;
+} tile;
+
+/* Move (oy, ox) by one output pixel. */
+static void next_pixel(const el_plan *p, int *oy, int *ox) {
+    if (++*ox == p->ow) *ox = 0, ++*oy;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+
+/* Pack n pixels of x, group by group, to bits. */
+static void pack_pixels(const layer *l, const float *x, int n, char *bits) {
+    const el_plan *p = l->p;
+    const int groups = l->depthwise ? 1 : p->groups, cg = p->c_in / groups;
+    for (int g = 0; g < groups; g++)
+        el_isa_active->counter->pack(x + g * cg, n, (size_t)p->c_in, p->threshold ? p->threshold + g * cg : NULL,
+                                     p->flip ? p->flip + g * cg : NULL, cg, bits + (size_t)g * l->tap, l->pixel);
+}
+
+/* Take input rows from .. to of the band that starts at y0: signs and means of abs(x), or copies of floats. */
 static void take_rows(const stage *s, int y0, int from, int to) {
     const layer *l = s->l;
     const el_plan *p = l->p;
-    const int groups = l->depthwise ? 1 : p->groups, cg = p->c_in / groups;
-    const size_t unit = p->real ? sizeof(float) : sizeof(uint64_t), pixel = (size_t)l->pixel * unit;
+    const size_t row_bytes = (size_t)l->width * l->pixel, image = (size_t)p->w * l->pixel;
     for (int y = from; y < to; y++) {
-        char *row = AT(char, rows_at) + (size_t)(y - y0) * (size_t)l->width * pixel;
+        char *row = s->s.rows + (size_t)(y - y0) * row_bytes;
         if (y < 0 || y >= p->h) {
-            memset(row, 0, (size_t)l->width * pixel);
+            memset(row, 0, row_bytes);
             continue;
         }
-        const float *x = s->x + image_size(y % s->x_ring, p->w, p->c_in);
-        const int right = l->width - l->left - p->w;
-        memset(row, 0, (size_t)l->left * pixel);
-        row += (size_t)l->left * pixel;
-        if (right > 0) memset(row + (size_t)p->w * pixel, 0, (size_t)right * pixel);
+        const float *x = row_of(&s->x, y);
+        const size_t left = (size_t)l->left * l->pixel, end = left + image;
+        memset(row, 0, left);
+        if (end < row_bytes) memset(row + end, 0, row_bytes - end);
+        row += left;
         if (p->real) {
-            memcpy(row, x, (size_t)p->w * pixel);
+            memcpy(row, x, image < row_bytes - left ? image : row_bytes - left);
             continue;
         }
         const int step = p->has_k ? K_PIXELS : p->w;
         for (int at = 0; at < p->w; at += step, x += (size_t)step * (size_t)p->c_in) {
             const int n = p->w - at < step ? p->w - at : step;
-            for (int g = 0; g < groups; g++)
-                el_body_active->pack(x + g * cg, n, (size_t)p->c_in, p->threshold ? p->threshold + g * cg : NULL,
-                           p->flip ? p->flip + g * cg : NULL, cg,
-                           (uint64_t *)(void *)row + at * l->pixel + g * l->tap, (size_t)l->pixel);
-            if (p->has_k) el_body_active->abs_mean(x, n, p->c_in, AT(float, k_at) + (size_t)(y - y0) * (size_t)p->w + at);
+            pack_pixels(l, x, n, row + (size_t)at * l->pixel);
+            if (p->has_k) el_isa_active->real->abs_mean(x, n, p->c_in, s->s.means + (size_t)(y - y0) * (size_t)p->w + at);
         }
     }
 }
 
-/* The same of `tile` pixels from (oy, ox) on, the i-th of the band, just before they are counted: their link, which reads
- * them once more, then finds them in the first cache. */
-static void take_tile(const stage *s, int oy, int ox, int i, int tile) {
+/* Make the input rows of a band be in the scratch. Rows that it shares with the last one move to the front. */
+static void take_band(stage *s, const band *b) {
     const layer *l = s->l;
     const el_plan *p = l->p;
-    for (int n; tile > 0; tile -= n, i += n, oy++, ox = 0) {
-        n = p->w - ox < tile ? p->w - ox : tile;
-        const float *x = s->x + image_size(oy % s->x_ring, p->w, p->c_in) + (size_t)ox * (size_t)p->c_in;
-        if (p->has_k) el_body_active->abs_mean(x, n, p->c_in, AT(float, scale_at) + i);
-        el_body_active->pack(x, n, (size_t)p->c_in, p->threshold, p->flip, p->c_in,
-                             AT(uint64_t, rows_at) + (size_t)i * (size_t)l->pixel, (size_t)l->pixel);
+    const el_window *w = &p->conv;
+    const int end = (b->oy1 - 1) * w->sh - w->ph + (w->kh - 1) * w->dh + 1;
+    int start = b->y0;
+    if (s->taken_from <= b->y0 && b->y0 < s->taken_to) {
+        const size_t kept = (size_t)(s->taken_to - b->y0), gone = (size_t)(b->y0 - s->taken_from);
+        const size_t row = (size_t)l->width * l->pixel;
+        memmove(s->s.rows, s->s.rows + gone * row, kept * row);
+        if (p->has_k) memmove(s->s.means, s->s.means + gone * (size_t)p->w, kept * (size_t)p->w * sizeof(float));
+        start = s->taken_to;
     }
+    take_rows(s, b->y0, start, end);
+    s->taken_from = b->y0;
+    s->taken_to = start > end ? start : end;
 }
 
-/* Mean of the means of abs(x) over the taps; taps outside the image are zeros. */
-static float scale_of_input(const layer *l, const float *k, int y0, int oy, int ox) {
+/* ------------------------------------------------------------------------------------------------------------------ */
+
+/* Return the mean over the taps of the means of abs(x); taps outside of the image are zeros. */
+static float scale_of_input(const layer *l, const float *means, int y0, int oy, int ox) {
     const el_window *w = &l->p->conv;
     float sum = 0.f;
     for (int ky = 0; ky < w->kh; ky++) {
@@ -66,26 +123,13 @@ static float scale_of_input(const layer *l, const float *k, int y0, int oy, int 
         if (y < 0 || y >= l->p->h) continue;
         for (int kx = 0; kx < w->kw; kx++) {
             const int x = ox * w->sw - w->pw + kx * w->dw;
-            if (x >= 0 && x < l->p->w) sum = sum + k[(size_t)(y - y0) * (size_t)l->p->w + (size_t)x];
+            if (x >= 0 && x < l->p->w) sum = sum + means[(size_t)(y - y0) * (size_t)l->p->w + (size_t)x];
         }
     }
     return sum / (float)l->taps;
 }
 
-/* What padding changes in the dot products of one pixel. */
-static void correct(const el_plan *p, int oy, int ox, int c0, int c1, int32_t *out) {
-    const el_window *w = &p->conv;
-    memset(out, 0, sizeof(int32_t) * (size_t)(c1 - c0));
-    for (int ky = 0; ky < w->kh; ky++)
-        for (int kx = 0; kx < w->kw; kx++) {
-            const int y = oy * w->sh - w->ph + ky * w->dh, x = ox * w->sw - w->pw + kx * w->dw;
-            if (y >= 0 && y < p->h && x >= 0 && x < p->w) continue;
-            const int32_t *sums = p->tap_sums + (size_t)(ky * w->kw + kx) * (size_t)p->table_stride + c0;
-            for (int c = 0; c < c1 - c0; c++) out[c] += sums[c];
-        }
-}
-
-/* One window of the link's pool, channels c0 .. c1, to `out`. */
+/* Pool one window of the link, channels c0 .. c1, to `out`. */
 static void pool_window(const stage *s, int oy, int ox, int c0, int c1, float *out) {
     const el_plan *p = s->l->p;
     const el_window *k = &p->pool;
@@ -94,235 +138,309 @@ static void pool_window(const stage *s, int oy, int ox, int c0, int c1, float *o
     for (int ky = 0; ky < k->kh; ky++) {
         const int iy = oy * k->sh - k->ph + ky * k->dh;
         if (iy < 0 || iy >= p->link_h) continue;
-        const float *row = s->link + image_size(iy % s->link_ring, p->link_w, p->link_c) + c0;
+        const float *row = row_of(&s->link, iy) + c0;
         for (int kx = 0; kx < k->kw; kx++) {
             const int ix = ox * k->sw - k->pw + kx * k->dw;
             if (ix >= 0 && ix < p->link_w) window[n++] = row + (size_t)ix * (size_t)p->link_c;
         }
     }
-    el_body_active->pool(window, n, p->link_pool, c1 - c0, out);
+    el_isa_active->real->pool(window, n, p->link_pool, c1 - c0, out);
 }
 
-/* For each output pixel of a band: where its inputs start, what its link adds, its K, whether padding touches it. */
-static void locate(const stage *s, int oy0, int oy1, int y0) {
+/* Mark the pixels of an output row to which padding adds something. */
+static void mark_border(const el_plan *p, int oy, uint8_t *border) {
+    const el_window *w = &p->conv;
+    const int y = oy * w->sh - w->ph, reach = (w->kw - 1) * w->dw;
+    memset(border, y < 0 || y + (w->kh - 1) * w->dh >= p->h, (size_t)p->ow);
+    for (int ox = 0; ox < p->ow && ox * w->sw < w->pw; ox++) border[ox] = 1;
+    for (int ox = p->ow - 1; ox >= 0 && ox * w->sw - w->pw + reach >= p->w; ox--) border[ox] = 1;
+}
+
+/* Find, of each output pixel of a band: where its inputs start, its K, its pooled link, whether padding touches it. */
+static void locate(const stage *s, const band *b) {
     const layer *l = s->l;
     const el_plan *p = l->p;
     const el_window *w = &p->conv;
-    const size_t pixel = (size_t)l->pixel * (p->real ? sizeof(float) : sizeof(uint64_t)), step = (size_t)w->sw * pixel;
-    const int ow = p->ow, reach = (w->kw - 1) * w->dw, border_matters = p->tap_sums != NULL;
+    const size_t step = (size_t)w->sw * l->pixel;
     const int plain_k = l->taps == 1 && !w->ph && !w->pw && l->width == p->w;
-    for (int oy = oy0; oy < oy1; oy++) {
-        const int y = oy * w->sh - w->ph, first = (oy - oy0) * ow;
-        const char **base = AT(const char *, base_at) + first;
+    for (int oy = b->oy0; oy < b->oy1; oy++) {
+        const int y = oy * w->sh - w->ph, first = (oy - b->oy0) * p->ow;
         /* A copied band starts at input row y0, and its rows where padding starts; else there is no padding. */
-        const char *start = l->copied ? AT(const char, rows_at) + (size_t)(y - y0) * (size_t)l->width * pixel
-                                      : (const char *)(s->x + (y < 0 ? 0 : image_size(y % s->x_ring, p->w, p->c_in)));
-        for (int ox = 0; ox < ow; ox++) base[ox] = start + (size_t)ox * step;
-
-        uint8_t *border = AT(uint8_t, border_at) + first;
-        memset(border, border_matters && (y < 0 || y + (w->kh - 1) * w->dh >= p->h), (size_t)ow);
-        for (int ox = 0; border_matters && ox < ow && ox * w->sw < w->pw; ox++) border[ox] = 1;
-        for (int ox = ow - 1; border_matters && ox >= 0 && ox * w->sw - w->pw + reach >= p->w; ox--) border[ox] = 1;
-
-        for (int ox = 0; p->has_k && !l->by_tile && ox < ow; ox++)
-            AT(float, scale_at)[first + ox] =
-                plain_k && y < p->h && ox * w->sw < p->w
-                    ? AT(float, k_at)[(size_t)(y - y0) * (size_t)p->w + (size_t)(ox * w->sw)]
-                    : scale_of_input(l, AT(float, k_at), y0, oy, ox);
-
-        for (int ox = 0; p->link_pool && ox < ow; ox++)
-            pool_window(s, oy, ox, 0, p->link_c, AT(float, pooled_at) + (size_t)(first + ox) * (size_t)p->link_c);
-    }
-}
-
-/* Accumulators of a tile of pixels, for channels c .. c + n. */
-static void accumulate(const stage *s, int first, int tile, int group, int c, int n, int stride, int oy, int ox,
-                       const char *ahead, size_t ahead_bytes) {
-    const layer *l = s->l;
-    const el_plan *p = l->p;
-    const void *const *base = AT(const void *const, base_at) + first;
-    if (l->depthwise && p->real) {
-        const el_window *w = &p->conv;
-        const float *taps[EL_MAX_TAPS];
-        for (int q = 0; q < tile; q++) {
-            int t = 0;
-            for (int ky = 0; ky < w->kh; ky++)
-                for (int kx = 0; kx < w->kw; kx++, t++) {
-                    const int y = oy * w->sh - w->ph + ky * w->dh, x = ox * w->sw - w->pw + kx * w->dw;
-                    taps[t] = y < 0 || y >= p->h || x < 0 || x >= p->w
-                                  ? AT(float, zeros_at)
-                                  : s->x + image_size(y % s->x_ring, p->w, p->c_in) + (size_t)x * (size_t)p->c_in;
-                }
-            el_body_active->dot_depthwise(taps, t, p->weight, round_up(p->c_out, 16), p->c_out,
-                                AT(float, acc_at) + (size_t)q * (size_t)stride);
-            if (++ox == p->ow) ox = 0, oy++;
-        }
-    } else if (l->depthwise) {
-        for (int q = 0; q < tile; q++)
-            el_body_active->count_depthwise(base[q], l->offsets, l->taps, l->tap, p->weight,
-                                  AT(int32_t, acc_at) + (size_t)q * (size_t)stride);
-    } else if (p->real) {
-        el_body_active->dot((const float *const *)base, tile, l->offsets, l->segments, l->length,
-                  (const float *)p->weight + (size_t)c * (size_t)l->taps * (size_t)l->tap, n, AT(float, acc_at), stride,
-                  ahead, ahead_bytes);
-    } else {
-        const int og = p->c_out / p->groups, string = l->taps * l->tap;
-        const uint64_t *starts[MOST_TILE];
-        for (int q = 0; q < tile; q++) starts[q] = (const uint64_t *)base[q] + group * l->tap;
-        const char *weight = (const char *)p->weight + (size_t)group * el_body_active->weight_size(string, og);
-        el_body_active->count(starts, tile, l->offsets, l->segments, l->length,
-                    weight + el_body_active->weight_size(string, c - group * og), n, AT(int32_t, acc_at), stride);
-    }
-}
-
-/* Bring memory nearer that is needed next, a part for each tile of pixels: the i-th of all. */
-static void fetch_ahead(const char *next, size_t bytes, int64_t i, int64_t tile, int64_t pixels) {
-    const size_t to = bytes * (size_t)(i + tile) / (size_t)pixels;
-    for (size_t at = bytes * (size_t)i / (size_t)pixels / 64 * 64; at < to; at += 64) __builtin_prefetch(next + at, 0, 2);
-}
-
-/* Output rows oy0 .. oy1, channels c0 .. c1. */
-static void band(const stage *s, int oy0, int oy1, int y0, int c0, int c1) {
-    const layer *l = s->l;
-    const el_plan *p = l->p;
-    float *const y = s->y + image_size(oy0 % s->y_ring, p->ow, p->c_out);
-    const float *const link = p->link_pool ? AT(float, pooled_at)
-                              : p->link    ? s->link + image_size(oy0 % s->link_ring, p->link_w, p->link_c)
-                                           : NULL;
-    const float *const added = s->added ? s->added + image_size(oy0 % s->added_ring, p->ow, p->c_out) : NULL;
-    const int pixels = (oy1 - oy0) * p->ow, groups = l->depthwise ? 1 : p->groups, og = p->c_out / groups;
-    const int base = l->taps * (p->c_in / p->groups), most = p->real ? el_body_active->real_tile_pixels : el_body_active->tile_pixels;
-    locate(s, oy0, oy1, y0);
-    for (int c = c0; c < c1;) {
-        const int group = c / og, end = (group + 1) * og < c1 ? (group + 1) * og : c1;
-        const int n = end - c < l->chunk ? end - c : l->chunk, stride = round_up(n, EL_REAL_BLOCK);
-        int oy = oy0, ox = 0;
-        for (int i = 0; i < pixels; i += most) {
-            const int tile = pixels - i < most ? pixels - i : most;
-            int32_t *corrections = NULL;
-            const char *ahead = p->weight;
-            size_t ahead_bytes = 0;
-            if (p->real && !l->depthwise && c + n < c1) { /* the next weights, while these are in use */
-                const size_t row = (size_t)l->taps * (size_t)l->tap * sizeof(float);
-                const size_t bytes = (size_t)(c1 - c - n < l->chunk ? c1 - c - n : l->chunk) * row;
-                const size_t from = bytes * (size_t)i / (size_t)pixels;
-                ahead += (size_t)(c + n) * row + from;
-                ahead_bytes = bytes * (size_t)(i + tile) / (size_t)pixels - from;
-            }
-            if (l->by_tile && c == c0) take_tile(s, oy, ox, i, tile);
-            accumulate(s, i, tile, group, c, n, stride, oy, ox, ahead, ahead_bytes);
-            if (p->tap_sums && memchr(AT(uint8_t, border_at) + i, 1, (size_t)tile)) corrections = AT(int32_t, correction_at);
-            for (int q = 0; q < tile; q++) {
-                int32_t *row = corrections ? corrections + (size_t)q * (size_t)stride : NULL;
-                if (row && AT(uint8_t, border_at)[i + q]) correct(p, oy, ox, c, c + n, row);
-                else if (row) memset(row, 0, (size_t)n * sizeof *row);
-                if (++ox == p->ow) ox = 0, oy++;
-            }
-            if (s->ahead && c == c0)
-                fetch_ahead(s->ahead, s->ahead_bytes, (int64_t)oy0 * p->ow + i, tile, (int64_t)p->oh * p->ow);
-            el_body_active->finish(p, AT(char, acc_at), stride, tile, corrections, base, AT(float, scale_at) + i,
-                         link ? link + (size_t)i * (size_t)p->link_c : NULL, c, c + n,
-                         added ? added + (size_t)i * (size_t)p->c_out : NULL, y + (size_t)i * (size_t)p->c_out);
-        }
-        c += n;
-    }
-}
-
-/* The row before which a band that starts at `from` must end, so that its rows follow one another in memory. */
-static int end_of_ring(int from, int ring) { return from - from % ring + ring; }
-
-static void pool_rows(const stage *s, int from, int to, int c0, int c1) {
-    const el_plan *p = s->l->p;
-    for (int oy = from; oy < to; oy++) {
-        float *y = s->y + image_size(oy % s->y_ring, p->ow, p->c_out) + c0;
-        for (int ox = 0; ox < p->ow; ox++, y += p->c_out) pool_window(s, oy, ox, c0, c1, y);
-    }
-}
-
-/* Output rows from .. to of the image, channels c0 .. c1. Rows of the input that the last call left are not taken again. */
-void el_run_rows(stage *s, int from, int to, int c0, int c1) {
-    const layer *l = s->l;
-    const el_plan *p = l->p;
-    const el_window *w = &p->conv;
-    const size_t row_bytes = (size_t)l->width * (size_t)l->pixel * (p->real ? sizeof(float) : sizeof(uint64_t));
-    if (p->is_pool) {
-        pool_rows(s, from, to, c0, c1);
-        return;
-    }
-    for (int oy0 = from, oy1; oy0 < to; oy0 = oy1) {
-        oy1 = oy0 + l->band_rows < to ? oy0 + l->band_rows : to;
-        if (oy1 > end_of_ring(oy0, s->y_ring)) oy1 = end_of_ring(oy0, s->y_ring);
-        if (s->added && oy1 > end_of_ring(oy0, s->added_ring)) oy1 = end_of_ring(oy0, s->added_ring);
-        if (p->link && !p->link_pool && oy1 > end_of_ring(oy0, s->link_ring)) oy1 = end_of_ring(oy0, s->link_ring);
-        const int y0 = oy0 * w->sh - w->ph, y1 = (oy1 - 1) * w->sh - w->ph + (w->kh - 1) * w->dh + 1;
-        if (l->copied && !l->by_tile) {
-            int start = y0;
-            if (s->taken_from <= y0 && y0 < s->taken_to) { /* the rows that two bands share move to the front */
-                const size_t kept = (size_t)(s->taken_to - y0), gone = (size_t)(y0 - s->taken_from);
-                memmove(AT(char, rows_at), AT(char, rows_at) + gone * row_bytes, kept * row_bytes);
-                if (p->has_k)
-                    memmove(AT(float, k_at), AT(float, k_at) + gone * (size_t)p->w, kept * (size_t)p->w * sizeof(float));
-                start = s->taken_to;
-            }
-            take_rows(s, y0, start, y1);
-            s->taken_from = y0;
-            s->taken_to = start > y1 ? start : y1;
-        }
-        band(s, oy0, oy1, y0, c0, c1);
+        const char *start = l->copied ? s->s.rows + (size_t)(y - b->y0) * (size_t)l->width * l->pixel
+                                      : (const char *)row_of(&s->x, y < 0 ? 0 : y);
+        for (int ox = 0; ox < p->ow; ox++) s->s.inputs[first + ox] = start + (size_t)ox * step;
+        if (p->tap_sums) mark_border(p, oy, s->s.border + first);
+        for (int ox = 0; p->has_k && !l->by_tile && ox < p->ow; ox++)
+            s->s.k[first + ox] = plain_k && y < p->h && ox * w->sw < p->w
+                                     ? s->s.means[(size_t)(y - b->y0) * (size_t)p->w + (size_t)(ox * w->sw)]
+                                     : scale_of_input(l, s->s.means, b->y0, oy, ox);
+        for (int ox = 0; p->link_pool && ox < p->ow; ox++)
+            pool_window(s, oy, ox, 0, p->link_c, s->s.pooled + (size_t)(first + ox) * (size_t)p->link_c);
     }
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
+/* Pack the input pixels of a tile just before they are counted: the link, which reads them once more, then finds them in
+ * the first cache. Input and output pixels are the same ones here. */
+static void take_tile(const stage *s, const tile *t) {
+    const el_plan *p = s->l->p;
+    int left = t->count, i = t->first, y = t->oy, x = t->ox;
+    for (int n; left > 0; left -= n, i += n, y++, x = 0) {
+        n = p->w - x < left ? p->w - x : left;
+        const float *pixels = row_of(&s->x, y) + (size_t)x * (size_t)p->c_in;
+        if (p->has_k) el_isa_active->real->abs_mean(pixels, n, p->c_in, s->s.k + i);
+        pack_pixels(s->l, pixels, n, s->s.rows + (size_t)i * s->l->pixel);
+    }
+}
+
+/* Return the weights that the next chunk of channels needs, of them the part that falls to this tile. */
+static el_prefetch next_chunk(const layer *l, const band *b, const tile *t, int pixels) {
+    const el_plan *p = l->p;
+    const int from = t->c + t->n, n = b->c1 - from < l->chunk ? b->c1 - from : l->chunk;
+    if (n <= 0) return (el_prefetch){p->weight, 0};
+    const size_t channel = (size_t)l->taps * l->tap, bytes = (size_t)n * channel;
+    const size_t start = bytes * (size_t)t->first / (size_t)pixels;
+    return (el_prefetch){(const char *)p->weight + (size_t)from * channel + start,
+                         bytes * (size_t)(t->first + t->count) / (size_t)pixels - start};
+}
+
+static void accumulate_real_depthwise(const stage *s, const tile *t) {
+    const el_plan *p = s->l->p;
+    const el_window *w = &p->conv;
+    const float *taps[EL_MAX_TAPS];
+    int oy = t->oy, ox = t->ox;
+    for (int q = 0; q < t->count; q++, next_pixel(p, &oy, &ox)) {
+        int n = 0;
+        for (int ky = 0; ky < w->kh; ky++)
+            for (int kx = 0; kx < w->kw; kx++) {
+                const int y = oy * w->sh - w->ph + ky * w->dh, x = ox * w->sw - w->pw + kx * w->dw;
+                const int outside = y < 0 || y >= p->h || x < 0 || x >= p->w;
+                taps[n++] = outside ? s->s.zeros : row_of(&s->x, y) + (size_t)x * (size_t)p->c_in;
+            }
+        el_isa_active->real->dot_depthwise(taps, n, p->weight, round_up(p->c_out, 16), p->c_out,
+                                           (float *)(void *)s->s.sums + (size_t)q * (size_t)t->stride);
+    }
+}
+
+static void count_full(const stage *s, const tile *t) {
+    const layer *l = s->l;
+    const el_plan *p = l->p;
+    const el_counter *counter = el_isa_active->counter;
+    const int og = p->c_out / p->groups, words = l->taps * tap_words(p);
+    const char *base[MOST_TILE];
+    for (int q = 0; q < t->count; q++) base[q] = s->s.inputs[t->first + q] + (size_t)t->group * l->tap;
+    const el_strings in = {.base = base, .offsets = l->offsets, .segments = l->segments, .length = l->length};
+    const char *weight = (const char *)p->weight + (size_t)t->group * el_layout_bytes(counter->layout, words, og) +
+                         el_layout_bytes(counter->layout, words, t->c - t->group * og);
+    counter->count(&in, t->count, weight, t->n, (int32_t *)(void *)s->s.sums, t->stride);
+}
+
+/* Sum up a tile: counts of differing bits, or dot products. */
+static void accumulate(const stage *s, const band *b, const tile *t, int pixels) {
+    const layer *l = s->l;
+    const el_plan *p = l->p;
+    const el_strings in = {
+        .base = s->s.inputs + t->first, .offsets = l->offsets, .segments = l->segments, .length = l->length};
+    if (l->depthwise && p->real)
+        accumulate_real_depthwise(s, t);
+    else if (l->depthwise)
+        el_isa_active->counter->count_depthwise(&in, t->count, p->weight, (int32_t *)(void *)s->s.sums, t->stride);
+    else if (p->real)
+        el_isa_active->real->dot(&in, t->count, (const float *)p->weight + (size_t)t->c * (size_t)l->taps * (l->tap / sizeof(float)),
+                                 t->n, (float *)(void *)s->s.sums, t->stride, next_chunk(l, b, t, pixels));
+    else
+        count_full(s, t);
+}
+
+/* Add up what the taps of one output pixel that are outside of the image change in its dot products. */
+static void correct_pixel(const el_plan *p, int oy, int ox, int c, int n, int32_t *out) {
+    const el_window *w = &p->conv;
+    memset(out, 0, sizeof(int32_t) * (size_t)n);
+    for (int ky = 0; ky < w->kh; ky++)
+        for (int kx = 0; kx < w->kw; kx++) {
+            const int y = oy * w->sh - w->ph + ky * w->dh, x = ox * w->sw - w->pw + kx * w->dw;
+            if (y >= 0 && y < p->h && x >= 0 && x < p->w) continue;
+            const int32_t *sums = p->tap_sums + (size_t)(ky * w->kw + kx) * (size_t)p->table_stride + c;
+            for (int i = 0; i < n; i++) out[i] += sums[i];
+        }
+}
+
+/* Return what padding adds to the sums of a tile, or NULL. */
+static const int32_t *correct(const stage *s, const tile *t) {
+    const el_plan *p = s->l->p;
+    const uint8_t *border = s->s.border + t->first;
+    if (!p->tap_sums || !memchr(border, 1, (size_t)t->count)) return NULL;
+    int oy = t->oy, ox = t->ox;
+    for (int q = 0; q < t->count; q++, next_pixel(p, &oy, &ox)) {
+        int32_t *row = s->s.corrections + (size_t)q * (size_t)t->stride;
+        if (border[q]) correct_pixel(p, oy, ox, t->c, t->n, row);
+        else memset(row, 0, (size_t)t->n * sizeof *row);
+    }
+    return s->s.corrections;
+}
+
+/* Read the part of the next layer's weights that falls to a tile of the image into the second cache. */
+static void prefetch(const stage *s, const band *b, const tile *t) {
+    const el_plan *p = s->l->p;
+    const int64_t i = (int64_t)b->oy0 * p->ow + t->first, pixels = (int64_t)p->oh * p->ow;
+    const size_t to = s->next.bytes * (size_t)(i + t->count) / (size_t)pixels;
+    for (size_t at = s->next.bytes * (size_t)i / (size_t)pixels / 64 * 64; at < to; at += 64)
+        __builtin_prefetch(s->next.at + at, 0, 2);
+}
+
+/* Compute the epilogue of a tile. */
+static void finish(const stage *s, const band *b, const tile *t, const int32_t *corrections, el_epilogue *epilogue) {
+    const el_plan *p = s->l->p;
+    const float *link = p->link_pool ? s->s.pooled : p->link ? row_of(&s->link, b->oy0) : NULL;
+    const float *added = s->added.base ? row_of(&s->added, b->oy0) : NULL;
+    const el_tile outputs = {
+        .plan = p,
+        .pixels = t->count,
+        .c0 = t->c,
+        .c1 = t->c + t->n,
+        .stride = t->stride,
+        .bits = s->l->taps * (p->c_in / p->groups),
+        .sums = s->s.sums,
+        .corrections = corrections,
+        .k = s->s.k + t->first,
+        .link = link ? link + (size_t)t->first * (size_t)p->link_c : NULL,
+        .added = added ? added + (size_t)t->first * (size_t)p->c_out : NULL,
+        .y = row_of(&s->y, b->oy0) + (size_t)t->first * (size_t)p->c_out,
+    };
+    epilogue(&outputs);
+}
+
+/* Make the output rows of a band whose input rows are there. */
+static void run_band(const stage *s, const band *b) {
+    const layer *l = s->l;
+    const el_plan *p = l->p;
+    const int pixels = (b->oy1 - b->oy0) * p->ow, og = l->depthwise ? p->c_out : p->c_out / p->groups;
+    const int most = p->real ? el_isa_active->real->tile_pixels : el_isa_active->counter->tile_pixels;
+    locate(s, b);
+    for (int c = b->c0, n; c < b->c1; c += n) {
+        const int group = c / og, end = (group + 1) * og < b->c1 ? (group + 1) * og : b->c1;
+        n = end - c < l->chunk ? end - c : l->chunk;
+        el_epilogue *epilogue = el_isa_active->real->epilogue(p, c);
+        tile t = {.oy = b->oy0, .group = group, .c = c, .n = n, .stride = round_up(n, EL_REAL_BLOCK)};
+        for (; t.first < pixels; t.first += t.count) {
+            t.count = pixels - t.first < most ? pixels - t.first : most;
+            if (l->by_tile && c == b->c0) take_tile(s, &t);
+            accumulate(s, b, &t, pixels);
+            const int32_t *corrections = correct(s, &t);
+            if (s->next.bytes && c == b->c0) prefetch(s, b, &t);
+            finish(s, b, &t, corrections, epilogue);
+            t.ox += t.count;
+            t.oy += t.ox / p->ow;
+            t.ox %= p->ow;
+        }
+    }
+}
+
+static void pool_rows(const stage *s, int from, int to, int c0, int c1) {
+    const el_plan *p = s->l->p;
+    for (int oy = from; oy < to; oy++) {
+        float *y = row_of(&s->y, oy) + c0;
+        for (int ox = 0; ox < p->ow; ox++, y += p->c_out) pool_window(s, oy, ox, c0, c1, y);
+    }
+}
+
+/* Return the row, at most `to`, before which a band that starts at row `from` ends for the sake of a ring. */
+static int end_of_ring(const row_view *v, int from, int to) {
+    const int end = from - from % v->ring + v->ring;
+    return end < to ? end : to;
+}
+
+/* Rows of the input that the last call left are not taken again. */
+void el_run_rows(stage *s, int from, int to, int c0, int c1) {
+    const layer *l = s->l;
+    const el_plan *p = l->p;
+    if (p->is_pool) {
+        pool_rows(s, from, to, c0, c1);
+        return;
+    }
+    for (int oy0 = from, oy1; oy0 < to; oy0 = oy1) {
+        oy1 = end_of_ring(&s->y, oy0, oy0 + l->band_rows < to ? oy0 + l->band_rows : to);
+        if (s->added.base) oy1 = end_of_ring(&s->added, oy0, oy1);
+        if (p->link && !p->link_pool) oy1 = end_of_ring(&s->link, oy0, oy1);
+        const band b = {.oy0 = oy0, .oy1 = oy1, .y0 = oy0 * p->conv.sh - p->conv.ph, .c0 = c0, .c1 = c1};
+        if (l->copied && !l->by_tile) take_band(s, &b);
+        run_band(s, &b);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+
+/* Return the next `bytes` bytes of memory, or NULL without memory, and move on. */
+static void *part_of(char *memory, size_t *at, size_t bytes) {
+    char *part = memory ? memory + *at : NULL;
+    *at += aligned(bytes);
+    return part;
+}
+
+/* Divide memory among what a layer needs. Return the bytes; without memory, that is all that happens. */
+static size_t divide(const layer *l, char *memory, scratch *s) {
+    const el_plan *p = l->p;
+    const size_t pixels = (size_t)l->band_rows * (size_t)p->ow, in_rows = (size_t)l->in_rows;
+    const size_t tile = (size_t)MOST_TILE * (size_t)(l->chunk + 64) * 4; /* counts and floats have 4 bytes */
+    size_t at = 0;
+    s->rows = part_of(memory, &at, l->copied ? in_rows * (size_t)l->width * l->pixel : 0);
+    s->means = part_of(memory, &at, p->has_k ? in_rows * (size_t)p->w * sizeof(float) : 0);
+    s->inputs = part_of(memory, &at, pixels * sizeof *s->inputs);
+    s->k = part_of(memory, &at, pixels * sizeof(float));
+    s->border = part_of(memory, &at, pixels);
+    s->pooled = part_of(memory, &at, p->link_pool ? pixels * (size_t)p->link_c * sizeof(float) : 0);
+    s->zeros = part_of(memory, &at, (size_t)round_up(p->c_in, 16) * sizeof(float));
+    s->sums = part_of(memory, &at, tile);
+    s->corrections = part_of(memory, &at, p->tap_sums ? tile : 0);
+    return at + 64;
+}
+
+/* Find the runs of inputs of an output pixel: rows of the kernel where these follow one another in memory, else taps. */
+static void set_runs(layer *l) {
+    const el_window *w = &l->p->conv;
+    const int whole_rows = w->dw == 1 && l->pixel == l->tap && !l->depthwise;
+    l->segments = whole_rows ? w->kh : l->taps;
+    l->length = (int)l->tap * (whole_rows ? w->kw : 1);
+    for (int i = 0; i < l->segments; i++) {
+        const int ky = whole_rows ? i : i / w->kw, kx = whole_rows ? 0 : i % w->kw;
+        l->offsets[i] = ((size_t)(ky * w->dh) * (size_t)l->width + (size_t)(kx * w->dw)) * l->pixel;
+    }
+}
+
 void el_set_up(layer *l, const el_plan *p) {
+    const el_window *w = &p->conv;
+    const int group_channels = is_depthwise(p) ? p->c_in : p->c_in / p->groups, groups = p->c_in / group_channels;
     l->p = p;
     l->depthwise = is_depthwise(p);
-    l->taps = p->conv.kh * p->conv.kw;
-    l->tap = p->real ? p->c_in / p->groups : tap_words(p);
-    l->pixel = p->real ? p->c_in : pixel_words(p);
-    const int last = (p->ow - 1) * p->conv.sw - p->conv.pw + (p->conv.kw - 1) * p->conv.dw; /* column of the last tap */
-    const int last_row = (p->oh - 1) * p->conv.sh - p->conv.ph + (p->conv.kh - 1) * p->conv.dh;
-    const int padded = p->conv.ph || p->conv.pw || last >= p->w || last_row >= p->h;
-    l->copied = !p->real || (!p->is_pool && !l->depthwise && (padded || p->conv.kh > 1));
-    l->by_tile = !p->real && l->taps == 1 && p->groups == 1 && p->conv.sh == 1 && p->conv.sw == 1 && p->oh == p->h &&
-                 p->ow == p->w && !p->conv.ph && !p->conv.pw;
-    l->left = l->copied ? p->conv.pw : 0;
+    l->taps = w->kh * w->kw;
+    l->tap = p->real ? (size_t)(p->c_in / p->groups) * sizeof(float) : el_isa_active->counter->packed_bytes(group_channels);
+    l->pixel = p->real ? (size_t)p->c_in * sizeof(float) : (size_t)groups * l->tap;
+    const int last = (p->ow - 1) * w->sw - w->pw + (w->kw - 1) * w->dw; /* column of the last tap */
+    const int last_row = (p->oh - 1) * w->sh - w->ph + (w->kh - 1) * w->dh;
+    const int padded = w->ph || w->pw || last >= p->w || last_row >= p->h;
+    l->copied = !p->real || (!p->is_pool && !l->depthwise && (padded || w->kh > 1));
+    l->by_tile = !p->real && l->taps == 1 && p->groups == 1 && w->sh == 1 && w->sw == 1 && p->oh == p->h && p->ow == p->w &&
+                 !w->ph && !w->pw;
+    l->left = l->copied ? w->pw : 0;
     l->width = l->left + (l->copied && last >= p->w ? last + 1 : p->w);
-    const int whole_rows = p->conv.dw == 1 && l->pixel == l->tap && !l->depthwise; /* a kernel's row is one run */
-    l->segments = whole_rows ? p->conv.kh : l->taps;
-    l->length = whole_rows ? p->conv.kw * l->tap : l->tap;
-    for (int i = 0; i < l->segments; i++) {
-        const int ky = whole_rows ? i : i / p->conv.kw, kx = whole_rows ? 0 : i % p->conv.kw;
-        l->offsets[i] = ((size_t)(ky * p->conv.dh) * (size_t)l->width + (size_t)(kx * p->conv.dw)) * (size_t)l->pixel;
-    }
-    const size_t unit = p->real ? sizeof(float) : sizeof(uint64_t);
+    set_runs(l);
     l->chunk = l->depthwise ? round_up(p->c_out, EL_REAL_BLOCK) : CHUNK;
     if (p->real && !l->depthwise) {
-        const size_t fit = REAL_CHUNK_BYTES / ((size_t)l->taps * (size_t)l->tap * sizeof(float)) / EL_REAL_BLOCK;
+        const size_t fit = REAL_CHUNK_BYTES / ((size_t)l->taps * l->tap) / EL_REAL_BLOCK;
         l->chunk = (int)(fit < 1 ? 1 : fit > 8 ? 8 : fit) * EL_REAL_BLOCK;
     }
     const int band_rows = (BAND_PIXELS + p->ow - 1) / p->ow;
     l->band_rows = band_rows < p->oh ? band_rows : p->oh;
-    l->in_rows = (l->band_rows - 1) * p->conv.sh + (p->conv.kh - 1) * p->conv.dh + 1;
-    if (l->in_rows < p->conv.kh) l->in_rows = p->conv.kh;
-
-    const size_t pixels = (size_t)l->band_rows * (size_t)p->ow, tile = (size_t)MOST_TILE * (size_t)(l->chunk + 64) * 4;
-    size_t at = 0;
-    l->rows_at = at, at += l->copied ? aligned((size_t)l->in_rows * (size_t)l->width * (size_t)l->pixel * unit) : 0;
-    l->k_at = at, at += p->has_k ? aligned((size_t)l->in_rows * (size_t)p->w * sizeof(float)) : 0;
-    l->base_at = at, at += aligned(pixels * sizeof(void *));
-    l->scale_at = at, at += aligned(pixels * sizeof(float));
-    l->border_at = at, at += aligned(pixels);
-    l->pooled_at = at, at += p->link_pool ? aligned(pixels * (size_t)p->link_c * sizeof(float)) : 0;
-    l->zeros_at = at, at += aligned((size_t)round_up(p->c_in, 16) * sizeof(float));
-    l->acc_at = at, at += aligned(tile);
-    l->correction_at = at, at += p->tap_sums ? aligned(tile) : 0;
-    l->bytes = at + 64;
+    l->in_rows = (l->band_rows - 1) * w->sh + (w->kh - 1) * w->dh + 1;
+    if (l->in_rows < w->kh) l->in_rows = w->kh;
+    scratch none;
+    l->bytes = divide(l, NULL, &none);
 }
 
-void el_prepare(stage *s, const layer *l, char *scratch) {
+void el_prepare(stage *s, const layer *l, char *memory) {
     s->l = l;
-    s->scratch = scratch;
     s->taken_from = s->taken_to = 0;
-    if (l->depthwise && l->p->real) memset(AT(float, zeros_at), 0, (size_t)round_up(l->p->c_in, 16) * sizeof(float));
+    divide(l, memory, &s->s);
+    if (l->depthwise && l->p->real) memset(s->s.zeros, 0, (size_t)round_up(l->p->c_in, 16) * sizeof(float));
 }

@@ -1,12 +1,8 @@
-/* What the files of the engine share: one layer of the work, and how a few of its rows are made. */
+/* One layer of the work, and how a few of its rows are made: what rows.c gives to the files that run layers. */
 #ifndef TIMM_EL_ROWS_H
 #define TIMM_EL_ROWS_H
 
-#include "engine.h"
-
-#define MOST_TILE 8
-
-extern const el_body *el_body_active;
+#include "isa.h"
 
 static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
@@ -18,48 +14,71 @@ static inline int is_depthwise(const el_plan *p) { return p->groups > 1 && p->gr
 
 static inline int words_for(int bits) { return (bits + 63) / 64; }
 
-/* Bits of one tap of one group, bits of one pixel, in words. */
+/* Return the words of a tap of a group of binary weights. */
 static inline int tap_words(const el_plan *p) { return is_depthwise(p) ? words_for(p->c_in) : words_for(p->c_in / p->groups); }
 
-static inline int pixel_words(const el_plan *p) { return is_depthwise(p) ? tap_words(p) : p->groups * tap_words(p); }
-
-/* plan.c: nobody runs a plan that is bad. */
+/* plan.c: return whether a plan is invalid. Nothing is computed with such a plan. */
 int el_is_bad(const el_plan *p);
 
-/* One layer of the work: the same for all threads. */
+/* Rows of an image (height, width, channels) in memory: all of them, or a ring of the last few. */
+typedef struct {
+    float *base;
+    int ring; /* rows in memory: row y is at y % ring */
+    int width, channels;
+} row_view;
+
+static inline row_view view_of(const float *base, int ring, int width, int channels) {
+    return (row_view){(float *)base, ring, width, channels}; /* of the views, only that of y is written */
+}
+
+static inline float *row_of(const row_view *v, int y) { return v->base + image_size(y % v->ring, v->width, v->channels); }
+
+/* One layer: the same for all threads. Sizes of inputs are bytes, because they are packed signs or floats. */
 typedef struct {
     const el_plan *p;
-    int depthwise, copied;    /* copied: the band's input is in the scratch, padded; else it is read where it is */
+    int depthwise;
+    int copied;               /* the band's input is in the scratch, packed or padded; else it is read where it is */
     int by_tile;              /* copied, but a tile at a time: an output pixel's input is one pixel */
-    int taps, tap, pixel;     /* words of a tap of a group, and of an input pixel; floats where real */
-    int segments, length;     /* the runs of an output pixel's inputs */
+    int taps;                 /* kernel height times width */
+    size_t tap, pixel;        /* bytes of a tap of a group, and of an input pixel */
+    int segments, length;     /* runs of an output pixel's inputs, bytes of a run */
     int left, width;          /* columns of zeros before a row, and columns of a row with its padding */
     int band_rows, in_rows;   /* output and input rows of a band */
     int chunk;                /* output channels at a time */
-    size_t rows_at, k_at, base_at, scale_at, border_at, pooled_at, zeros_at, acc_at, correction_at, bytes;
+    size_t bytes;             /* of scratch */
     size_t offsets[EL_MAX_TAPS];
 } layer;
 
-/* One layer in one thread, in one image: where its rows are. Row r of x is at r % x_ring, and so on: all rows of an
- * image, or the last few. */
+/* Memory that a layer needs while it runs. */
+typedef struct {
+    char *rows;           /* input rows of a band, as the kernels read them */
+    float *means;         /* of abs(x), of the pixels of these rows */
+    const char **inputs;  /* of each output pixel of a band: its first input */
+    float *k;             /* K of each output pixel of a band */
+    uint8_t *border;      /* of each output pixel of a band: whether padding changes its dot products */
+    float *pooled;        /* the pooled link of a band */
+    float *zeros;         /* an input pixel outside of the image */
+    char *sums;           /* of a tile: counts, or dot products */
+    int32_t *corrections; /* of a tile: what padding adds */
+} scratch;
+
+/* One layer in one thread, in one image. */
 typedef struct {
     const layer *l;
-    char *scratch;
-    const float *x, *link, *added;
-    float *y;
-    int x_ring, link_ring, added_ring, y_ring;
-    int taken_from, taken_to; /* input rows that are in the scratch */
-    const char *ahead;        /* weights of the layer that comes next, to be fetched while this one runs */
-    size_t ahead_bytes;
+    scratch s;
+    row_view x, link, added, y; /* without a base where there is none */
+    int taken_from, taken_to;   /* input rows that are in the scratch */
+    el_prefetch next;           /* weights of the layer that comes next */
 } stage;
 
 /* rows.c */
 void el_set_up(layer *l, const el_plan *p);
-void el_prepare(stage *s, const layer *l, char *scratch);
-/* Output rows from .. to of channels c0 .. c1. */
+/* Begin a layer in an image, with l->bytes of memory. */
+void el_prepare(stage *s, const layer *l, char *memory);
+/* Make output rows from .. to of channels c0 .. c1. */
 void el_run_rows(stage *s, int from, int to, int c0, int c1);
 
-/* conv.c: a convolution or a pool on all threads; `next` is what runs after it, or NULL. */
+/* conv.c: run a convolution or a pool on all threads; `next` is the layer that runs after it, or NULL. */
 int el_run_conv(const el_plan *p, const el_plan *next, const float *x, const float *link, const float *added, float *y,
                 int threads);
 

@@ -1,41 +1,36 @@
-/* The body for any processor: vectors of 16 bytes, which every compiler knows, and no instruction that only some have.
- *
- * Layout of binary weights: blocks of 16 channels; in a block byte by byte of the bit string, a byte of each channel side
- * by side. The byte of channel c is at 4 * (c % 4) + c / 4, so that counts, widened step by step, come out in order.
- */
-#include "engine.h"
+/* Any processor: vectors of 16 bytes, which every compiler knows, and no instruction that only some have. */
+#define LANES 4
+#include "vectors.h"
 
-#include <time.h>
+#include "planes.h"
+#include "real.h"
+#include "signs.h"
 
-#define BYTE_BLOCK 16
-#define BYTE_PLACE(c) ((c) % 4 * 4 + (c) / 4)
-#include "body.h"
-
+#define BLOCK 16
 #define TILE 4
 #define REAL_TILE 8
-#define FLUSH 31 /* words until a byte's sum of 8 each may pass 255 */
+#define ROOM 31 /* words whose counts, of 8 at most a byte, a byte can hold */
 
 typedef uint8_t bytes __attribute__((vector_size(16)));
 typedef uint16_t shorts __attribute__((vector_size(16)));
 typedef bytes bytes_loose __attribute__((aligned(1), may_alias));
 
-INLINE uint64_t word64(const float *x, const float *threshold, const uint32_t *flip, int n) {
+INLINE uint64_t signs_of_word(const float *x, const float *threshold, const uint32_t *flip, int n) {
     uint64_t word = 0;
     int i = 0;
     for (int half = 0; half < 64; half += 32) {
         vi hits = {0};
         vu place = {1, 2, 4, 8};
         for (; i + 4 <= n && i < half + 32; i += 4, place <<= 4) {
-            vf v = LOADF(x + i);
-            if (flip) v = (vf)((vi)v ^ LOADI(flip + i));
-            hits |= (v >= (threshold ? LOADF(threshold + i) : SPREAD(0.f))) & (vi)place;
+            vf v = load_floats(x + i);
+            if (flip) v = (vf)((vi)v ^ load_ints(flip + i));
+            hits |= (v >= (threshold ? load_floats(threshold + i) : spread(0.f))) & (vi)place;
         }
         word |= (uint64_t)(uint32_t)(hits[0] | hits[1] | hits[2] | hits[3]) << half;
     }
     for (; i < n; i++) word |= sign_bit(x, threshold, flip, i) << i;
     return word;
 }
-PACK_PIXELS(word64)
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
@@ -44,7 +39,7 @@ PACK_PIXELS(word64)
 #define S4(b) S1(b), S1(b + 1), S1(b + 2), S1(b + 3)
 #define S16(b) S4(b), S4(b + 4), S4(b + 8), S4(b + 12)
 #define S64(b) S16(b), S16(b + 16), S16(b + 32), S16(b + 48)
-static const bytes spread[256] = {S64(0), S64(64), S64(128), S64(192)};
+static const bytes repeated[256] = {S64(0), S64(64), S64(128), S64(192)};
 
 /* Carry-save: a + b + *sum bit by bit, of which *sum keeps the low bit; gives the high one. */
 INLINE bytes add(bytes *sum, bytes a, bytes b) {
@@ -62,23 +57,21 @@ INLINE bytes popcount(bytes x) {
 }
 
 /* One pixel by 16 channels. Bits of one weight are summed in planes of ones, twos and fours; eights are counted. */
-static void count_block(const uint64_t *base, const size_t *offsets, int segments, int length, const uint8_t *weight,
-                        int32_t *counts) {
+static void count_block(const el_strings *in, int p, const uint8_t *weight, int32_t *counts) {
     const bytes none = {0};
     bytes ones = none, twos = none, fours = none, eights = none;
-    int room = FLUSH;
-    for (int i = 0; i < BYTE_BLOCK; i += 4) *(vi_loose *)(counts + i) = (vi){0};
-    for (int s = 0; s < segments; s++)
-        for (int k = 0; k < length; k++, weight += 8 * BYTE_BLOCK) {
-            const uint64_t word = base[offsets[s] + (size_t)k];
+    int room = ROOM, first = 1;
+    for (int s = 0; s < in->segments; s++) {
+        const uint64_t *run = (const uint64_t *)(const void *)(in->base[p] + in->offsets[s]);
+        for (int k = 0; k < in->length / 8; k++, weight += 8 * BLOCK) {
             bytes d[8], t[4], f[2];
             for (int j = 0; j < 8; j++)
-                d[j] = *(const bytes_loose *)(weight + j * BYTE_BLOCK) ^ spread[word >> (8 * j) & 255];
+                d[j] = *(const bytes_loose *)(weight + j * BLOCK) ^ repeated[run[k] >> (8 * j) & 255];
             for (int j = 0; j < 4; j++) t[j] = add(&ones, d[2 * j], d[2 * j + 1]);
             for (int j = 0; j < 2; j++) f[j] = add(&twos, t[2 * j], t[2 * j + 1]);
             eights = eights + popcount(add(&fours, f[0], f[1]));
-            if (--room && !(s + 1 == segments && k + 1 == length)) continue;
-            room = FLUSH;
+            if (--room && !(s + 1 == in->segments && k + 1 == in->length / 8)) continue;
+            room = ROOM;
             bytes few = popcount(fours);
             few = popcount(twos) + few + few;
             few = popcount(ones) + few + few;
@@ -86,40 +79,52 @@ static void count_block(const uint64_t *base, const size_t *offsets, int segment
             const shorts odd = ((shorts)few >> 8) + ((shorts)eights >> 8 << 3);
             const vu wide[4] = {(vu)even & 65535, (vu)odd & 65535, (vu)even >> 16, (vu)odd >> 16};
             for (int i = 0; i < 4; i++)
-                *(vi_loose *)(counts + 4 * i) = (vi_loose)(LOADI(counts + 4 * i) + (vi)wide[i]);
+                store_ints(counts + 4 * i, first ? (vi)wide[i] : (vi)wide[i] + load_ints(counts + 4 * i));
             ones = twos = fours = eights = none;
+            first = 0;
         }
-}
-
-static void count(const uint64_t *const *base, int tile, const size_t *offsets, int segments, int length,
-                  const void *weight, int channels, int32_t *counts, int stride) {
-    for (int c = 0; c < channels; c += BYTE_BLOCK) {
-        const uint8_t *w = (const uint8_t *)weight + (size_t)c * (size_t)segments * (size_t)length * 8;
-        for (int p = 0; p < tile; p++) count_block(base[p], offsets, segments, length, w, counts + p * stride + c);
     }
 }
 
+static void count(const el_strings *in, int tile, const void *weight, int channels, int32_t *counts, int stride) {
+    const size_t block = (size_t)in->segments * (size_t)in->length * BLOCK;
+    const uint8_t *w = weight;
+    for (int c = 0; c < channels; c += BLOCK, w += block)
+        for (int p = 0; p < tile; p++) count_block(in, p, w, counts + p * stride + c);
+}
+
+const el_counter el_counter_portable = {
+    .tile_pixels = TILE,
+    .layout = EL_BYTES_OF_16,
+    .packed_bytes = el_bytes_of_words,
+    .pack = pack,
+    .count = count,
+    .count_depthwise = count_depthwise,
+};
+
 /* ------------------------------------------------------------------------------------------------------------------ */
+
+INLINE const float *run_of(const el_strings *in, int p, int s) {
+    return (const float *)(const void *)(in->base[p] + in->offsets[s]);
+}
 
 #ifdef __FP_FAST_FMAF
 
-static void dot(const float *const *base, int tile, const size_t *offsets, int segments, int length,
-                const float *weight, int channels, float *out, int stride, const char *ahead, size_t ahead_bytes) {
-    (void)ahead, (void)ahead_bytes;
+static void dot(const el_strings *in, int tile, const float *weight, int channels, float *out, int stride, el_prefetch next) {
+    (void)next;
     for (int c = 0; c < channels; c += EL_REAL_BLOCK) {
         for (int p = 0; p < tile; p++) memset(out + p * stride + c, 0, EL_REAL_BLOCK * sizeof(float));
-        for (int s = 0; s < segments; s++)
-            for (int k = 0; k < length; k++, weight += EL_REAL_BLOCK)
+        for (int s = 0; s < in->segments; s++)
+            for (int k = 0; k < in->length / 4; k++, weight += EL_REAL_BLOCK)
                 for (int p = 0; p < tile; p++) {
-                    const float x = base[p][offsets[s] + (size_t)k];
+                    const float x = run_of(in, p, s)[k];
                     float *sum = out + p * stride + c;
                     for (int j = 0; j < EL_REAL_BLOCK; j++) sum[j] = __builtin_fmaf(x, weight[j], sum[j]);
                 }
     }
 }
 
-static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c,
-                          float *out) {
+static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c, float *out) {
     for (int i = 0; i < c; i++) {
         float sum = 0.f;
         for (int t = 0; t < n_taps; t++)
@@ -146,7 +151,7 @@ typedef union {
     vd4 four;
     vd two[2];
 } doubles;
-#define LOADD(p) ((doubles){__builtin_convertvector(LOADF(p), vd4)})
+#define LOADD(p) ((doubles){__builtin_convertvector(load_floats(p), vd4)})
 
 #define SCALE 0x1p81
 #define HALF ((uint64_t)1 << 28)
@@ -171,7 +176,7 @@ INLINE int is_right(vi same, uint32_t n) {
 INLINE void write_sums(const vd *sum, float *out) {
     for (int j = 0; j < REAL_CHANNELS / 4; j++) {
         const doubles d = {.two = {sum[2 * j] * (1 / SCALE), sum[2 * j + 1] * (1 / SCALE)}};
-        STOREF(out + 4 * j, __builtin_convertvector(d.four, vf));
+        store_floats(out + 4 * j, __builtin_convertvector(d.four, vf));
     }
 }
 
@@ -187,26 +192,26 @@ static float fused(float a, float b, float c) {
 }
 
 /* One pixel by 8 channels. */
-static void dot_exactly(const float *base, const size_t *offsets, int segments, int length, const float *weight, float *out) {
+static void dot_exactly(const el_strings *in, int p, const float *weight, float *out) {
     memset(out, 0, REAL_CHANNELS * sizeof(float));
-    for (int s = 0; s < segments; s++)
-        for (int k = 0; k < length; k++, weight += EL_REAL_BLOCK)
-            for (int j = 0; j < REAL_CHANNELS; j++) out[j] = fused(base[offsets[s] + (size_t)k], weight[j], out[j]);
+    for (int s = 0; s < in->segments; s++)
+        for (int k = 0; k < in->length / 4; k++, weight += EL_REAL_BLOCK)
+            for (int j = 0; j < REAL_CHANNELS; j++) out[j] = fused(run_of(in, p, s)[k], weight[j], out[j]);
 }
 
 /* `tile` pixels by 8 channels. */
-static void dot_tile(const float *const *base, int tile, const size_t *offsets, int segments, int length,
-                     const float *weight, float *out, int stride) {
+static void dot_tile(const el_strings *in, int tile, const float *weight, float *out, int stride) {
+    const int length = in->length / 4;
     const float *next = weight;
     vd sums[REAL_TILE][4] = {{{0}}}, w[STRETCH][4];
     vi same[REAL_TILE] = {{0}};
-    for (int s = 0; s < segments; s++)
+    for (int s = 0; s < in->segments; s++)
         for (int k = 0, n; k < length; k += n) {
             n = length - k < STRETCH ? length - k : STRETCH;
             for (int i = 0; i < n; i++, next += EL_REAL_BLOCK)
                 for (int j = 0; j < 4; j++) w[i][j] = LOADD(next + j / 2 * 4).two[j % 2] * SCALE;
             for (int p = 0; p < tile; p++) {
-                const float *x = base[p] + offsets[s] + k;
+                const float *x = run_of(in, p, s) + k;
                 vd sum[4] = {sums[p][0], sums[p][1], sums[p][2], sums[p][3]};
                 for (int i = 0; i < n; i++)
                     for (int j = 0; j < 4; j++) sum[j] = fused_quickly((vd){x[i], x[i]}, w[i][j], sum[j], same + p);
@@ -214,17 +219,15 @@ static void dot_tile(const float *const *base, int tile, const size_t *offsets, 
             }
         }
     for (int p = 0; p < tile; p++, out += stride)
-        if (is_right(same[p], 4 * (uint32_t)segments * (uint32_t)length)) write_sums(sums[p], out);
-        else dot_exactly(base[p], offsets, segments, length, weight, out);
+        if (is_right(same[p], 4 * (uint32_t)in->segments * (uint32_t)length)) write_sums(sums[p], out);
+        else dot_exactly(in, p, weight, out);
 }
 
-static void dot(const float *const *base, int tile, const size_t *offsets, int segments, int length,
-                const float *weight, int channels, float *out, int stride, const char *ahead, size_t ahead_bytes) {
-    (void)ahead, (void)ahead_bytes;
+static void dot(const el_strings *in, int tile, const float *weight, int channels, float *out, int stride, el_prefetch next) {
+    (void)next;
+    const size_t inputs = (size_t)in->segments * (size_t)(in->length / 4);
     for (int c = 0; c < channels; c += REAL_CHANNELS)
-        dot_tile(base, tile, offsets, segments, length,
-                 weight + (size_t)(c / EL_REAL_BLOCK) * EL_REAL_BLOCK * (size_t)segments * (size_t)length + c % EL_REAL_BLOCK,
-                 out + c, stride);
+        dot_tile(in, tile, weight + (size_t)(c / EL_REAL_BLOCK) * EL_REAL_BLOCK * inputs + c % EL_REAL_BLOCK, out + c, stride);
 }
 
 /* Eight channels from c on of one pixel; 0 if a sum may be wrong. */
@@ -240,8 +243,7 @@ static int dot_taps(const float *const *taps, int n_taps, const float *weight, i
     return is_right(same, 4 * (uint32_t)n_taps);
 }
 
-static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c,
-                          float *out) {
+static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c, float *out) {
     for (int i = 0; i < c; i += REAL_CHANNELS) {
         if (c - i >= REAL_CHANNELS && dot_taps(taps, n_taps, weight, weight_stride, i, out)) continue;
         for (int j = i; j < c && j < i + REAL_CHANNELS; j++) {
@@ -253,24 +255,11 @@ static void dot_depthwise(const float *const *taps, int n_taps, const float *wei
 }
 #endif
 
-/* ------------------------------------------------------------------------------------------------------------------ */
-
-static int supported(void) { return 1; }
-
-static double chip_rate(void) {
-    enum { N = 4, ROUNDS = 5000000 };
-    bytes sum[N] = {{1}, {2}, {3}, {4}}, word = spread[0x5a];
-    struct timespec a, b;
-    clock_gettime(CLOCK_MONOTONIC, &a);
-    for (int r = 0; r < ROUNDS; r++)
-        for (int i = 0; i < N; i++) sum[i] = sum[i] + popcount(word ^ sum[(i + 1) % N]);
-    clock_gettime(CLOCK_MONOTONIC, &b);
-    volatile int sink = (sum[0] + sum[1] + sum[2] + sum[3])[0];
-    (void)sink;
-    return (double)ROUNDS * N * 128 / ((double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec));
-}
-
-const el_body el_body_portable = {
-    "portable", TILE, REAL_TILE, supported, pack, abs_mean, weight_size, lay_out, count, count_depthwise, dot, dot_depthwise,
-    pool, finish, chip_rate,
+const el_real el_real_portable = {
+    .tile_pixels = REAL_TILE,
+    .abs_mean = abs_mean,
+    .dot = dot,
+    .dot_depthwise = dot_depthwise,
+    .pool = pool,
+    .epilogue = epilogue,
 };

@@ -1,0 +1,62 @@
+/* The table of instruction sets, and the one that runs. */
+#include "isa.h"
+
+#include <string.h>
+
+static const el_isa isas[] = { /* best first; the last one runs everywhere */
+#if defined(EL_X86)
+    {.name = "avx512",
+     .needs = EL_CPU_VPOPCNTDQ,
+     .counter = &el_counter_avx512_popcount,
+     .real = &el_real_avx512,
+     .chip_rate = el_chip_rate_avx512_popcount},
+    {.name = "avx2",
+     .needs = EL_CPU_AVX2,
+     .counter = &el_counter_avx2,
+     .real = &el_real_avx2,
+     .chip_rate = el_chip_rate_avx2},
+#elif defined(EL_ARM)
+    {.name = "neon",
+     .needs = EL_CPU_NEON,
+     .counter = &el_counter_neon,
+     .real = &el_real_neon,
+     .chip_rate = el_chip_rate_neon},
+#endif
+    {.name = "portable",
+     .counter = &el_counter_portable,
+     .real = &el_real_portable,
+     .chip_rate = el_chip_rate_portable},
+};
+#define N_ISAS ((int)(sizeof isas / sizeof *isas))
+
+const el_isa *el_isa_active = &isas[N_ISAS - 1];
+
+#ifndef EL_HASH
+#define EL_HASH ""
+#endif
+
+const char *el_hash(void) { return EL_HASH; }
+
+static int is_supported(const el_isa *isa) { return (el_cpu() & isa->needs) == isa->needs; }
+
+const char *el_bodies(void) {
+    static char names[128];
+    names[0] = 0;
+    for (int i = 0; i < N_ISAS; i++)
+        if (is_supported(isas + i)) {
+            if (names[0]) strcat(names, " ");
+            strcat(names, isas[i].name);
+        }
+    return names;
+}
+
+int el_use(const char *name) {
+    for (int i = 0; i < N_ISAS; i++)
+        if (!strcmp(isas[i].name, name) && is_supported(isas + i)) {
+            el_isa_active = isas + i;
+            return EL_OK;
+        }
+    return EL_BAD_PLAN;
+}
+
+const char *el_active(void) { return el_isa_active->name; }
