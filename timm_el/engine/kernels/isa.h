@@ -100,11 +100,12 @@ typedef struct {
 extern const el_isa *el_isa_active;
 
 /* isa/: one file each. */
-extern const el_counter el_counter_portable, el_counter_avx2, el_counter_avx512_popcount, el_counter_neon;
+extern const el_counter el_counter_portable, el_counter_avx2, el_counter_avx512_adders, el_counter_avx512_popcount, el_counter_neon;
 extern const el_real el_real_portable, el_real_avx2, el_real_avx512, el_real_neon;
 
 /* bench.c: binary multiply-accumulates per second of the instructions of a counter on registers. */
-double el_chip_rate_portable(void), el_chip_rate_avx2(void), el_chip_rate_avx512_popcount(void), el_chip_rate_neon(void);
+double el_chip_rate_portable(void), el_chip_rate_avx2(void), el_chip_rate_avx512_adders(void);
+double el_chip_rate_avx512_popcount(void), el_chip_rate_neon(void);
 
 /* weights.c: bytes of the weights of a number of channels, `words` words of 64 bits each. */
 size_t el_layout_bytes(el_layout layout, int words, int channels);
