@@ -179,8 +179,9 @@ def info() -> dict[str, Any]:
     """Which path computes binary layers, and why.
 
     Returns:
-        'native' (bool), 'body' ('avx512', 'avx512bw', 'avx2', 'neon', 'portable', or 'reference' without the library),
-        'reason', 'available' (bodies that this processor runs, best first) and 'threads' (torch's number, which the engine uses).
+        'native' (bool), 'body' ('avx512', 'avx512bw', 'avx2', 'neondot', 'neon', 'portable', or 'reference' without the
+        library), 'reason', 'available' (bodies that this processor runs, best first) and 'threads' (torch's number,
+        which the engine uses).
     """
     return {
         'native': _lib is not None,

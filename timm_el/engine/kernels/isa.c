@@ -21,6 +21,11 @@ static const el_isa isas[] = { /* best first; the last one runs everywhere */
      .real = &el_real_avx2,
      .chip_rate = el_chip_rate_avx2},
 #elif defined(EL_ARM)
+    {.name = "neondot",
+     .needs = EL_CPU_NEON | EL_CPU_DOTPROD,
+     .counter = &el_counter_neon_dot,
+     .real = &el_real_neon,
+     .chip_rate = el_chip_rate_neon},
     {.name = "neon",
      .needs = EL_CPU_NEON,
      .counter = &el_counter_neon,

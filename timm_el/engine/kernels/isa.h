@@ -52,9 +52,11 @@ typedef struct {
     /* Set counts[p * stride + c] to the number of bits in which the string of pixel p and channel c differ. Counts of
      * channels beyond the last, up to a multiple of 64, are undefined. */
     void (*count)(const el_strings *in, int tile, const void *weight, int channels, int32_t *counts, int stride);
-    /* Set counts[p * stride + c] to the number of runs whose bit c differs from that of the weight, whose runs follow one
-     * another. Weights and signs are words. */
-    void (*count_depthwise)(const el_strings *in, int tile, const void *weight, int32_t *counts, int stride);
+    /* Expand words of packed signs to 64 bytes each, in the order that `count_depthwise` reads: signs, or weights. */
+    void (*expand)(const uint64_t *bits, size_t words, char *bytes);
+    /* Set counts[p * stride + c] to the number of runs of pixel p in which channel c differs from its weight, which has
+     * as many runs, one after the other. Both are expanded. */
+    void (*count_depthwise)(const el_strings *in, int tile, const char *weight, int32_t *counts, int stride);
 } el_counter;
 
 /* A tile of output pixels whose sums are complete, and what turns the channels c0 .. c1 of it into outputs. */
@@ -100,7 +102,8 @@ typedef struct {
 extern const el_isa *el_isa_active;
 
 /* isa/: one file each. */
-extern const el_counter el_counter_portable, el_counter_avx2, el_counter_avx512_adders, el_counter_avx512_popcount, el_counter_neon;
+extern const el_counter el_counter_portable, el_counter_avx2, el_counter_avx512_adders, el_counter_avx512_popcount;
+extern const el_counter el_counter_neon, el_counter_neon_dot;
 extern const el_real el_real_portable, el_real_avx2, el_real_avx512, el_real_neon;
 
 /* bench.c: binary multiply-accumulates per second of the instructions of a counter on registers. */

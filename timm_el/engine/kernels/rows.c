@@ -55,11 +55,34 @@ static void next_pixel(const el_plan *p, int *oy, int *ox) {
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
-/* Pack n pixels of x, group by group, to bits. */
+/* Pack n pixels of x to expanded signs, a few words at a time. */
+static void pack_expanded(const layer *l, const float *x, int n, char *bytes) {
+    enum { MOST_WORDS = 64 };
+    const el_plan *p = l->p;
+    const el_counter *counter = el_isa_active->counter;
+    uint64_t bits[MOST_WORDS];
+    const int words = words_for(p->c_in), most = words < MOST_WORDS ? words : MOST_WORDS, at_once = MOST_WORDS / most;
+    for (int i = 0; i < n; i += at_once)
+        for (int w = 0; w < words; w += most) { /* whole pixels, or one pixel in pieces */
+            const int pixels = n - i < at_once ? n - i : at_once, c = 64 * w;
+            const int some = words - w < most ? words - w : most;
+            counter->pack(x + (size_t)i * (size_t)p->c_in + c, pixels, (size_t)p->c_in, p->threshold ? p->threshold + c : NULL,
+                          p->flip ? p->flip + c : NULL, p->c_in - c < 64 * some ? p->c_in - c : 64 * some, (char *)bits,
+                          (size_t)some * sizeof *bits);
+            counter->expand(bits, (size_t)(pixels * some), bytes);
+            bytes += pixels * some * 64;
+        }
+}
+
+/* Pack n pixels of x, group by group, as the counter reads them. */
 static void pack_pixels(const layer *l, const float *x, int n, char *bits) {
     const el_plan *p = l->p;
-    const int groups = l->depthwise ? 1 : p->groups, cg = p->c_in / groups;
-    for (int g = 0; g < groups; g++)
+    const int cg = p->c_in / p->groups;
+    if (l->depthwise) {
+        pack_expanded(l, x, n, bits);
+        return;
+    }
+    for (int g = 0; g < p->groups; g++)
         el_isa_active->counter->pack(x + g * cg, n, (size_t)p->c_in, p->threshold ? p->threshold + g * cg : NULL,
                                      p->flip ? p->flip + g * cg : NULL, cg, bits + (size_t)g * l->tap, l->pixel);
 }
@@ -212,12 +235,14 @@ static void accumulate_real_depthwise(const stage *s, const tile *t) {
     int oy = t->oy, ox = t->ox;
     for (int q = 0; q < t->count; q++, next_pixel(p, &oy, &ox)) {
         int n = 0;
-        for (int ky = 0; ky < w->kh; ky++)
+        for (int ky = 0; ky < w->kh; ky++) {
+            const int y = oy * w->sh - w->ph + ky * w->dh;
+            const float *row = y < 0 || y >= p->h ? NULL : row_of(&s->x, y);
             for (int kx = 0; kx < w->kw; kx++) {
-                const int y = oy * w->sh - w->ph + ky * w->dh, x = ox * w->sw - w->pw + kx * w->dw;
-                const int outside = y < 0 || y >= p->h || x < 0 || x >= p->w;
-                taps[n++] = outside ? s->s.zeros : row_of(&s->x, y) + (size_t)x * (size_t)p->c_in;
+                const int x = ox * w->sw - w->pw + kx * w->dw;
+                taps[n++] = !row || x < 0 || x >= p->w ? s->s.zeros : row + (size_t)x * (size_t)p->c_in;
             }
+        }
         el_isa_active->real->dot_depthwise(taps, n, p->weight, round_up(p->c_out, 16), p->c_out,
                                            (float *)(void *)s->s.sums + (size_t)q * (size_t)t->stride);
     }
@@ -245,7 +270,7 @@ static void accumulate(const stage *s, const band *b, const tile *t, int pixels)
     if (l->depthwise && p->real)
         accumulate_real_depthwise(s, t);
     else if (l->depthwise)
-        el_isa_active->counter->count_depthwise(&in, t->count, p->weight, (int32_t *)(void *)s->s.sums, t->stride);
+        el_isa_active->counter->count_depthwise(&in, t->count, s->s.expanded, (int32_t *)(void *)s->s.sums, t->stride);
     else if (p->real)
         el_isa_active->real->dot(&in, t->count, (const float *)p->weight + (size_t)t->c * (size_t)l->taps * (l->tap / sizeof(float)),
                                  t->n, (float *)(void *)s->s.sums, t->stride, next_chunk(l, b, t, pixels));
@@ -391,6 +416,7 @@ static size_t divide(const layer *l, char *memory, scratch *s) {
     s->border = part_of(memory, &at, pixels);
     s->pooled = part_of(memory, &at, p->link_pool ? pixels * (size_t)p->link_c * sizeof(float) : 0);
     s->zeros = part_of(memory, &at, (size_t)round_up(p->c_in, 16) * sizeof(float));
+    s->expanded = part_of(memory, &at, l->depthwise && !p->real ? (size_t)l->taps * l->tap : 0);
     s->sums = part_of(memory, &at, tile);
     s->corrections = part_of(memory, &at, p->tap_sums ? tile : 0);
     return at + 64;
@@ -410,12 +436,13 @@ static void set_runs(layer *l) {
 
 void el_set_up(layer *l, const el_plan *p) {
     const el_window *w = &p->conv;
-    const int group_channels = is_depthwise(p) ? p->c_in : p->c_in / p->groups, groups = p->c_in / group_channels;
     l->p = p;
     l->depthwise = is_depthwise(p);
     l->taps = w->kh * w->kw;
-    l->tap = p->real ? (size_t)(p->c_in / p->groups) * sizeof(float) : el_isa_active->counter->packed_bytes(group_channels);
-    l->pixel = p->real ? (size_t)p->c_in * sizeof(float) : (size_t)groups * l->tap;
+    l->tap = p->real        ? (size_t)(p->c_in / p->groups) * sizeof(float)
+             : l->depthwise ? (size_t)words_for(p->c_in) * 64
+                            : el_isa_active->counter->packed_bytes(p->c_in / p->groups);
+    l->pixel = p->real ? (size_t)p->c_in * sizeof(float) : l->depthwise ? l->tap : (size_t)p->groups * l->tap;
     const int last = (p->ow - 1) * w->sw - w->pw + (w->kw - 1) * w->dw; /* column of the last tap */
     const int last_row = (p->oh - 1) * w->sh - w->ph + (w->kh - 1) * w->dh;
     const int padded = w->ph || w->pw || last >= p->w || last_row >= p->h;
@@ -442,5 +469,7 @@ void el_prepare(stage *s, const layer *l, char *memory) {
     s->l = l;
     s->taken_from = s->taken_to = 0;
     divide(l, memory, &s->s);
-    if (l->depthwise && l->p->real) memset(s->s.zeros, 0, (size_t)round_up(l->p->c_in, 16) * sizeof(float));
+    if (!l->depthwise) return;
+    if (l->p->real) memset(s->s.zeros, 0, (size_t)round_up(l->p->c_in, 16) * sizeof(float));
+    else el_isa_active->counter->expand(l->p->weight, (size_t)l->taps * (size_t)tap_words(l->p), s->s.expanded);
 }

@@ -40,7 +40,7 @@ typedef struct {
     int copied;               /* the band's input is in the scratch, packed or padded; else it is read where it is */
     int by_tile;              /* copied, but a tile at a time: an output pixel's input is one pixel */
     int taps;                 /* kernel height times width */
-    size_t tap, pixel;        /* bytes of a tap of a group, and of an input pixel */
+    size_t tap, pixel;        /* bytes of a tap of a group, and of an input pixel; binary depthwise: expanded */
     int segments, length;     /* runs of an output pixel's inputs, bytes of a run */
     int left, width;          /* columns of zeros before a row, and columns of a row with its padding */
     int band_rows, in_rows;   /* output and input rows of a band */
@@ -58,6 +58,7 @@ typedef struct {
     uint8_t *border;      /* of each output pixel of a band: whether padding changes its dot products */
     float *pooled;        /* the pooled link of a band */
     float *zeros;         /* an input pixel outside of the image */
+    char *expanded;       /* binary depthwise weights, a byte each */
     char *sums;           /* of a tile: counts, or dot products */
     int32_t *corrections; /* of a tile: what padding adds */
 } scratch;

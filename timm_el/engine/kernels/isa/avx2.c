@@ -13,7 +13,8 @@ EL_TARGET("avx2,fma,popcnt")
 #define LANES 8
 #include "vectors.h"
 
-#include "planes.h"
+#include "depthwise.h"
+#include "depthwise_real.h"
 #include "real.h"
 #include "signs.h"
 
@@ -103,6 +104,7 @@ const el_counter el_counter_avx2 = {
     .packed_bytes = el_bytes_of_words,
     .pack = pack,
     .count = count,
+    .expand = expand,
     .count_depthwise = count_depthwise,
 };
 
@@ -142,23 +144,6 @@ static void dot(const el_strings *in, int tile, const float *weight, int channel
     for (int c = 0; c < channels; c += 16, next.at += inputs * step) {
         const float *w = weight + (size_t)(c / EL_REAL_BLOCK) * EL_REAL_BLOCK * inputs + c % EL_REAL_BLOCK;
         WITH_PIXELS(tile, REAL_TILE, dot_tile(in, w, out + c, stride, next.at, step, P))
-    }
-}
-
-static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c, float *out) {
-    int i = 0;
-    for (; i + 8 <= c; i += 8) {
-        __m256 sum = _mm256_setzero_ps();
-        for (int t = 0; t < n_taps; t++)
-            sum = _mm256_fmadd_ps(_mm256_loadu_ps(taps[t] + i),
-                                  _mm256_loadu_ps(weight + (size_t)t * (size_t)weight_stride + i), sum);
-        _mm256_storeu_ps(out + i, sum);
-    }
-    for (; i < c; i++) {
-        float sum = 0.f;
-        for (int t = 0; t < n_taps; t++)
-            sum = __builtin_fmaf(taps[t][i], weight[(size_t)t * (size_t)weight_stride + (size_t)i], sum);
-        out[i] = sum;
     }
 }
 

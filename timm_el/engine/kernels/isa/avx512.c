@@ -11,6 +11,8 @@ EL_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,popcnt")
 #define LANES 16
 #include "vectors.h"
 
+#include "depthwise.h"
+#include "depthwise_real.h"
 #include "real.h"
 #include "signs.h"
 
@@ -33,27 +35,10 @@ void el_pack_avx512(const float *x, int n, size_t x_step, const float *threshold
     pack(x, n, x_step, threshold, flip, c, bits, step);
 }
 
-/* A bit that differs is a bit of a mask: 64 channels' counts are the bytes of one register, one masked add for a tap. */
-void el_count_depthwise_avx512(const el_strings *in, int tile, const void *weight, int32_t *counts, int stride) {
-    const __m512i one = _mm512_set1_epi8(1);
-    const int taps = in->segments, words = in->length / 8;
-    for (int p = 0; p < tile; p++)
-        for (int w = 0; w < words; w++) {
-            const uint64_t *bits = (const uint64_t *)weight + w;
-            const char *x = in->base[p] + 8 * w;
-            __m512i sums[4] = {{0}};
-            for (int t = 0; t < taps;) {
-                const int end = taps - t > 255 ? t + 255 : taps; /* a byte holds 255 */
-                __m512i bytes = _mm512_setzero_si512();
-                for (; t < end; t++, bits += words)
-                    bytes = _mm512_mask_add_epi8(bytes, (__mmask64)(word_at(x + in->offsets[t]) ^ *bits), bytes, one);
-                sums[0] = _mm512_add_epi32(sums[0], _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(bytes, 0)));
-                sums[1] = _mm512_add_epi32(sums[1], _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(bytes, 1)));
-                sums[2] = _mm512_add_epi32(sums[2], _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(bytes, 2)));
-                sums[3] = _mm512_add_epi32(sums[3], _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(bytes, 3)));
-            }
-            for (int i = 0; i < 4; i++) _mm512_storeu_si512(counts + (size_t)p * (size_t)stride + 64 * w + 16 * i, sums[i]);
-        }
+void el_expand_avx512(const uint64_t *bits, size_t words, char *bytes) { expand(bits, words, bytes); }
+
+void el_count_depthwise_avx512(const el_strings *in, int tile, const char *weight, int32_t *counts, int stride) {
+    count_depthwise(in, tile, weight, counts, stride);
 }
 
 #define TILE 6
@@ -86,17 +71,6 @@ static void dot(const el_strings *in, int tile, const float *weight, int channel
     const size_t blocks = (size_t)(channels + EL_REAL_BLOCK - 1) / EL_REAL_BLOCK, step = next.bytes / (inputs * blocks);
     for (int c = 0; c < channels; c += EL_REAL_BLOCK, next.at += inputs * step)
         WITH_PIXELS(tile, TILE, dot_tile(in, weight + (size_t)c * inputs, out + c, stride, next.at, step, P))
-}
-
-static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c, float *out) {
-    for (int i = 0; i < c; i += 16) {
-        const __mmask16 mask = first_lanes(c - i);
-        __m512 sum = _mm512_setzero_ps();
-        for (int t = 0; t < n_taps; t++)
-            sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, taps[t] + i),
-                                  _mm512_loadu_ps(weight + (size_t)t * (size_t)weight_stride + i), sum);
-        _mm512_storeu_ps(out + i, sum);
-    }
 }
 
 const el_real el_real_avx512 = {

@@ -59,6 +59,7 @@ const el_counter el_counter_avx512_popcount = {
     .packed_bytes = el_bytes_of_words,
     .pack = el_pack_avx512,
     .count = count,
+    .expand = el_expand_avx512,
     .count_depthwise = el_count_depthwise_avx512,
 };
 

@@ -2,12 +2,15 @@
 #include "../isa.h"
 
 #if defined(EL_ARM)
+#include "neon.h"
+
 #include <arm_neon.h>
 
 #define LANES 4
 #include "vectors.h"
 
-#include "planes.h"
+#include "depthwise.h"
+#include "depthwise_real.h"
 #include "real.h"
 #include "signs.h"
 
@@ -28,6 +31,17 @@ INLINE uint64_t signs_of_word(const float *x, const float *threshold, const uint
     }
     for (; i < n; i++) word |= sign_bit(x, threshold, flip, i) << i;
     return word;
+}
+
+void el_pack_neon(const float *x, int n, size_t x_step, const float *threshold, const uint32_t *flip, int c, char *bits,
+                  size_t step) {
+    pack(x, n, x_step, threshold, flip, c, bits, step);
+}
+
+void el_expand_neon(const uint64_t *bits, size_t words, char *bytes) { expand(bits, words, bytes); }
+
+void el_count_depthwise_neon(const el_strings *in, int tile, const char *weight, int32_t *counts, int stride) {
+    count_depthwise(in, tile, weight, counts, stride);
 }
 
 /* P pixels by 8 channels. */
@@ -77,6 +91,7 @@ const el_counter el_counter_neon = {
     .packed_bytes = el_bytes_of_words,
     .pack = pack,
     .count = count,
+    .expand = expand,
     .count_depthwise = count_depthwise,
 };
 
@@ -107,23 +122,6 @@ static void dot(const el_strings *in, int tile, const float *weight, int channel
     for (int c = 0; c < channels; c += 16) {
         const float *w = weight + (size_t)(c / EL_REAL_BLOCK) * EL_REAL_BLOCK * inputs + c % EL_REAL_BLOCK;
         WITH_PIXELS(tile, TILE, dot_tile(in, w, out + c, stride, P))
-    }
-}
-
-static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c, float *out) {
-    int i = 0;
-    for (; i + 4 <= c; i += 4) {
-        float32x4_t sum = vdupq_n_f32(0.f);
-        for (int t = 0; t < n_taps; t++)
-            sum = vfmaq_f32(sum, vld1q_f32(taps[t] + i),
-                                vld1q_f32(weight + (size_t)t * (size_t)weight_stride + i));
-        vst1q_f32(out + i, sum);
-    }
-    for (; i < c; i++) {
-        float sum = 0.f;
-        for (int t = 0; t < n_taps; t++)
-            sum = __builtin_fmaf(taps[t][i], weight[(size_t)t * (size_t)weight_stride + (size_t)i], sum);
-        out[i] = sum;
     }
 }
 

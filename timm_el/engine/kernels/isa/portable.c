@@ -2,7 +2,7 @@
 #define LANES 4
 #include "vectors.h"
 
-#include "planes.h"
+#include "depthwise.h"
 #include "real.h"
 #include "signs.h"
 
@@ -99,6 +99,7 @@ const el_counter el_counter_portable = {
     .packed_bytes = el_bytes_of_words,
     .pack = pack,
     .count = count,
+    .expand = expand,
     .count_depthwise = count_depthwise,
 };
 
