@@ -1,19 +1,20 @@
-/* One convolution, or one pool, on all threads. */
+/* A convolution or a pool on all threads. */
 #include "rows.h"
 
 #include <stdatomic.h>
 
-#define FEW_PIXELS 96 /* for one thread */
+#define FEW_PIXELS 96 /* output pixels per thread, below which threads share output channels */
 
 typedef struct {
     layer l;
     const float *x, *link, *added;
     float *y;
     const el_plan *next;   /* what runs after this, or NULL */
-    int row_items, splits; /* the work is cut to row_items runs of rows times splits ranges of channels */
+    int row_items, splits; /* items of work: runs of rows, times ranges of channels */
     atomic_int failed;
 } conv_job;
 
+/* Run an item of work. */
 static void conv_piece(void *context, int item) {
     conv_job *j = context;
     const el_plan *p = j->l.p;
@@ -46,13 +47,12 @@ static void conv_piece(void *context, int item) {
 }
 
 int el_run_conv(const el_plan *p, const el_plan *next, const float *x, const float *link, const float *added, float *y,
-                    int threads) {
+                int threads) {
     if (el_is_bad(p) || !x || !y || (p->link && !link)) return EL_BAD_PLAN;
     if ((int64_t)p->n * p->oh * p->ow == 0) return EL_OK;
     conv_job j = {.x = x, .link = link, .added = added, .y = y, .next = next, .row_items = 1, .splits = 1};
     atomic_init(&j.failed, 0);
     el_set_up(&j.l, p);
-    /* Few pixels: threads share the output channels. Many: they share the rows. */
     const int64_t rows = (int64_t)p->n * p->oh;
     const int blocks = (p->c_out + EL_REAL_BLOCK - 1) / EL_REAL_BLOCK;
     if (threads > 1) {

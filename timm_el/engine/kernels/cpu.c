@@ -1,4 +1,4 @@
-/* What the processor can do, asked of the processor itself: __builtin_cpu_supports needs a run-time library of the
+/* Features of the processor, asked of the processor itself: __builtin_cpu_supports needs a run-time library of the
  * compiler's, which not every build of a shared library has. */
 #include "engine.h"
 
@@ -9,6 +9,7 @@
 #define YMM 0x06u
 #define ZMM 0xe6u
 
+/* Return XCR0. */
 static uint32_t saved_registers(void) {
     uint32_t low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));

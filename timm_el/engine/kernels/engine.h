@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 #define EL_MAX_TAPS 1024 /* kernel height times width */
-#define EL_MAX_POOL 64   /* the same of a link's pool */
+#define EL_MAX_POOL 64   /* kernel height times width of a link's pool */
 #define EL_MAX_VALUES 16  /* that a chain holds at once */
 #define EL_MAX_REACH (1 << 15) /* strides, padding, kernel times dilation */
 #define EL_MAX_RUN 32    /* steps of which a few rows at a time are made */

@@ -98,7 +98,7 @@ static vf link_slowly(const el_plan *p, const float *pixel, int c) {
 
 INLINE void compute_epilogue(const el_tile *t, const steps s) {
     const el_plan *p = t->plan;
-    const size_t row = (size_t)p->table_stride, c_out = (size_t)p->c_out, ci = (size_t)p->link_c;
+    const size_t row = (size_t)p->table_stride, c_out = (size_t)p->c_out, ci = (size_t)p->link_c, stride = (size_t)t->stride;
     const int slope_row = 2, affine_row = slope_row + (s.act == EL_ACT_PRELU), post_row = affine_row + (s.has_affine ? 2 : 0);
     const vf none = {0}, lo = spread(p->lo), hi = spread(p->hi), inverse_gamma = spread(p->inverse_gamma);
     const vi bits = (vi){0} + t->bits;
@@ -120,7 +120,7 @@ INLINE void compute_epilogue(const el_tile *t, const steps s) {
         const int32_t *corrections = t->corrections ? t->corrections + from : NULL;
         if (s.link) link = t->link + (s.link == LINK_WHOLE ? link_channel : s.link == LINK_SUM ? (size_t)c : 0);
         float *y = t->y + c;
-        for (int q = 0; q < pixels; q++, sums += t->stride, y += c_out) {
+        for (int q = 0; q < pixels; q++, sums += stride, y += c_out) {
             vf v;
             if (s.real) {
                 v = load_floats(sums);
@@ -129,7 +129,7 @@ INLINE void compute_epilogue(const el_tile *t, const steps s) {
                 vu dot = (vu)bits - (n + n);
                 if (corrections) {
                     dot = dot + (vu)load_ints(corrections);
-                    corrections += t->stride;
+                    corrections += stride;
                 }
                 v = __builtin_convertvector((vi)dot, vf) * scale;
             }
