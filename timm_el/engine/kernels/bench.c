@@ -54,8 +54,8 @@ double el_count_time(int words, int channels, int pixels, int repeats) {
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
-/* Each loop keeps a few independent chains of the counter's instructions in registers. An empty asm statement stands for a
- * new value, for all that the compiler knows. */
+/* Each loop keeps a few independent chains of the counter's instructions in registers. An empty asm statement stands
+ * for a new value, for all that the compiler knows. */
 
 double el_chip_rate(void) { return el_isa_active->chip_rate(); }
 

@@ -39,7 +39,8 @@ static void conv_piece(void *context, int item) {
         s.x = view_of(j->x + image * image_size(p->h, p->w, p->c_in), p->h, p->w, p->c_in);
         s.y = view_of(j->y + image * image_size(p->oh, p->ow, p->c_out), p->oh, p->ow, p->c_out);
         if (p->link)
-            s.link = view_of(j->link + image * image_size(p->link_h, p->link_w, p->link_c), p->link_h, p->link_w, p->link_c);
+            s.link =
+                view_of(j->link + image * image_size(p->link_h, p->link_w, p->link_c), p->link_h, p->link_w, p->link_c);
         if (j->added) s.added = view_of(j->added + image * image_size(p->oh, p->ow, p->c_out), p->oh, p->ow, p->c_out);
         el_run_rows(&s, oy0, oy1, c0, c1);
         row += oy1 - oy0;
@@ -58,8 +59,7 @@ int el_run_conv(const el_plan *p, const el_plan *next, const float *x, const flo
     if (threads > 1) {
         if (!j.l.depthwise && p->groups == 1 && rows * p->ow < (int64_t)FEW_PIXELS * threads && blocks >= threads)
             j.splits = threads;
-        else
-            j.row_items = (int)(rows < threads ? rows : threads);
+        else j.row_items = (int)(rows < threads ? rows : threads);
     }
     el_parallel(conv_piece, &j, j.row_items * j.splits, threads);
     return atomic_load(&j.failed) ? EL_NO_MEMORY : EL_OK;

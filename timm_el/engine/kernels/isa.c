@@ -3,7 +3,8 @@
 
 #include <string.h>
 
-static const el_isa isas[] = { /* best first; the last one runs everywhere */
+/* Best first; the last one runs everywhere. */
+static const el_isa isas[] = {
 #if defined(EL_X86)
     {.name = "avx512",
      .needs = EL_CPU_VPOPCNTDQ,

@@ -1,8 +1,8 @@
 /* Instruction sets: what an implementation of the kernels supplies, and which one runs.
  *
- * A row of the table in isa.c pairs a counter, which does the binary work, with the real half, which does the float work.
- * Each counter and each real half is a table of functions in a file of isa/; a new instruction set is one such file and
- * one row. All of them give the same bits.
+ * A row of the table in isa.c pairs a counter, which does the binary work, with the real half, which does the float
+ * work. Each counter and each real half is a table of functions in a file of isa/; a new instruction set is one such
+ * file and one row. All of them give the same bits.
  */
 #ifndef TIMM_EL_ISA_H
 #define TIMM_EL_ISA_H
@@ -45,8 +45,8 @@ typedef struct {
     el_layout layout; /* in which `count` reads weights */
     /* Return the bytes of the packed signs of `channels` channels of a pixel. */
     size_t (*packed_bytes)(int channels);
-    /* Pack the signs of n pixels of c floats, x_step floats from pixel to pixel, to bits, step bytes from pixel to pixel.
-     * Bits beyond the last channel are 0. */
+    /* Pack the signs of n pixels of c floats, x_step floats from pixel to pixel, to bits, step bytes from pixel to
+     * pixel. Bits beyond the last channel are 0. */
     void (*pack)(const float *x, int n, size_t x_step, const float *threshold, const uint32_t *flip, int c, char *bits,
                  size_t step);
     /* Set counts[p * stride + c] to the number of bits in which the string of pixel p and channel c differ. Counts of
@@ -77,14 +77,16 @@ typedef void el_epilogue(const el_tile *tile);
 /* The real half: everything that is computed in floats, each operation rounded on its own. */
 typedef struct {
     int tile_pixels; /* pixels that `dot` takes at once, at most MOST_TILE */
-    /* Set means[i] to the mean of abs(x) of pixel i of n, c floats each: 16 lanes, of which lane i sums x[i], x[16 + i], ...
-     * in order; then the sums of halves of 8, 4, 2 and 1 lanes. */
+    /* Set means[i] to the mean of abs(x) of pixel i of n, c floats each: 16 lanes, of which lane i sums x[i],
+     * x[16 + i], ... in order; then the sums of halves of 8, 4, 2 and 1 lanes. */
     void (*abs_mean)(const float *x, int n, int c, float *means);
-    /* Set out[p * stride + c] to the chain of fused multiply-adds over the string of pixel p and weight[k][c], in blocks
-     * of 64 channels. */
-    void (*dot)(const el_strings *in, int tile, const float *weight, int channels, float *out, int stride, el_prefetch next);
+    /* Set out[p * stride + c] to the chain of fused multiply-adds over the string of pixel p and weight[k][c], in
+     * blocks of 64 channels. */
+    void (*dot)(const el_strings *in, int tile, const float *weight, int channels, float *out, int stride,
+                el_prefetch next);
     /* Set out[c] to the chain of fused multiply-adds over taps[t][c] * weight[t * weight_stride + c]. */
-    void (*dot_depthwise)(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c, float *out);
+    void (*dot_depthwise)(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c,
+                          float *out);
     /* Set out[c] to the largest of n pixels, or to their mean, by mode. */
     void (*pool)(const float *const *pixels, int n, int mode, int c, float *out);
     /* Return the function that computes the epilogue of the plan for channels from c0 on. */

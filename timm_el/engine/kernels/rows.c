@@ -41,8 +41,8 @@ typedef struct {
     int oy0, oy1, y0, c0, c1;
 } band;
 
-/* Pixels first .. first + count of a band, the first of which is output pixel (oy, ox); channels c .. c + n, of one group,
- * in rows of `stride` sums. */
+/* Pixels first .. first + count of a band, the first of which is output pixel (oy, ox); channels c .. c + n, of one
+ * group, in rows of `stride` sums. */
 typedef struct {
     int first, count, oy, ox;
     int group, c, n, stride;
@@ -66,9 +66,9 @@ static void pack_expanded(const layer *l, const float *x, int n, char *bytes) {
         for (int w = 0; w < words; w += most) { /* whole pixels, or one pixel in pieces */
             const int pixels = n - i < at_once ? n - i : at_once, c = 64 * w;
             const int some = words - w < most ? words - w : most;
-            counter->pack(x + (size_t)i * (size_t)p->c_in + c, pixels, (size_t)p->c_in, p->threshold ? p->threshold + c : NULL,
-                          p->flip ? p->flip + c : NULL, p->c_in - c < 64 * some ? p->c_in - c : 64 * some, (char *)bits,
-                          (size_t)some * sizeof *bits);
+            counter->pack(x + (size_t)i * (size_t)p->c_in + c, pixels, (size_t)p->c_in,
+                          p->threshold ? p->threshold + c : NULL, p->flip ? p->flip + c : NULL,
+                          p->c_in - c < 64 * some ? p->c_in - c : 64 * some, (char *)bits, (size_t)some * sizeof *bits);
             counter->expand(bits, (size_t)(pixels * some), bytes);
             bytes += pixels * some * 64;
         }
@@ -111,7 +111,8 @@ static void take_rows(const stage *s, int y0, int from, int to) {
         for (int at = 0; at < p->w; at += step, x += (size_t)step * (size_t)p->c_in) {
             const int n = p->w - at < step ? p->w - at : step;
             pack_pixels(l, x, n, row + (size_t)at * l->pixel);
-            if (p->has_k) el_isa_active->real->abs_mean(x, n, p->c_in, s->s.means + (size_t)(y - y0) * (size_t)p->w + at);
+            if (p->has_k)
+                el_isa_active->real->abs_mean(x, n, p->c_in, s->s.means + (size_t)(y - y0) * (size_t)p->w + at);
         }
     }
 }
@@ -204,8 +205,8 @@ static void locate(const stage *s, const band *b) {
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
-/* Pack the input pixels of a tile just before they are counted: the link, which reads them once more, then finds them in
- * the first cache. Input and output pixels are the same ones here. */
+/* Pack the input pixels of a tile just before they are counted: the link, which reads them once more, then finds them
+ * in the first cache. Input and output pixels are the same ones here. */
 static void take_tile(const stage *s, const tile *t) {
     const el_plan *p = s->l->p;
     int left = t->count, i = t->first, y = t->oy, x = t->ox;
@@ -267,15 +268,14 @@ static void accumulate(const stage *s, const band *b, const tile *t, int pixels)
     const el_plan *p = l->p;
     const el_strings in = {
         .base = s->s.inputs + t->first, .offsets = l->offsets, .segments = l->segments, .length = l->length};
-    if (l->depthwise && p->real)
-        accumulate_real_depthwise(s, t);
+    if (l->depthwise && p->real) accumulate_real_depthwise(s, t);
     else if (l->depthwise)
         el_isa_active->counter->count_depthwise(&in, t->count, s->s.expanded, (int32_t *)(void *)s->s.sums, t->stride);
     else if (p->real)
-        el_isa_active->real->dot(&in, t->count, (const float *)p->weight + (size_t)t->c * (size_t)l->taps * (l->tap / sizeof(float)),
+        el_isa_active->real->dot(&in, t->count,
+                                 (const float *)p->weight + (size_t)t->c * (size_t)l->taps * (l->tap / sizeof(float)),
                                  t->n, (float *)(void *)s->s.sums, t->stride, next_chunk(l, b, t, pixels));
-    else
-        count_full(s, t);
+    else count_full(s, t);
 }
 
 /* Add up what the taps of one output pixel that are outside of the image change in its dot products. */
@@ -422,7 +422,7 @@ static size_t divide(const layer *l, char *memory, scratch *s) {
     return at + 64;
 }
 
-/* Find the runs of inputs of an output pixel: rows of the kernel where these follow one another in memory, else taps. */
+/* Find the runs of an output pixel's inputs: rows of the kernel where these follow one another in memory, else taps. */
 static void set_runs(layer *l) {
     const el_window *w = &l->p->conv;
     const int whole_rows = w->dw == 1 && l->pixel == l->tap && !l->depthwise;
@@ -447,8 +447,8 @@ void el_set_up(layer *l, const el_plan *p) {
     const int last_row = (p->oh - 1) * w->sh - w->ph + (w->kh - 1) * w->dh;
     const int padded = w->ph || w->pw || last >= p->w || last_row >= p->h;
     l->copied = !p->real || (!p->is_pool && !l->depthwise && (padded || w->kh > 1));
-    l->by_tile = !p->real && l->taps == 1 && p->groups == 1 && w->sh == 1 && w->sw == 1 && p->oh == p->h && p->ow == p->w &&
-                 !w->ph && !w->pw;
+    l->by_tile = !p->real && l->taps == 1 && p->groups == 1 && w->sh == 1 && w->sw == 1 && p->oh == p->h &&
+                 p->ow == p->w && !w->ph && !w->pw;
     l->left = l->copied ? w->pw : 0;
     l->width = l->left + (l->copied && last >= p->w ? last + 1 : p->w);
     set_runs(l);

@@ -10,12 +10,16 @@ static inline size_t aligned(size_t n) { return (n + 63) / 64 * 64; }
 
 static inline size_t image_size(int h, int w, int c) { return (size_t)h * (size_t)w * (size_t)c; }
 
-static inline int is_depthwise(const el_plan *p) { return p->groups > 1 && p->groups == p->c_in && p->c_out == p->c_in; }
+static inline int is_depthwise(const el_plan *p) {
+    return p->groups > 1 && p->groups == p->c_in && p->c_out == p->c_in;
+}
 
 static inline int words_for(int bits) { return (bits + 63) / 64; }
 
 /* Return the words of a tap of a group of binary weights. */
-static inline int tap_words(const el_plan *p) { return is_depthwise(p) ? words_for(p->c_in) : words_for(p->c_in / p->groups); }
+static inline int tap_words(const el_plan *p) {
+    return is_depthwise(p) ? words_for(p->c_in) : words_for(p->c_in / p->groups);
+}
 
 /* plan.c: return whether a plan is invalid. Nothing is computed with such a plan. */
 int el_is_bad(const el_plan *p);
@@ -31,21 +35,23 @@ static inline row_view view_of(const float *base, int ring, int width, int chann
     return (row_view){(float *)base, ring, width, channels}; /* of the views, only that of y is written */
 }
 
-static inline float *row_of(const row_view *v, int y) { return v->base + image_size(y % v->ring, v->width, v->channels); }
+static inline float *row_of(const row_view *v, int y) {
+    return v->base + image_size(y % v->ring, v->width, v->channels);
+}
 
 /* One layer: the same for all threads. Sizes of inputs are bytes, because they are packed signs or floats. */
 typedef struct {
     const el_plan *p;
     int depthwise;
-    int copied;               /* the band's input is in the scratch, packed or padded; else it is read where it is */
-    int by_tile;              /* copied, but a tile at a time: an output pixel's input is one pixel */
-    int taps;                 /* kernel height times width */
-    size_t tap, pixel;        /* bytes of a tap of a group, and of an input pixel; binary depthwise: expanded */
-    int segments, length;     /* runs of an output pixel's inputs, bytes of a run */
-    int left, width;          /* columns of zeros before a row, and columns of a row with its padding */
-    int band_rows, in_rows;   /* output and input rows of a band */
-    int chunk;                /* output channels at a time */
-    size_t bytes;             /* of scratch */
+    int copied;             /* the band's input is in the scratch, packed or padded; else it is read where it is */
+    int by_tile;            /* copied, but a tile at a time: an output pixel's input is one pixel */
+    int taps;               /* kernel height times width */
+    size_t tap, pixel;      /* bytes of a tap of a group, and of an input pixel; binary depthwise: expanded */
+    int segments, length;   /* runs of an output pixel's inputs, bytes of a run */
+    int left, width;        /* columns of zeros before a row, and columns of a row with its padding */
+    int band_rows, in_rows; /* output and input rows of a band */
+    int chunk;              /* output channels at a time */
+    size_t bytes;           /* of scratch */
     size_t offsets[EL_MAX_TAPS];
 } layer;
 

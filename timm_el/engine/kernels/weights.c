@@ -39,7 +39,8 @@ void el_copy_to_layout(el_layout layout, const uint64_t *stored, int words, int 
     memset(weight, 0, el_layout_bytes(layout, words, channels));
     for (int c = 0; c < channels; c++) {
         const char *from = (const char *)(stored + (size_t)(c / 8) * 8 * (size_t)words + (size_t)(c % 8));
-        char *to = (char *)weight + (size_t)(c / block * block) * (size_t)words * 8 + (size_t)(place(layout, c % block) * bytes);
+        char *to = (char *)weight + (size_t)(c / block * block) * (size_t)words * 8 +
+                   (size_t)(place(layout, c % block) * bytes);
         for (int j = 0; j < words; j++, from += 64)
             for (int i = 0; i < 8; i += bytes, to += block * bytes) memcpy(to, from + i, (size_t)bytes);
     }
@@ -54,7 +55,8 @@ size_t el_weight_size(const el_plan *p) {
         return (size_t)round_up(p->c_out, EL_REAL_BLOCK) * (size_t)taps * (size_t)p->c_in * sizeof(float);
     }
     if (is_depthwise(p)) return (size_t)taps * el_bytes_of_words(p->c_in);
-    return (size_t)p->groups * el_layout_bytes(el_isa_active->counter->layout, taps * tap_words(p), p->c_out / p->groups);
+    return (size_t)p->groups *
+           el_layout_bytes(el_isa_active->counter->layout, taps * tap_words(p), p->c_out / p->groups);
 }
 
 int el_own_layout(void) { return el_isa_active->counter->layout != EL_WORDS_OF_8; }
@@ -83,7 +85,8 @@ void el_tap_sums(const el_plan *p, const void *stored, int32_t *sums) {
             if (is_depthwise(p)) {
                 ones = (int)(((const uint64_t *)stored)[t * words + c / 64] >> (c % 64) & 1);
             } else {
-                const char *group = (const char *)stored + (size_t)(c / og) * el_layout_bytes(EL_WORDS_OF_8, taps * words, og);
+                const char *group =
+                    (const char *)stored + (size_t)(c / og) * el_layout_bytes(EL_WORDS_OF_8, taps * words, og);
                 const uint64_t *channel = (const uint64_t *)(const void *)group +
                                           (size_t)(c % og / 8) * 8 * (size_t)(taps * words) + (size_t)(c % og % 8);
                 for (int i = 0; i < words; i++) ones += __builtin_popcountll(channel[(size_t)(t * words + i) * 8]);

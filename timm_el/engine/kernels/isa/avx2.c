@@ -1,6 +1,6 @@
-/* AVX2. It has no popcount of vectors, but it looks up 32 values in a table of 16 with one instruction. So the popcount of
- * (weight xor activation), four bits at a time, is a look-up of the weight's four bits in the table that belongs to the
- * activation's four bits: 32 output channels side by side, one look-up and one add for 128 bits. */
+/* AVX2. It has no popcount of vectors, but it looks up 32 values in a table of 16 with one instruction. So the popcount
+ * of (weight xor activation), four bits at a time, is a look-up of the weight's four bits in the table that belongs to
+ * the activation's four bits: 32 output channels side by side, one look-up and one add for 128 bits. */
 #include "../isa.h"
 
 #if defined(EL_X86)
@@ -138,7 +138,8 @@ INLINE void dot_tile(const el_strings *in, const float *weight, float *out, int 
     }
 }
 
-static void dot(const el_strings *in, int tile, const float *weight, int channels, float *out, int stride, el_prefetch next) {
+static void dot(const el_strings *in, int tile, const float *weight, int channels, float *out, int stride,
+                el_prefetch next) {
     const size_t inputs = (size_t)in->segments * (size_t)(in->length / 4);
     const size_t step = next.bytes / (inputs * (size_t)((channels + 15) / 16));
     for (int c = 0; c < channels; c += 16, next.at += inputs * step) {

@@ -30,8 +30,8 @@ INLINE uint64_t signs_of_word(const float *x, const float *threshold, const uint
     return word;
 }
 
-void el_pack_avx512(const float *x, int n, size_t x_step, const float *threshold, const uint32_t *flip, int c, char *bits,
-                    size_t step) {
+void el_pack_avx512(const float *x, int n, size_t x_step, const float *threshold, const uint32_t *flip, int c,
+                    char *bits, size_t step) {
     pack(x, n, x_step, threshold, flip, c, bits, step);
 }
 
@@ -66,7 +66,8 @@ INLINE void dot_tile(const el_strings *in, const float *weight, float *out, int 
         for (int b = 0; b < 4; b++) _mm512_storeu_ps(out + p * stride + 16 * b, sum[p][b]);
 }
 
-static void dot(const el_strings *in, int tile, const float *weight, int channels, float *out, int stride, el_prefetch next) {
+static void dot(const el_strings *in, int tile, const float *weight, int channels, float *out, int stride,
+                el_prefetch next) {
     const size_t inputs = (size_t)in->segments * (size_t)(in->length / 4);
     const size_t blocks = (size_t)(channels + EL_REAL_BLOCK - 1) / EL_REAL_BLOCK, step = next.bytes / (inputs * blocks);
     for (int c = 0; c < channels; c += EL_REAL_BLOCK, next.at += inputs * step)

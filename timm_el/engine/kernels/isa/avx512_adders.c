@@ -1,16 +1,17 @@
-/* The counter of processors with AVX-512 that have no popcount of vectors: Skylake-X, Cascade Lake. 64 output channels lie
- * side by side, a byte of each string, so that a byte's sum is a channel's count and nothing is added across a register.
+/* The counter of processors with AVX-512 that have no popcount of vectors: Skylake-X, Cascade Lake. 64 output channels
+ * lie side by side, a byte of each string, so that a byte's sum is a channel's count and nothing is added across a
+ * register.
  *
- * Short strings are looked up, as in avx2.c. In long ones, the bits that differ go through carry-save adders: a register of
- * ones, one of twos and so on hold the sum of 8 bits a channel, bit by bit, and a full adder makes two bits of the same
- * weight and the one that is held to one that is held and a carry of twice the weight. Of 16 bits of weight 1 only one of
- * weight 16 comes out, and only these are counted as they come:
+ * Short strings are looked up, as in avx2.c. In long ones, the bits that differ go through carry-save adders: a
+ * register of ones, one of twos and so on hold the sum of 8 bits a channel, bit by bit, and a full adder makes two bits
+ * of the same weight and the one that is held to one that is held and a carry of twice the weight. Of 16 bits of weight
+ * 1 only one of weight 16 comes out, and only these are counted as they come:
  *
- *     w0 ^ x0, w1 ^ x1 -> ones    carry of 2 -+-> twos     carry of 4 -+-> fours    carry of 8 -+-> eights   carry of 16:
- *     w2 ^ x2, w3 ^ x3 -> ones    carry of 2 -+   another carry of 4 --+   another carry of 8 --+            its bits are counted
+ *     w0 ^ x0, w1 ^ x1 -> ones   a carry of 2 -+-> twos   a carry of 4 -+-> fours   a carry of 8 -+-> eights   a carry
+ *     w2 ^ x2, w3 ^ x3 -> ones   a carry of 2 -+          another one --+           another one --+            of 16
  *
- * With vpternlogd an adder is two instructions, or three with the two xors in front of it, so that a byte of 64 channels
- * costs 2.8 instructions; a look-up costs 4.5.
+ * With vpternlogd an adder is two instructions, or three with the two xors in front of it, so that a byte of 64
+ * channels costs 2.8 instructions; a look-up costs 4.5.
  */
 #include "../isa.h"
 
@@ -69,15 +70,14 @@ INLINE void look_up(const el_strings *in, const uint8_t *weight, int32_t *counts
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
-/* Inputs of a pixel, each byte four times: an instruction takes 32 bits of memory for all lanes, but not 8. Their number is
- * no power of two, so that the lines of several pixels do not compete for a set of the cache. */
+/* Inputs of a pixel, each byte four times: an instruction takes 32 bits of memory for all lanes, but not 8. Their
+ * number is no power of two, so that the lines of several pixels do not compete for a set of the cache. */
 typedef uint32_t repeated[PIECE * 8 + 16];
 
 /* Repeat n words of a pixel's string, from word `from` on. */
 INLINE void repeat_bytes(const el_strings *in, int pixel, int from, int n, uint32_t *to) {
-    const __m512i places = _mm512_set_epi32( /* lane i: byte i, four times */
-        0x0f0f0f0f, 0x0e0e0e0e, 0x0d0d0d0d, 0x0c0c0c0c, 0x0b0b0b0b, 0x0a0a0a0a, 0x09090909, 0x08080808,
-        0x07070707, 0x06060606, 0x05050505, 0x04040404, 0x03030303, 0x02020202, 0x01010101, 0x00000000);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x01010101)); /* lane i: byte i, four times */
     const int words = in->length / 8;
     for (int s = from / words, k = from % words; n > 0; s++, k = 0) {
         const char *run = in->base[pixel] + in->offsets[s];
@@ -94,7 +94,9 @@ INLINE void repeat_bytes(const el_strings *in, int pixel, int from, int n, uint3
 
 INLINE __m512i xor3(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
 INLINE __m512i not_c_where_b(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0x74); }
-INLINE __m512i not_c_where_a_is_not_b(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0xd4); }
+INLINE __m512i not_c_where_a_is_not_b(__m512i a, __m512i b, __m512i c) {
+    return _mm512_ternarylogic_epi32(a, b, c, 0xd4);
+}
 
 /* What is held of each pixel. */
 typedef struct {
@@ -102,8 +104,8 @@ typedef struct {
 } held;
 
 /* Add two bytes of the strings: ones + 2 * carry = ones + (w0 ^ x0) + (w1 ^ x1). With a = ones ^ w0 ^ x0 and b, the new
- * ones, = a ^ w1 ^ x1: where a bit of a is 1, one of ones and w0 ^ x0 is 1, and the carry is w1 ^ x1 = ~b; elsewhere they
- * are equal, and the carry is ones. Each instruction overwrites an operand that is no longer needed. */
+ * ones, = a ^ w1 ^ x1: where a bit of a is 1, one of ones and w0 ^ x0 is 1, and the carry is w1 ^ x1 = ~b; elsewhere
+ * they are equal, and the carry is ones. Each instruction overwrites an operand that is no longer needed. */
 INLINE void add2(held *h, const uint8_t *w, const repeated *x, int j, __m512i *carry, const int P) {
     const __m512i w0 = _mm512_loadu_si512(w + j * BLOCK), w1 = _mm512_loadu_si512(w + (j + 1) * BLOCK);
     for (int p = 0; p < P; p++) {
@@ -145,7 +147,8 @@ INLINE __m512i count_bits(__m512i v) {
 }
 
 /* Count `words` words, at most PIECE, of P pixels and 64 channels. */
-INLINE void add_up(const repeated *x, const uint8_t *weight, int words, int first, int32_t *counts, int stride, const int P) {
+INLINE void add_up(const repeated *x, const uint8_t *weight, int words, int first, int32_t *counts, int stride,
+                   const int P) {
     held h;
     __m512i sixteens[ADDER_PIXELS], a[ADDER_PIXELS], b[ADDER_PIXELS], carry[ADDER_PIXELS];
     for (int p = 0; p < P; p++) h.ones[p] = h.twos[p] = h.fours[p] = h.eights[p] = sixteens[p] = _mm512_setzero_si512();
@@ -173,7 +176,8 @@ INLINE void add_up(const repeated *x, const uint8_t *weight, int words, int firs
     }
 }
 
-static void count_long(const el_strings *in, int tile, const uint8_t *weight, int channels, int32_t *counts, int stride) {
+static void count_long(const el_strings *in, int tile, const uint8_t *weight, int channels, int32_t *counts,
+                       int stride) {
     const int words = in->segments * (in->length / 8);
     repeated x[TILE] __attribute__((aligned(64)));
     for (int from = 0; from < words; from += PIECE) {

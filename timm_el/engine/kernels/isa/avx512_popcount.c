@@ -15,8 +15,8 @@ EL_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,avx2,fma,popcnt")
 #define TILE 6
 
 /* P pixels by B blocks of 8 channels, `block` words from block to block. */
-INLINE void count_tile(const el_strings *in, const uint64_t *weight, size_t block, int32_t *counts, int stride, const int P,
-                       const int B) {
+INLINE void count_tile(const el_strings *in, const uint64_t *weight, size_t block, int32_t *counts, int stride,
+                       const int P, const int B) {
     __m512i sum[TILE][4];
     for (int p = 0; p < P; p++)
         for (int b = 0; b < B; b++) sum[p][b] = _mm512_setzero_si512();
@@ -49,8 +49,7 @@ static void count(const el_strings *in, int tile, const void *weight, int channe
     int c = 0;
     for (; c + 24 < channels; c += 32, w += 4 * block)
         WITH_PIXELS(tile, TILE, count_tile(in, w, block, counts + c, stride, P, 4))
-    for (; c < channels; c += 8, w += block)
-        WITH_PIXELS(tile, TILE, count_tile(in, w, block, counts + c, stride, P, 1))
+    for (; c < channels; c += 8, w += block) WITH_PIXELS(tile, TILE, count_tile(in, w, block, counts + c, stride, P, 1))
 }
 
 const el_counter el_counter_avx512_popcount = {

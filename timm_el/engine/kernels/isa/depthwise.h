@@ -1,8 +1,8 @@
-/* expand() and count_depthwise() of a counter: a depthwise convolution has one bit per tap and channel, so its signs and
- * weights are bytes of -1 (for a bit of 1) and 0, and a register of bytes holds the counts of as many channels.
+/* expand() and count_depthwise() of a counter: a depthwise convolution has one bit per tap and channel, so its signs
+ * and weights are bytes of -1 (for a bit of 1) and 0, and a register of bytes holds the counts of as many channels.
  *
- * Byte 4 i + j of a register belongs to channel j * LANES + i: the bytes j of its 32-bit lanes are then LANES channels in
- * order, and a shift and a mask make int32 of them. */
+ * Byte 4 i + j of a register belongs to channel j * LANES + i: the bytes j of its 32-bit lanes are then LANES channels
+ * in order, and a shift and a mask make int32 of them. */
 
 typedef int8_t vb __attribute__((vector_size(4 * LANES)));
 typedef int8_t vb_loose __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
@@ -46,7 +46,8 @@ INLINE void count_taps(const el_strings *in, size_t at, const char *weight, int3
         for (int p = 0; p < P; p++) sum[p] = (vb){0};
         for (; t < end; t++, weight += in->length) {
             const vb w = *(const vb_loose *)(const void *)(weight + at);
-            for (int p = 0; p < P; p++) sum[p] -= *(const vb_loose *)(const void *)(in->base[p] + in->offsets[t] + at) ^ w;
+            for (int p = 0; p < P; p++)
+                sum[p] -= *(const vb_loose *)(const void *)(in->base[p] + in->offsets[t] + at) ^ w;
         }
         for (int p = 0; p < P; p++)
             for (int j = 0; j < 4; j++) {

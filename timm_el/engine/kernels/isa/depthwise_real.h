@@ -12,8 +12,8 @@ INLINE vf fused(vf a, vf b, vf c) {
 }
 
 /* V vectors of channels, of which the last one has n channels. */
-INLINE void dot_taps(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c, int n, float *out,
-                     const int V) {
+INLINE void dot_taps(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c, int n,
+                     float *out, const int V) {
     vf sum[4];
     for (int v = 0; v < V; v++) sum[v] = (vf){0};
     weight += c;
@@ -26,7 +26,8 @@ INLINE void dot_taps(const float *const *taps, int n_taps, const float *weight, 
 }
 
 /* Weights have a multiple of 16 channels, and sums one of 64. */
-static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c, float *out) {
+static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c,
+                          float *out) {
     int i = 0;
     for (; i + 4 * LANES <= c; i += 4 * LANES) dot_taps(taps, n_taps, weight, weight_stride, i, LANES, out, 4);
     for (; i + LANES <= c; i += LANES) dot_taps(taps, n_taps, weight, weight_stride, i, LANES, out, 1);

@@ -81,8 +81,7 @@ INLINE void count_tile(const el_strings *in, const uint64_t *weight, int32_t *co
 static void count(const el_strings *in, int tile, const void *weight, int channels, int32_t *counts, int stride) {
     const size_t block = (size_t)in->segments * (size_t)in->length; /* words of 8 channels */
     const uint64_t *w = weight;
-    for (int c = 0; c < channels; c += 8, w += block)
-        WITH_PIXELS(tile, TILE, count_tile(in, w, counts + c, stride, P))
+    for (int c = 0; c < channels; c += 8, w += block) WITH_PIXELS(tile, TILE, count_tile(in, w, counts + c, stride, P))
 }
 
 const el_counter el_counter_neon = {
@@ -116,7 +115,8 @@ INLINE void dot_tile(const el_strings *in, const float *weight, float *out, int 
         for (int j = 0; j < 4; j++) vst1q_f32(out + p * stride + 4 * j, sum[p][j]);
 }
 
-static void dot(const el_strings *in, int tile, const float *weight, int channels, float *out, int stride, el_prefetch next) {
+static void dot(const el_strings *in, int tile, const float *weight, int channels, float *out, int stride,
+                el_prefetch next) {
     (void)next;
     const size_t inputs = (size_t)in->segments * (size_t)(in->length / 4);
     for (int c = 0; c < channels; c += 16) {

@@ -1,5 +1,5 @@
-/* The counter of 64-bit ARM with dot products of bytes (FEAT_DotProd): counted bytes times ones are summed to 32 bits, which
- * hold any count, so that a tile has registers for 6 pixels and is never interrupted. */
+/* The counter of 64-bit ARM with dot products of bytes (FEAT_DotProd): counted bytes times ones are summed to 32 bits,
+ * which hold any count, so that a tile has registers for 6 pixels and is never interrupted. */
 #include "../isa.h"
 
 #if defined(EL_ARM)
@@ -51,8 +51,7 @@ INLINE void count_tile(const el_strings *in, const uint64_t *weight, int32_t *co
 static void count(const el_strings *in, int tile, const void *weight, int channels, int32_t *counts, int stride) {
     const size_t block = (size_t)in->segments * (size_t)in->length; /* words of 8 channels */
     const uint64_t *w = weight;
-    for (int c = 0; c < channels; c += 8, w += block)
-        WITH_PIXELS(tile, TILE, count_tile(in, w, counts + c, stride, P))
+    for (int c = 0; c < channels; c += 8, w += block) WITH_PIXELS(tile, TILE, count_tile(in, w, counts + c, stride, P))
 }
 
 const el_counter el_counter_neon_dot = {

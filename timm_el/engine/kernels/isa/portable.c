@@ -111,7 +111,8 @@ INLINE const float *run_of(const el_strings *in, int p, int s) {
 
 #ifdef __FP_FAST_FMAF
 
-static void dot(const el_strings *in, int tile, const float *weight, int channels, float *out, int stride, el_prefetch next) {
+static void dot(const el_strings *in, int tile, const float *weight, int channels, float *out, int stride,
+                el_prefetch next) {
     (void)next;
     for (int c = 0; c < channels; c += EL_REAL_BLOCK) {
         for (int p = 0; p < tile; p++) memset(out + p * stride + c, 0, EL_REAL_BLOCK * sizeof(float));
@@ -125,7 +126,8 @@ static void dot(const el_strings *in, int tile, const float *weight, int channel
     }
 }
 
-static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c, float *out) {
+static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c,
+                          float *out) {
     for (int i = 0; i < c; i++) {
         float sum = 0.f;
         for (int t = 0; t < n_taps; t++)
@@ -136,14 +138,15 @@ static void dot_depthwise(const float *const *taps, int n_taps, const float *wei
 
 #else
 /* A fused multiply-add without the instruction: in float64 the product of two floats is exact, and the sum, rounded to
- * float32, is the right one but where rounding it to float64 first has made a tie of it, or where float32 has fewer bits,
- * below 2^-126, or ends, at 2^128. All of it shows in the bits of the sum. So eight chains of sums are first computed as
- * if none of it occurred; if it did, they are computed once more with rounding to odd, which no second rounding deceives.
+ * float32, is the right one but where rounding it to float64 first has made a tie of it, or where float32 has fewer
+ * bits, below 2^-126, or ends, at 2^128. All of it shows in the bits of the sum. So eight chains of sums are first
+ * computed as if none of it occurred; if it did, they are computed once more with rounding to odd, which no second
+ * rounding deceives.
  *
- * The quick way adds half of float32's last place to the bits of a sum and keeps those that float32 has. Nothing is left
- * in the low 32 bits after a tie. Sums are 2^81 times too large, so that the exponent field of 2^-80 holds 1024: up to
- * 2^48 two bits of it are 0, as they are in 0, and everywhere else that a sum can be, one of them is 1. These are not kept
- * either. So what is kept must differ from the sum in the low 32 bits, and must not in the high ones. */
+ * The quick way adds half of float32's last place to the bits of a sum and keeps those that float32 has. Nothing is
+ * left in the low 32 bits after a tie. Sums are 2^81 times too large, so that the exponent field of 2^-80 holds 1024:
+ * up to 2^48 two bits of it are 0, as they are in 0, and everywhere else that a sum can be, one of them is 1. These are
+ * not kept either. So what is kept must differ from the sum in the low 32 bits, and must not in the high ones. */
 
 typedef double vd __attribute__((vector_size(16)));
 typedef double vd4 __attribute__((vector_size(32)));
@@ -224,11 +227,13 @@ static void dot_tile(const el_strings *in, int tile, const float *weight, float 
         else dot_exactly(in, p, weight, out);
 }
 
-static void dot(const el_strings *in, int tile, const float *weight, int channels, float *out, int stride, el_prefetch next) {
+static void dot(const el_strings *in, int tile, const float *weight, int channels, float *out, int stride,
+                el_prefetch next) {
     (void)next;
     const size_t inputs = (size_t)in->segments * (size_t)(in->length / 4);
     for (int c = 0; c < channels; c += REAL_CHANNELS)
-        dot_tile(in, tile, weight + (size_t)(c / EL_REAL_BLOCK) * EL_REAL_BLOCK * inputs + c % EL_REAL_BLOCK, out + c, stride);
+        dot_tile(in, tile, weight + (size_t)(c / EL_REAL_BLOCK) * EL_REAL_BLOCK * inputs + c % EL_REAL_BLOCK, out + c,
+                 stride);
 }
 
 /* Eight channels from c on of one pixel; 0 if a sum may be wrong. */
@@ -244,7 +249,8 @@ static int dot_taps(const float *const *taps, int n_taps, const float *weight, i
     return is_right(same, 4 * (uint32_t)n_taps);
 }
 
-static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c, float *out) {
+static void dot_depthwise(const float *const *taps, int n_taps, const float *weight, int weight_stride, int c,
+                          float *out) {
     for (int i = 0; i < c; i += REAL_CHANNELS) {
         if (c - i >= REAL_CHANNELS && dot_taps(taps, n_taps, weight, weight_stride, i, out)) continue;
         for (int j = i; j < c && j < i + REAL_CHANNELS; j++) {

@@ -69,10 +69,10 @@ static void pool(const float *const *pixels, int n, int mode, int c, float *out)
  *     PReLU between two shifts                                           [has_post]
  *     + added                                                            [if there is any]
  *
- * in this order, each operation rounded on its own: nothing may be folded or fused. Steps that a plan lacks are compiled
- * away from the commonest ones. The outer loop is over vectors of channels, whose constants stay in registers. */
+ * in this order, each operation rounded on its own: nothing may be folded or fused. Steps that a plan lacks are
+ * compiled away from the commonest ones. The outer loop is over vectors of channels: their constants stay in registers. */
 
-/* How a vector of channels of the link is read: not at all, as it lies, as a sum of runs of c_out, or value by value. */
+/* Ways to read a vector of channels of the link: not at all, as it lies, as a sum of runs of c_out, value by value. */
 enum { LINK_OFF, LINK_WHOLE, LINK_SUM, LINK_SLOW };
 
 typedef struct {
@@ -98,8 +98,10 @@ static vf link_slowly(const el_plan *p, const float *pixel, int c) {
 
 INLINE void compute_epilogue(const el_tile *t, const steps s) {
     const el_plan *p = t->plan;
-    const size_t row = (size_t)p->table_stride, c_out = (size_t)p->c_out, ci = (size_t)p->link_c, stride = (size_t)t->stride;
-    const int slope_row = 2, affine_row = slope_row + (s.act == EL_ACT_PRELU), post_row = affine_row + (s.has_affine ? 2 : 0);
+    const size_t row = (size_t)p->table_stride, stride = (size_t)t->stride;
+    const size_t c_out = (size_t)p->c_out, ci = (size_t)p->link_c;
+    const int slope_row = 2, affine_row = slope_row + (s.act == EL_ACT_PRELU);
+    const int post_row = affine_row + (s.has_affine ? 2 : 0);
     const vf none = {0}, lo = spread(p->lo), hi = spread(p->hi), inverse_gamma = spread(p->inverse_gamma);
     const vi bits = (vi){0} + t->bits;
     const int c1 = t->c1, pixels = t->pixels;
@@ -143,7 +145,8 @@ INLINE void compute_epilogue(const el_tile *t, const steps s) {
             }
             if (s.link) {
                 vf l = s.link == LINK_SLOW ? link_slowly(p, link, c) : load_floats(link);
-                for (size_t j = c_out; s.link == LINK_SUM && j + (size_t)c < ci; j += c_out) l = l + load_floats(link + j);
+                for (size_t j = c_out; s.link == LINK_SUM && j + (size_t)c < ci; j += c_out)
+                    l = l + load_floats(link + j);
                 l = l * inverse_gamma;
                 v = v + l;
                 link += ci;
@@ -162,17 +165,17 @@ INLINE void compute_epilogue(const el_tile *t, const steps s) {
 }
 
 /* The commonest ones: a name and the steps that it has. */
-#define COMMON_EPILOGUES(EPILOGUE)                                                                       \
-    EPILOGUE(bare, .link = LINK_OFF)                                                                     \
-    EPILOGUE(link_whole, .link = LINK_WHOLE)                                                             \
-    EPILOGUE(link_sum, .link = LINK_SUM)                                                                 \
-    EPILOGUE(k_link_whole, .has_k = 1, .link = LINK_WHOLE)                                               \
-    EPILOGUE(k_link_sum, .has_k = 1, .link = LINK_SUM)                                                   \
-    EPILOGUE(link_post, .link = LINK_WHOLE, .has_post = 1)                                               \
-    EPILOGUE(clip_affine_link, .act = EL_ACT_CLIP, .has_affine = 1, .link = LINK_WHOLE)                  \
-    EPILOGUE(real_bare, .real = 1)                                                                       \
-    EPILOGUE(real_clip_affine, .real = 1, .act = EL_ACT_CLIP, .has_affine = 1)                           \
-    EPILOGUE(real_clip_affine_link, .real = 1, .act = EL_ACT_CLIP, .has_affine = 1, .link = LINK_WHOLE)  \
+#define COMMON_EPILOGUES(EPILOGUE)                                                                      \
+    EPILOGUE(bare, .link = LINK_OFF)                                                                    \
+    EPILOGUE(link_whole, .link = LINK_WHOLE)                                                            \
+    EPILOGUE(link_sum, .link = LINK_SUM)                                                                \
+    EPILOGUE(k_link_whole, .has_k = 1, .link = LINK_WHOLE)                                              \
+    EPILOGUE(k_link_sum, .has_k = 1, .link = LINK_SUM)                                                  \
+    EPILOGUE(link_post, .link = LINK_WHOLE, .has_post = 1)                                              \
+    EPILOGUE(clip_affine_link, .act = EL_ACT_CLIP, .has_affine = 1, .link = LINK_WHOLE)                 \
+    EPILOGUE(real_bare, .real = 1)                                                                      \
+    EPILOGUE(real_clip_affine, .real = 1, .act = EL_ACT_CLIP, .has_affine = 1)                          \
+    EPILOGUE(real_clip_affine_link, .real = 1, .act = EL_ACT_CLIP, .has_affine = 1, .link = LINK_WHOLE) \
     EPILOGUE(real_link_post, .real = 1, .link = LINK_WHOLE, .has_post = 1)
 
 #define AS_FUNCTION(name, ...) \
@@ -182,7 +185,12 @@ INLINE void compute_epilogue(const el_tile *t, const steps s) {
 COMMON_EPILOGUES(AS_FUNCTION)
 
 static steps steps_of(const el_plan *p, int c0) {
-    return (steps){p->real != 0, p->has_k != 0, (uint8_t)p->act, p->has_affine != 0, (uint8_t)link_reading(p, c0), p->has_post != 0};
+    return (steps){.real = p->real != 0,
+                   .has_k = p->has_k != 0,
+                   .act = (uint8_t)p->act,
+                   .has_affine = p->has_affine != 0,
+                   .link = (uint8_t)link_reading(p, c0),
+                   .has_post = p->has_post != 0};
 }
 
 static void any_epilogue(const el_tile *t) { compute_epilogue(t, steps_of(t->plan, t->c0)); }

@@ -16,7 +16,8 @@ INLINE uint64_t signs_of_word(const float *x, const float *threshold, const uint
 /* Pack one pixel; whatever is constant is compiled away. */
 INLINE void pack_pixel(const float *x, const float *threshold, const uint32_t *flip, int c, char *bits) {
     for (int i = 0; i < c; i += 64, bits += 8) {
-        const uint64_t word = signs_of_word(x + i, threshold ? threshold + i : NULL, flip ? flip + i : NULL, c - i < 64 ? c - i : 64);
+        const uint64_t word =
+            signs_of_word(x + i, threshold ? threshold + i : NULL, flip ? flip + i : NULL, c - i < 64 ? c - i : 64);
         memcpy(bits, &word, 8);
     }
 }

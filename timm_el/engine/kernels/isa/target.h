@@ -1,5 +1,5 @@
-/* EL_TARGET(features): what follows is compiled for a processor that has them; EL_END_TARGET ends it. The file itself is
- * built for any processor, and cpu.c says at run time who may call its functions. */
+/* EL_TARGET(features): what follows is compiled for a processor that has them; EL_END_TARGET ends it. The file itself
+ * is built for any processor, and cpu.c says at run time who may call its functions. */
 #define EL_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define EL_TARGET(features) EL_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))

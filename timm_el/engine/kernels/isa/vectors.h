@@ -1,7 +1,7 @@
 /* Vectors of LANES floats in the compiler's own arithmetic, and the few operations that need more than an operator.
  *
- * An instruction-set file of isa/ starts with EL_TARGET(...), defines LANES and includes this, then real.h, signs.h or
- * planes.h for what is written once for all. Contraction is off (flags.txt): a * b + c is two roundings everywhere.
+ * An instruction-set file of isa/ starts with EL_TARGET(...), defines LANES and includes this, then real.h, signs.h,
+ * depthwise.h or depthwise_real.h for what is written once for all. Contraction is off (flags.txt): a * b + c is two roundings everywhere.
  */
 #include "../isa.h"
 
@@ -70,9 +70,11 @@ INLINE vf at_most(vf v, vf hi) {
 /* Return v where v >= 0, else v * slope. */
 INLINE vf prelu(vf v, vf slope) {
 #if LANES == 16
-    return (vf)_mm512_mask_mul_ps((__m512)v, _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NGE_UQ), (__m512)v, (__m512)slope);
+    const __mmask16 below = _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NGE_UQ);
+    return (vf)_mm512_mask_mul_ps((__m512)v, below, (__m512)v, (__m512)slope);
 #elif LANES == 8
-    return (vf)_mm256_blendv_ps((__m256)(v * slope), (__m256)v, _mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_GE_OQ));
+    const __m256 keep = _mm256_cmp_ps((__m256)v, _mm256_setzero_ps(), _CMP_GE_OQ);
+    return (vf)_mm256_blendv_ps((__m256)(v * slope), (__m256)v, keep);
 #else
     return select_floats(v >= spread(0.f), v, v * slope);
 #endif
