@@ -15,7 +15,7 @@ import torch
 
 import timm_el
 from timm_el import engine
-from timm_el.engine import native, reference
+from timm_el.engine import abi, native, reference
 from timm_el.engine import operators as ops
 from timm_el.engine.layout import store
 from timm_el.engine.spec import ConvSpec, Window, table_stride
@@ -215,3 +215,18 @@ def test_the_sources_compile_without_a_warning_for_every_platform(tmp_path, targ
     assert ': 0 wrong' in out
     if not runner:
         assert ' '.join(timm_el.engine.info()['available']) in out
+
+
+@pytest.mark.skipif(not CC, reason='no C compiler: the engine runs its reference')
+@pytest.mark.parametrize('flags', [
+    [],
+    pytest.param(['-O1', '-fsanitize=address,undefined', '-fno-sanitize-recover=all'], marks=pytest.mark.slow)])
+def test_sums_of_int8_are_exact(tmp_path, flags):
+    """Scales and sums of every instruction set, with NaN, infinities, zeros, denormals and ties among the inputs."""
+    program = str(tmp_path / 'int8.exe')
+    source = ROOT / 'tests' / 'kernels' / 'int8.c'
+    libraries = ['-lm', '-ldl'] if sys.platform == 'linux' else ['-lm']
+    subprocess.run(
+        [CC, *FLAGS, '-Wall', '-Wextra', '-Werror', *flags, '-I', str(KERNELS), '-o', program, str(source),
+         *map(str, abi.sources()), *libraries], check=True)
+    assert '200 cases: 0 wrong' in run(program, '200')

@@ -157,5 +157,60 @@ const el_real el_real_avx2 = {
     .epilogue = epilogue,
 };
 
+/* ------------------------------------------------------------------------------------------------------------------ */
+
+#include "quantize.h"
+
+#define INT8_TILE 3
+
+/* Inputs are widened to 16 bits, for vpmaddwd. */
+static void quantize(const el_strings *in, int tile, uint8_t *q, size_t step, float *k) {
+    for (int p = 0; p < tile; p++, q += step) {
+        const int inputs = in->segments * (in->length / 4), filled = (inputs + 3) / 4 * 4;
+        quantize_pixel(in, p, q + filled, k + p, 0); /* to the second half, from where they are widened to the whole */
+        int i = 0;
+        for (; i + 16 <= filled; i += 16)
+            _mm256_storeu_si256((__m256i *)(q + 2 * i),
+                                _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(q + filled + i))));
+        for (; i < filled; i++) {
+            const int16_t wide = (int8_t)q[filled + i];
+            memcpy(q + 2 * i, &wide, 2);
+        }
+    }
+}
+
+/* P pixels by 16 channels, two sums a channel. */
+INLINE void dot_int8_tile(const uint8_t *q, size_t step, int fours, const int8_t *weight, int32_t *sums, int stride,
+                          const int P) {
+    __m256i sum[INT8_TILE][4];
+    for (int p = 0; p < P; p++)
+        for (int i = 0; i < 4; i++) sum[p][i] = _mm256_setzero_si256();
+    for (int k = 0; k < fours; k++, weight += 256, q += 8) {
+        __m256i x[INT8_TILE];
+        for (int p = 0; p < P; p++) x[p] = _mm256_set1_epi64x((long long)word_at(q + (size_t)p * step));
+        for (int i = 0; i < 4; i++) {
+            const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(weight + 16 * i)));
+            for (int p = 0; p < P; p++) sum[p][i] = _mm256_add_epi32(sum[p][i], _mm256_madd_epi16(w, x[p]));
+        }
+    }
+    for (int p = 0; p < P; p++)
+        for (int i = 0; i < 2; i++) { /* channels 0 1 4 5 2 3 6 7 */
+            const __m256i pairs = _mm256_hadd_epi32(sum[p][2 * i], sum[p][2 * i + 1]);
+            _mm256_storeu_si256((__m256i *)(sums + p * stride + 8 * i), _mm256_permute4x64_epi64(pairs, 0xd8));
+        }
+}
+
+static void dot_int8(const uint8_t *q, size_t step, int tile, int inputs, const void *weight, int channels,
+                     int32_t *sums, int stride, el_prefetch next) {
+    (void)next;
+    for (int c = 0; c < (channels + 63) / 64 * 64; c += 16) {
+        const int8_t *w =
+            (const int8_t *)weight + (size_t)(c / 64) * el_int8_block_bytes(inputs) + (size_t)(c % 64) * 4;
+        WITH_PIXELS(tile, INT8_TILE, dot_int8_tile(q, step, (inputs + 3) / 4, w, sums + c, stride, P))
+    }
+}
+
+const el_int8 el_int8_avx2 = {.tile_pixels = INT8_TILE, .input_bytes = 2, .quantize = quantize, .dot = dot_int8};
+
 EL_END_TARGET
 #endif

@@ -133,4 +133,10 @@ const el_real el_real_neon = {
     .pool = pool,
     .epilogue = epilogue,
 };
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+
+#include "int8_floats.h"
+
+const el_int8 el_int8_neon = {.tile_pixels = INT8_TILE, .input_bytes = 1, .quantize = quantize, .dot = dot_int8};
 #endif

@@ -64,5 +64,53 @@ const el_counter el_counter_neon_dot = {
     .count_depthwise = el_count_depthwise_neon,
 };
 
+/* ------------------------------------------------------------------------------------------------------------------ */
+
+#include "quantize.h"
+
+#define INT8_TILE 4
+
+static void quantize(const el_strings *in, int tile, uint8_t *q, size_t step, float *k) {
+    quantize_tile(in, tile, q, step, k, 0);
+}
+
+/* vdotq_s32 of four channels' weights and the same four inputs. */
+INLINE int32x4_t add_products(int32x4_t sum, int8x16_t w, int8x16_t x) {
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
+    return sum;
+}
+
+/* P pixels by 16 channels. */
+INLINE void dot_tile(const uint8_t *q, size_t step, int fours, const int8_t *weight, int32_t *sums, int stride,
+                     const int P) {
+    int32x4_t sum[INT8_TILE][4];
+    for (int p = 0; p < P; p++)
+        for (int i = 0; i < 4; i++) sum[p][i] = vdupq_n_s32(0);
+    for (int k = 0; k < fours; k++, weight += 256, q += 4) {
+        int8x16_t w[4];
+        for (int i = 0; i < 4; i++) w[i] = vld1q_s8(weight + 16 * i);
+        for (int p = 0; p < P; p++) {
+            int32_t four;
+            memcpy(&four, q + (size_t)p * step, 4);
+            const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four));
+            for (int i = 0; i < 4; i++) sum[p][i] = add_products(sum[p][i], w[i], x);
+        }
+    }
+    for (int p = 0; p < P; p++)
+        for (int i = 0; i < 4; i++) vst1q_s32(sums + p * stride + 4 * i, sum[p][i]);
+}
+
+static void dot_int8(const uint8_t *q, size_t step, int tile, int inputs, const void *weight, int channels,
+                     int32_t *sums, int stride, el_prefetch next) {
+    (void)next;
+    for (int c = 0; c < (channels + 63) / 64 * 64; c += 16) {
+        const int8_t *w =
+            (const int8_t *)weight + (size_t)(c / 64) * el_int8_block_bytes(inputs) + (size_t)(c % 64) * 4;
+        WITH_PIXELS(tile, INT8_TILE, dot_tile(q, step, (inputs + 3) / 4, w, sums + c, stride, P))
+    }
+}
+
+const el_int8 el_int8_neon_dot = {.tile_pixels = INT8_TILE, .input_bytes = 1, .quantize = quantize, .dot = dot_int8};
+
 EL_END_TARGET
 #endif
