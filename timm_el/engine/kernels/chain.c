@@ -8,13 +8,7 @@
 #define RUN_BYTES 1500000 /* rows that a run keeps: they shall stay in a core's second cache */
 #define FIRST_VALUE 2     /* value 0 is x, value 1 the caller's other tensor */
 
-static size_t large_image_bytes = 250000; /* measured: 100 to 500 kB are level, 1 MB is slower */
-
-size_t el_large_image(size_t bytes) {
-    const size_t before = large_image_bytes;
-    large_image_bytes = bytes;
-    return before;
-}
+extern size_t el_large_image_bytes; /* ready.c */
 
 /* Output rows a .. b - 1 need rows a * stride - before .. (b - 1) * stride + after of a value; stride 0: none. */
 typedef struct {
@@ -143,7 +137,7 @@ static int is_large(const el_step *steps, int from, int to, int threads) {
         const size_t size = image_size(steps[i].plan->oh, steps[i].plan->ow, steps[i].plan->c_out);
         if (size > most) most = size;
     }
-    return most * sizeof(float) > large_image_bytes && (threads == 1 || (int64_t)last->n * last->oh >= 8 * threads);
+    return most * sizeof(float) > el_large_image_bytes && (threads == 1 || (int64_t)last->n * last->oh >= 8 * threads);
 }
 
 static int same_size(const el_plan *p, int n, int h, int w, int c) { return p->n == n && p->oh == h && p->ow == w && p->c_out == c; }

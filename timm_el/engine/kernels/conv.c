@@ -6,7 +6,7 @@
 #define FEW_PIXELS 96 /* output pixels per thread, below which threads share output channels */
 
 typedef struct {
-    layer l;
+    const layer *l;
     const float *x, *link, *added;
     float *y;
     const el_plan *next;   /* what runs after this, or NULL */
@@ -17,8 +17,8 @@ typedef struct {
 /* Run an item of work. */
 static void conv_piece(void *context, int item) {
     conv_job *j = context;
-    const el_plan *p = j->l.p;
-    char *scratch = el_scratch(EL_SLOT_BAND, j->l.bytes);
+    const el_plan *p = j->l->p;
+    char *scratch = el_scratch(EL_SLOT_BAND, j->l->bytes);
     if (!scratch) {
         atomic_store(&j->failed, 1);
         return;
@@ -35,7 +35,7 @@ static void conv_piece(void *context, int item) {
     for (int64_t row = from; row < to;) {
         const size_t image = (size_t)(row / p->oh);
         const int oy0 = (int)(row % p->oh), oy1 = to - row < p->oh - oy0 ? oy0 + (int)(to - row) : p->oh;
-        el_prepare(&s, &j->l, scratch);
+        el_prepare(&s, j->l, scratch);
         s.x = view_of(j->x + image * image_size(p->h, p->w, p->c_in), p->h, p->w, p->c_in);
         s.y = view_of(j->y + image * image_size(p->oh, p->ow, p->c_out), p->oh, p->ow, p->c_out);
         if (p->link)
@@ -47,22 +47,30 @@ static void conv_piece(void *context, int item) {
     }
 }
 
-int el_run_conv(const el_plan *p, const el_plan *next, const float *x, const float *link, const float *added, float *y,
-                int threads) {
-    if (el_is_bad(p) || !x || !y || (p->link && !link)) return EL_BAD_PLAN;
-    if ((int64_t)p->n * p->oh * p->ow == 0) return EL_OK;
-    conv_job j = {.x = x, .link = link, .added = added, .y = y, .next = next, .row_items = 1, .splits = 1};
+int el_run_layer(const layer *l, const el_plan *next, const float *x, const float *link, const float *added, float *y,
+                 int threads) {
+    const el_plan *p = l->p;
+    conv_job j = {.l = l, .x = x, .link = link, .added = added, .y = y, .next = next, .row_items = 1, .splits = 1};
     atomic_init(&j.failed, 0);
-    el_set_up(&j.l, p);
+    /* Few pixels: threads share the output channels. Many: they share the rows. */
     const int64_t rows = (int64_t)p->n * p->oh;
     const int blocks = (p->c_out + EL_REAL_BLOCK - 1) / EL_REAL_BLOCK;
     if (threads > 1) {
-        if (!j.l.depthwise && p->groups == 1 && rows * p->ow < (int64_t)FEW_PIXELS * threads && blocks >= threads)
+        if (!l->depthwise && p->groups == 1 && rows * p->ow < (int64_t)FEW_PIXELS * threads && blocks >= threads)
             j.splits = threads;
         else j.row_items = (int)(rows < threads ? rows : threads);
     }
     el_parallel(conv_piece, &j, j.row_items * j.splits, threads);
     return atomic_load(&j.failed) ? EL_NO_MEMORY : EL_OK;
+}
+
+int el_run_conv(const el_plan *p, const el_plan *next, const float *x, const float *link, const float *added, float *y,
+                int threads) {
+    if (el_is_bad(p) || !x || !y || (p->link && !link)) return EL_BAD_PLAN;
+    if ((int64_t)p->n * p->oh * p->ow == 0) return EL_OK;
+    layer l;
+    el_set_up(&l, p);
+    return el_run_layer(&l, next, x, link, added, y, threads);
 }
 
 int el_conv(const el_plan *p, const float *x, const float *link, const float *added, float *y, int threads) {

@@ -14,8 +14,7 @@
 #ifndef TIMM_EL_ENGINE_H
 #define TIMM_EL_ENGINE_H
 
-#include <stddef.h>
-#include <stdint.h>
+#include "timm_el.h"
 
 #define EL_MAX_TAPS 1024 /* kernel height times width */
 #define EL_MAX_POOL 64   /* kernel height times width of a link's pool */
@@ -23,7 +22,6 @@
 #define EL_MAX_REACH (1 << 15) /* strides, padding, kernel times dilation */
 #define EL_MAX_RUN 32    /* steps of which a few rows at a time are made */
 
-enum { EL_OK = 0, EL_BAD_PLAN = 1, EL_NO_MEMORY = 2 };
 enum { EL_ACT_NONE, EL_ACT_CLIP, EL_ACT_PRELU };
 enum { EL_LINK_NONE, EL_LINK_IDENTITY, EL_LINK_SQUEEZE, EL_LINK_EXPAND };
 enum { EL_POOL_NONE, EL_POOL_MAX, EL_POOL_AVG };
@@ -70,19 +68,13 @@ typedef struct {
 
 #define EL_REAL_BLOCK 64   /* real channels per block */
 
-#if defined(_WIN32)
-#define EL_API __declspec(dllexport)
-#else
-#define EL_API __attribute__((visibility("default")))
-#endif
-
 /* threads.c: run(context, i) for i in 0 .. n-1, on up to `threads` threads, the caller's among them. */
 void el_parallel(void (*run)(void *context, int i), void *context, int n, int threads);
 /* memory.c: a block whose address is a multiple of `align`; NULL if there is none. Only el_aligned_free takes it back. */
 void *el_aligned_alloc(size_t align, size_t bytes);
 void el_aligned_free(void *block);
 /* A block of memory that belongs to the calling thread, until it asks for the slot again; NULL if there is none. */
-enum { EL_SLOT_BAND, EL_SLOT_RUN, EL_SLOT_VALUES, EL_SLOTS = EL_SLOT_VALUES + EL_MAX_VALUES };
+enum { EL_SLOT_BAND, EL_SLOT_ARENA, EL_SLOT_RUN, EL_SLOT_VALUES, EL_SLOTS = EL_SLOT_VALUES + EL_MAX_VALUES };
 void *el_scratch(int slot, size_t bytes);
 
 #define EL_HUGE_PAGE ((size_t)2 << 20)
@@ -99,9 +91,6 @@ enum {
 
 EL_API uint32_t el_cpu(void);                 /* bits of EL_CPU_... */
 EL_API const char *el_hash(void);             /* EL_HASH, which the build defines: of the sources it was given */
-EL_API const char *el_bodies(void);           /* names of the instruction sets that this processor runs, best first */
-EL_API int el_use(const char *name);          /* EL_BAD_PLAN if the processor does not run it */
-EL_API const char *el_active(void);
 EL_API size_t el_large_image(size_t bytes);   /* from which size on a few rows at a time are made; gives that of before */
 EL_API double el_chip_rate(void);
 EL_API int el_own_layout(void);               /* the active counter reads binary weights in another layout than the stored one */
