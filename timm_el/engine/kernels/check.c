@@ -120,9 +120,9 @@ static int64_t stored_bytes(const int32_t *ints, int real) {
     return groups * up(c_out / groups, 8) * taps * up(c_in / groups, 64) / 8;
 }
 
-static int check_conv(const el_program_step *s, const el_tensor_record *tensors, const el_error *e) {
+static int check_conv(const el_program_step *s, const el_error *e) {
     const int32_t *ints = s->record->ints;
-    const int real = tensors[s->record->tensors[0]].dtype == EL_FLOAT32, has_link = s->wires[1] >= 0;
+    const int real = s->real, has_link = s->wires[1] >= 0;
     const int c_in = ints[EL_C_IN], c_out = ints[EL_C_OUT], groups = ints[EL_GROUPS];
     const int rows = 2 + (ints[EL_ACT] == EL_ACT_PRELU) + 2 * ints[EL_HAS_AFFINE] + 3 * ints[EL_HAS_POST];
     if (check_window(ints + EL_WINDOW, EL_MAX_TAPS, e)) return EL_BAD_PLAN;
@@ -175,7 +175,7 @@ static int check_const(const el_program_step *s, const el_error *e) {
 int el_check_step(el_program_step *s, const el_tensor_record *tensors, const el_error *e) {
     if (check_wires(s, e) || check_tensors(s, tensors, e) || check_ints(s, e)) return EL_BAD_PLAN;
     switch (s->record->kind) {
-        case EL_CONV: return check_conv(s, tensors, e);
+        case EL_CONV: s->real = tensors[s->record->tensors[0]].dtype == EL_FLOAT32; return check_conv(s, e);
         case EL_POOL: return check_window(s->record->ints, EL_MAX_POOL, e);
         case EL_INPUT_SCALE: return check_window(s->record->ints, EL_MAX_TAPS, e);
         case EL_CHANNELS: return take_channels(s, e);

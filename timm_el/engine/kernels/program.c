@@ -165,11 +165,10 @@ int el_input(const el_program *p, int i, int32_t *channels, int32_t *height, int
 /* ------------------------------------------------------------------------------------------------------------------ */
 
 /* Enough of a plan for weights: they do not depend on the size of images. */
-static el_plan plan_of_weights(const el_program *p, const el_program_step *s) {
+static el_plan plan_of_weights(const el_program_step *s) {
     const int32_t *ints = s->record->ints;
     el_plan plan = {.c_in = ints[EL_C_IN], .c_out = ints[EL_C_OUT], .groups = ints[EL_GROUPS], .pad_value = ints[EL_PAD_VALUE],
-                    .real = p->tensors[s->record->tensors[0]].dtype == EL_FLOAT32,
-                    .table_stride = (int32_t)(el_bytes_of_row(ints[EL_C_OUT]) / (int64_t)sizeof(float))};
+                    .real = s->real, .table_stride = (int32_t)(el_bytes_of_row(ints[EL_C_OUT]) / (int64_t)sizeof(float))};
     memcpy(&plan.conv, ints + EL_WINDOW, sizeof plan.conv);
     return plan;
 }
@@ -180,8 +179,8 @@ static int is_padded(const int32_t *ints) {
 }
 
 /* Lay a step's weight and sums of taps out at `to`, or only count their bytes if it is NULL. */
-static size_t lay_out_step(const el_program *p, el_program_step *s, char *to) {
-    const el_plan plan = plan_of_weights(p, s);
+static size_t lay_out_step(el_program_step *s, char *to) {
+    const el_plan plan = plan_of_weights(s);
     size_t bytes = 0;
     s->weight = s->tensors[0];
     if (plan.real) {
@@ -212,13 +211,13 @@ int el_lay_out_weights(el_program *p, const el_error *e) {
     }
     size_t bytes = 64;
     for (int i = 0; i < p->n_steps; i++)
-        if (p->steps[i].record->kind == EL_CONV) bytes += lay_out_step(p, p->steps + i, NULL);
+        if (p->steps[i].record->kind == EL_CONV) bytes += lay_out_step(p->steps + i, NULL);
     p->weights = el_aligned_alloc(bytes < EL_HUGE_PAGE ? 64 : EL_HUGE_PAGE, bytes);
     if (!p->weights) return el_say_no_memory(e);
     el_advise(p->weights, bytes);
     char *to = p->weights;
     for (int i = 0; i < p->n_steps; i++)
-        if (p->steps[i].record->kind == EL_CONV) to += lay_out_step(p, p->steps + i, to);
+        if (p->steps[i].record->kind == EL_CONV) to += lay_out_step(p->steps + i, to);
     p->laid_out_for = el_active();
     return EL_OK;
 }
