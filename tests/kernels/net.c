@@ -50,7 +50,7 @@ int same(const float *a, const float *b, size_t n) {
 el_step_record *net_step(net *n, int kind, int n_wires, const int32_t *wires) {
     el_step_record *s = n->steps + n->n_steps++;
     *s = (el_step_record){.kind = kind, .first_wire = n->n_wires, .n_wires = n_wires, .tensors = {-1, -1, -1, -1}};
-    memcpy(n->wires + n->n_wires, wires, (size_t)n_wires * sizeof *wires);
+    for (int i = 0; i < n_wires; i++) n->wires[n->n_wires + i] = wires[i];
     n->n_wires += n_wires;
     return s;
 }

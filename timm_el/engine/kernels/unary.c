@@ -1,23 +1,39 @@
 /* Functions of one number. Their arithmetic is written out, one rounding for each operation, so that plain float64 tensor
  * arithmetic gives the same bits: nothing of the C library is used but the square root, which is exact.
+ *
+ * Numbers go in vectors of two, which every compiler knows and every processor has.
  */
 #include "program.h"
 
 #include <math.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
 
-#define ROUND_TO_INTEGER 0x1.8p52 /* added and taken away again, rounds a number below 2^51 to the nearest even */
+#define INLINE static inline __attribute__((always_inline))
+#define N 2
+
+typedef double vd __attribute__((vector_size(8 * N)));
+typedef int64_t vl __attribute__((vector_size(8 * N)));
+typedef uint64_t vul __attribute__((vector_size(8 * N)));
+typedef float vf __attribute__((vector_size(4 * N)));
+typedef int32_t vi __attribute__((vector_size(4 * N)));
+
+#define SELECT(mask, a, b) ((vd)(((mask) & (vl)(a)) | (~(mask) & (vl)(b))))
+#define SELECTF(mask, a, b) ((vf)(((mask) & (vi)(a)) | (~(mask) & (vi)(b))))
+#define SPREAD(s) ((vd){0} + (s))
+#define MAGNITUDE ((vl){0} + INT64_MAX)
+
+#define ROUND_TO_INTEGER 0x1.8p52 /* added and taken away again, rounds a number below 2^51 to the nearest even one */
 
 /* exp(x) = 2^k * exp(r), r at most half of log(2): a polynomial. */
-INLINE double exponential(double x) {
-    x = x < -700. ? -700. : x;
-    x = x > 700. ? 700. : x;
-    const double shifted = x * 1.4426950408889634 + ROUND_TO_INTEGER, k = shifted - ROUND_TO_INTEGER;
-    double r = x - k * 0.6931471803691238;
+INLINE vd exponential(vd x) {
+    x = SELECT(x < -700., SPREAD(-700.), x);
+    x = SELECT(x > 700., SPREAD(700.), x);
+    const vd shifted = x * 1.4426950408889634 + ROUND_TO_INTEGER, k = shifted - ROUND_TO_INTEGER;
+    vd r = x - k * 0.6931471803691238;
     r = r - k * 1.9082149292705877e-10;
-    double p = 1. / 39916800.;
+    vd p = SPREAD(1. / 39916800.);
     p = p * r + 1. / 3628800.;
     p = p * r + 1. / 362880.;
     p = p * r + 1. / 40320.;
@@ -29,17 +45,12 @@ INLINE double exponential(double x) {
     p = p * r + .5;
     p = p * r + 1.;
     p = p * r + 1.;
-    uint64_t bits; /* the low bits of `shifted` are k: 2^k is k + 1023 in the exponent's place */
-    double scale;
-    memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits + 1023) << 52;
-    memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
+    return p * (vd)(((vul)shifted + 1023) << 52); /* the low bits of `shifted` are k: 2^k has k + 1023 in its exponent's place */
 }
 
-INLINE double complementary_error(double z) {
-    const double t = 1. / (1. + .5 * fabs(z));
-    double p = .17087277;
+INLINE vd complementary_error(vd z) {
+    const vd t = 1. / (1. + .5 * (vd)((vl)z & MAGNITUDE));
+    vd p = SPREAD(.17087277);
     p = -.82215223 + t * p;
     p = 1.48851587 + t * p;
     p = -1.13520398 + t * p;
@@ -49,62 +60,70 @@ INLINE double complementary_error(double z) {
     p = .37409196 + t * p;
     p = 1.00002368 + t * p;
     p = -1.26551223 + t * p;
-    const double v = t * exponential(-(z * z) + p);
-    return z >= 0. ? v : 2. - v;
+    const vd v = t * exponential(-(z * z) + p);
+    return SELECT(z >= 0., v, 2. - v);
 }
 
-INLINE double unit_clip(double x) {
-    x = x < 0. ? 0. : x;
-    return x > 1. ? 1. : x;
+INLINE vd unit_clip(vd x) {
+    x = SELECT(x < 0., SPREAD(0.), x);
+    return SELECT(x > 1., SPREAD(1.), x);
 }
 
-INLINE double tangent(double x) { return 1. - 2. / (exponential(2. * x) + 1.); }
+INLINE vd tangent(vd x) { return 1. - 2. / (exponential(2. * x) + 1.); }
 
-INLINE double mish(double x) {
-    const double e = exponential(x), n = e * e + 2. * e, y = x * n / (n + 2.);
-    return x > 20. ? x : y;
+INLINE vd mish(vd x) {
+    const vd e = exponential(x), n = e * e + 2. * e, y = x * n / (n + 2.);
+    return SELECT(x > 20., x, y);
 }
 
-INLINE double gelu_tanh(double x) {
-    const double cube = x * x * x, inner = .7978845608028654 * (x + .044715 * cube);
+INLINE vd gelu_tanh(vd x) {
+    const vd cube = x * x * x, inner = .7978845608028654 * (x + .044715 * cube);
     return x * .5 * (1. + tangent(inner));
 }
 
-/* Through memory of its own, so that a result in the place of its argument keeps no compiler from vectors. */
-#define AT_ONCE 64
-#define EACH(expression)                                                      \
-    for (size_t at = 0; at < n; at += AT_ONCE) {                              \
-        float in[AT_ONCE], out[AT_ONCE];                                      \
-        const size_t m = n - at < AT_ONCE ? n - at : AT_ONCE;                 \
-        if (m < AT_ONCE) memset(in, 0, sizeof in);                            \
-        memcpy(in, xs + at, m * sizeof *xs);                                  \
-        for (int i = 0; i < AT_ONCE; i++) {                                   \
-            const float f = in[i];                                            \
-            const double x = (double)f;                                       \
-            (void)x;                                                          \
-            out[i] = (float)(expression);                                     \
-        }                                                                     \
-        memcpy(ys + at, out, m * sizeof *ys);                                 \
-    }                                                                         \
+INLINE vd root(vd x) {
+    for (int i = 0; i < N; i++) x[i] = sqrt(x[i]);
+    return x;
+}
+
+INLINE vf clip(vf f, float low, float high) {
+    const vf lo = (vf){0} + low, hi = (vf){0} + high;
+    f = SELECTF(f < lo, lo, f);
+    return SELECTF(f > hi, hi, f);
+}
+
+#define EACH(expression)                                                           \
+    for (size_t at = 0; at < n; at += N) {                                         \
+        const size_t m = n - at < N ? n - at : N;                                  \
+        vf f = {0};                                                                \
+        if (m == N) memcpy(&f, xs + at, sizeof f);                                 \
+        else memcpy(&f, xs + at, m * sizeof *xs);                                  \
+        const vd x = __builtin_convertvector(f, vd);                               \
+        (void)x;                                                                   \
+        f = (expression);                                                          \
+        if (m == N) memcpy(ys + at, &f, sizeof f);                                 \
+        else memcpy(ys + at, &f, m * sizeof *ys);                                  \
+    }                                                                              \
     break
+#define EACH_DOUBLE(expression) EACH(__builtin_convertvector((expression), vf))
 
 void el_unary(int op, float a, float b, const float *xs, size_t n, float *ys) {
     const double alpha = (double)a;
     switch (op) {
-        case EL_CLIP: EACH((f < a ? a : f) > b ? b : f < a ? a : f);
-        case EL_LEAKY: EACH(f >= 0.f ? f : f * a);
-        case EL_ABS: EACH(fabsf(f));
-        case EL_SIGMOID: EACH(1. / (1. + exponential(-x)));
-        case EL_SILU: EACH(x / (1. + exponential(-x)));
-        case EL_HARDSIGMOID: EACH(unit_clip(x / 6. + .5));
-        case EL_HARDSWISH: EACH(x * unit_clip(x / 6. + .5));
-        case EL_GELU: EACH(x * .5 * complementary_error(-x * .70710678118654752));
-        case EL_GELU_TANH: EACH(gelu_tanh(x));
-        case EL_TANH: EACH(tangent(x));
-        case EL_ELU: EACH(x > 0. ? x : alpha * (exponential(x) - 1.));
-        case EL_MISH: EACH(mish(x));
-        case EL_EXP: EACH(exponential(x));
-        case EL_SQRT: EACH(sqrt(x));
+        case EL_CLIP: EACH(clip(f, a, b));
+        case EL_LEAKY: EACH(SELECTF(f >= 0.f, f, f * a));
+        case EL_ABS: EACH((vf)((vi)f & 0x7fffffff));
+        case EL_SIGMOID: EACH_DOUBLE(1. / (1. + exponential(-x)));
+        case EL_SILU: EACH_DOUBLE(x / (1. + exponential(-x)));
+        case EL_HARDSIGMOID: EACH_DOUBLE(unit_clip(x / 6. + .5));
+        case EL_HARDSWISH: EACH_DOUBLE(x * unit_clip(x / 6. + .5));
+        case EL_GELU: EACH_DOUBLE(x * .5 * complementary_error(-x * .70710678118654752));
+        case EL_GELU_TANH: EACH_DOUBLE(gelu_tanh(x));
+        case EL_TANH: EACH_DOUBLE(tangent(x));
+        case EL_ELU: EACH_DOUBLE(SELECT(x > 0., x, alpha * (exponential(x) - 1.)));
+        case EL_MISH: EACH_DOUBLE(mish(x));
+        case EL_EXP: EACH_DOUBLE(exponential(x));
+        case EL_SQRT: EACH_DOUBLE(root(x));
         case EL_SQUARE: EACH(f * f);
     }
 }
