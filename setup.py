@@ -1,6 +1,7 @@
 """Build of the engine's kernels with the package. Everything else about it is in pyproject.toml.
 
-The result is a plain shared library, loaded with ctypes: one wheel of a platform serves every Python and torch.
+The result is a plain shared library, loaded with ctypes, so that one wheel of a platform serves every Python and torch,
+and a program that runs exported networks without Python.
 
     TIMM_EL_NATIVE=0    build without the library
     TIMM_EL_TARGET=...  build for another platform, with Zig (a key of TARGETS in build_tools/el_compile.py)
@@ -31,7 +32,7 @@ class CleanBuild(build):
 
 
 class BuildKernels(build_ext):
-    """Build the library into the package and, unless it is for another platform, beside its sources too.
+    """Build library and runner into the package and, unless they are for another platform, beside its sources too.
 
     `python -m timm_el` in a checkout imports the sources, so the library has to be there as well. Where nothing can be
     built, a text file says why.
@@ -44,8 +45,9 @@ class BuildKernels(build_ext):
     def build_extension(self, ext):
         abi, engine = el_compile.load_abi(), Path(self.build_lib) / ENGINE
         library = Path(self.build_lib, self.get_ext_filename(ext.name))
+        runner = engine / (el_compile.TARGETS[TARGET].runner if TARGET else abi.RUNNER)
         reason = engine / abi.REASON
-        for path in (library, reason):
+        for path in (library, runner, reason):
             path.unlink(missing_ok=True)
         try:
             compiler = el_compile.find_compiler(TARGET)
@@ -55,9 +57,9 @@ class BuildKernels(build_ext):
             reason.write_text(f'{e}\n')
         else:
             print(f'timm_el: the kernels are built by {" ".join(compiler.command)}')
-            el_compile.compile_library(compiler, library, Path(self.build_temp))
+            el_compile.compile_all(compiler, library, runner, Path(self.build_temp))
         if not TARGET:
-            self._copy_beside_sources(library, reason)
+            self._copy_beside_sources(library, runner, reason)
 
     def _copy_beside_sources(self, *products):
         for path in products:

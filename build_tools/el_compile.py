@@ -1,4 +1,4 @@
-"""Compilation of the engine's kernels into one shared library: the choice of a compiler, and its command lines.
+"""Compile the engine's kernels into one shared library and the command-line runner: the compiler, and its command lines.
 
 Needs the standard library only, because the build backend asks here whether Zig has to be installed.
 """
@@ -32,6 +32,11 @@ class Target:
     tag: str
     suffix: str
 
+    @property
+    def runner(self) -> str:
+        """File name of the command-line runner."""
+        return 'timm-el-run.exe' if self.suffix == '.dll' else 'timm-el-run'
+
 
 TARGETS = {
     'linux-x86_64': Target('x86_64-linux-gnu.2.17', 'manylinux_2_17_x86_64.manylinux2014_x86_64', '.so'),
@@ -63,6 +68,12 @@ class Compiler:
     command: tuple[str, ...]
     flags: tuple[str, ...] = ()
     links: tuple[str, ...] = LINKS
+
+    @property
+    def is_for_mac(self) -> bool:
+        """Whether it links for macOS, whose linker has options of its own."""
+        target = self.command[-2] if '-target' in self.command else sys.platform
+        return 'macos' in target or target == 'darwin'
 
     def run(self, *arguments: str, cache: Path) -> None:
         """Run it.
@@ -164,23 +175,30 @@ def zig_requirement() -> list[str]:
     return [ZIG] if needed else []
 
 
-def compile_library(compiler: Compiler, output: Path, folder: Path) -> None:
-    """Compile the kernels to the shared library `output`; objects and caches go to `folder`.
+def compile_all(compiler: Compiler, library: Path, runner: Path, folder: Path) -> None:
+    """Compile the kernels to the shared library `library` and to the program `runner`, which needs no library.
+
+    Objects and caches go to `folder`.
 
     Raises:
         subprocess.CalledProcessError: The compiler found something wrong.
     """
     abi = load_abi()
-    flags = [*base_flags(), *compiler.flags, '-fvisibility=hidden', f'-DEL_HASH="{abi.source_hash()}"']
-    folder.mkdir(parents=True, exist_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    flags = [
+        *base_flags(), *compiler.flags, '-fvisibility=hidden', '-ffunction-sections', '-fdata-sections',
+        f'-I{abi.KERNELS}', f'-DEL_HASH="{abi.source_hash()}"']
     cache = folder / 'zig'
+    for path in (folder, library.parent, runner.parent):
+        path.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> str:
-        made = str(folder / f'{"_".join(source.relative_to(abi.KERNELS).with_suffix("").parts)}.o')
+        made = str(folder / f'{"_".join(source.relative_to(abi.KERNELS.parent).with_suffix("").parts)}.o')
         compiler.run(*flags, '-c', str(source), '-o', made, cache=cache)
         return made
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, abi.sources()))
-    compiler.run(*flags, '-shared', *objects, '-o', str(output), *compiler.links, cache=cache)
+        runner_objects = list(pool.map(compile_one, sorted((abi.KERNELS / 'runner').glob('*.c'))))
+    compiler.run(*flags, '-shared', *objects, '-o', str(library), *compiler.links, cache=cache)
+    unused = '-Wl,-dead_strip' if compiler.is_for_mac else '-Wl,--gc-sections'
+    compiler.run(*flags, *objects, *runner_objects, '-o', str(runner), '-s', unused, *compiler.links, cache=cache)

@@ -7,11 +7,12 @@ import hashlib
 import sys
 from pathlib import Path
 
-__all__ = ['KERNELS', 'LIBRARY', 'REASON', 'SUFFIXES', 'Plan', 'Step', 'Window', 'source_hash', 'sources']
+__all__ = ['KERNELS', 'LIBRARY', 'REASON', 'RUNNER', 'SUFFIXES', 'Plan', 'Step', 'Window', 'source_hash', 'sources']
 
 KERNELS = Path(__file__).with_name('kernels')
 SUFFIXES = {'win32': '.dll', 'darwin': '.dylib'}  # by sys.platform; others have .so
 LIBRARY = '_native' + SUFFIXES.get(sys.platform, '.so')
+RUNNER = 'timm-el-run' + ('.exe' if sys.platform == 'win32' else '')  # stands beside the library
 REASON = '_native.txt'  # stands beside this file instead of the library and says why there is none
 
 

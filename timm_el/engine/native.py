@@ -13,7 +13,7 @@ import torch
 from . import abi
 
 __all__ = [
-    'SlowEngineWarning', 'chip_rate', 'count_rate', 'info', 'library', 'use_isa', 'warn_if_slow',
+    'SlowEngineWarning', 'chip_rate', 'count_rate', 'info', 'library', 'runner', 'use_isa', 'warn_if_slow',
 ]
 
 REFERENCE = 'reference'
@@ -31,14 +31,14 @@ _warned = False
 _generation = 0  # changes with the body: weights laid out for another one are no longer valid
 
 
-def _places() -> Iterator[Path]:
-    """Yield the files that may be the library: beside this file, then in each installed timm-el.
+def _places(name: str) -> Iterator[Path]:
+    """Yield the files that may be the library or the runner: beside this file, then in each installed timm-el.
 
     A checkout that was never installed itself finds the library of the timm-el that was.
     """
-    yield Path(__file__).with_name(abi.LIBRARY)
+    yield Path(__file__).with_name(name)
     for distribution in importlib.metadata.distributions(name='timm-el'):
-        yield Path(str(distribution.locate_file(f'timm_el/engine/{abi.LIBRARY}')))
+        yield Path(str(distribution.locate_file(f'timm_el/engine/{name}')))
 
 
 def _why_missing() -> str:
@@ -88,7 +88,7 @@ def _find() -> None:
     """Set `_lib` to the first library that can be used, else `_reason` to why there is none."""
     global _lib, _reason
     refused = []
-    for path in _places():
+    for path in _places(abi.LIBRARY):
         if not path.exists():
             continue
         try:
@@ -190,6 +190,20 @@ def info() -> dict[str, Any]:
         'available': _bodies() if _lib else [],
         'threads': torch.get_num_threads(),
     }
+
+
+def runner() -> Path:
+    """Return the command-line program that runs exported networks without Python, `timm-el-run`.
+
+    Raises:
+        FileNotFoundError: It was not built; the message says what to do.
+    """
+    for path in _places(abi.RUNNER):
+        if path.exists():
+            return path
+    raise FileNotFoundError(
+        f'{Path(__file__).with_name(abi.RUNNER)} is not there; it is built with the native library, where there is a C '
+        f'compiler or ziglang: run `pip install --force-reinstall --no-deps timm-el`')
 
 
 def chip_rate() -> float:

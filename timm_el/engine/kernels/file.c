@@ -59,9 +59,9 @@ static void *map_file(const char *path, size_t *bytes) {
     return data;
 }
 
-static void unmap_file(void *data, size_t bytes) {
+static void unmap_file(const void *data, size_t bytes) {
     (void)bytes;
-    el_aligned_free(data);
+    el_aligned_free((void *)(uintptr_t)data);
 }
 #else
 static void *map_file(const char *path, size_t *bytes) {
@@ -76,11 +76,11 @@ static void *map_file(const char *path, size_t *bytes) {
     return data == MAP_FAILED ? NULL : data;
 }
 
-static void unmap_file(void *data, size_t bytes) { munmap(data, bytes); }
+static void unmap_file(const void *data, size_t bytes) { munmap((void *)(uintptr_t)data, bytes); }
 #endif
 
 void el_unmap(el_program *p) {
-    if (p->mapped) unmap_file(p->mapped, p->mapped_bytes);
+    if (p->mapped) unmap_file(p->file, p->file_bytes);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -136,37 +136,46 @@ static const void **find_tensors(const char *file, const el_header *h, const el_
 int el_verify(el_program *p, const el_error *e) {
     for (uint32_t i = 0; i < p->header.n_tensors; i++) {
         const el_tensor_record *t = p->tensors + i;
-        const uint32_t crc = el_crc32(0, (const char *)p->mapped + t->offset, t->bytes);
+        const uint32_t crc = el_crc32(0, p->file + t->offset, t->bytes);
         if (crc != t->crc) return el_say(e, "the checksum of tensor %u is %08x, expected %08x: the file is damaged", i, crc, t->crc);
     }
     p->verified = 1;
     return EL_OK;
 }
 
-el_program *el_open(const char *path, int verify, char *text, size_t text_bytes) {
+el_program *el_open_memory(const void *memory, size_t bytes, int verify, char *text, size_t text_bytes) {
     const el_error e = {text, text_bytes, -1, ""};
+    const char *file = memory;
     el_header header;
-    size_t bytes = 0;
-    char *file = map_file(path, &bytes);
-    if (!file) {
-        el_say(&e, "the file cannot be read, or is empty");
+    if ((uintptr_t)file % 64) {
+        el_say(&e, "the file is at %p, expected a multiple of 64", memory);
         return NULL;
     }
-    el_program *p = NULL;
-    const void **tensors = NULL;
-    if (!check_table(file, bytes, &header, &e) && !check_metadata(file, &header, &e) && (tensors = find_tensors(file, &header, &e)))
-        p = el_program_new(file, header.table_bytes, tensors, text, text_bytes);
+    if (check_table(file, bytes, &header, &e) || check_metadata(file, &header, &e)) return NULL;
+    const void **tensors = find_tensors(file, &header, &e);
+    el_program *p = tensors ? el_program_new(file, header.table_bytes, tensors, text, text_bytes) : NULL;
     free(tensors);
-    if (!p) {
-        unmap_file(file, bytes);
-        return NULL;
-    }
-    p->mapped = file, p->mapped_bytes = bytes;
+    if (!p) return NULL;
+    p->file = file, p->file_bytes = bytes;
     p->metadata = header.meta_bytes ? file + header.meta_offset : NULL;
     p->verified = 0;
     if (verify && el_verify(p, &e)) {
         el_close(p);
         return NULL;
     }
+    return p;
+}
+
+el_program *el_open(const char *path, int verify, char *text, size_t text_bytes) {
+    const el_error e = {text, text_bytes, -1, ""};
+    size_t bytes = 0;
+    void *file = map_file(path, &bytes);
+    if (!file) {
+        el_say(&e, "the file cannot be read, or is empty");
+        return NULL;
+    }
+    el_program *p = el_open_memory(file, bytes, verify, text, text_bytes);
+    if (p) p->mapped = 1;
+    else unmap_file(file, bytes);
     return p;
 }

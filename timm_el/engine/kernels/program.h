@@ -57,8 +57,9 @@ struct el_program {
     int n_inputs, n_outputs, n_steps, n_values;
     void *table; /* owned */
     const char *metadata;
-    void *mapped; /* the file, or NULL */
-    size_t mapped_bytes;
+    const char *file; /* or NULL */
+    size_t file_bytes;
+    int mapped; /* the file is ours to close */
     int verified;        /* the tensors' checksums were right, or there are none */
     const char *laid_out_for; /* name of the instruction set, or NULL */
     char *weights;       /* owned: all that is laid out */

@@ -35,6 +35,8 @@ typedef struct el_ready el_ready;     /* a program for inputs of one size; belon
 /* Map a file. `verify` checks the checksums of all tensors at once, which else the first el_make_ready does. NULL and a
  * text if it cannot be used. The file must not be changed while it is open. */
 EL_API el_program *el_open(const char *path, int verify, char *error, size_t error_bytes);
+/* The same of a file that is in memory, at a multiple of 64 bytes, and stays there until el_close. */
+EL_API el_program *el_open_memory(const void *file, size_t bytes, int verify, char *error, size_t error_bytes);
 /* Make a program from a table of `bytes` bytes, which is copied, and the addresses of its tensors, which must stay. */
 EL_API el_program *el_program_new(const void *table, size_t bytes, const void *const *tensors, char *error, size_t error_bytes);
 EL_API void el_close(el_program *program);
