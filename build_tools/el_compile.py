@@ -198,7 +198,7 @@ def compile_all(compiler: Compiler, library: Path, runner: Path, folder: Path) -
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, abi.sources()))
-        runner_objects = list(pool.map(compile_one, sorted((abi.KERNELS / 'runner').glob('*.c'))))
+        runner_objects = list(pool.map(compile_one, sorted((abi.KERNELS.parent / 'runner').glob('*.c'))))
     compiler.run(*flags, '-shared', *objects, '-o', str(library), *compiler.links, cache=cache)
     unused = '-Wl,-dead_strip' if compiler.is_for_mac else '-Wl,--gc-sections'
     compiler.run(*flags, *objects, *runner_objects, '-o', str(runner), '-s', unused, *compiler.links, cache=cache)

@@ -42,7 +42,7 @@ static void mend(char *file, size_t bytes) {
 static int32_t strange(int32_t was) {
     static const int32_t values[] = {0, 1, -1, 2, 3, 7, 8, 63, 64, 65, 255, 1023, 1024, 32767, 32768, 65536, 1 << 20, 1 << 24, INT32_MAX, INT32_MIN};
     switch (pick(0, 3)) {
-        case 0: return was + pick(-3, 3);
+        case 0: return (int32_t)((uint32_t)was + (uint32_t)pick(-3, 3));
         case 1: return (int32_t)((uint32_t)was << pick(0, 8));
         default: return values[pick(0, (int)(sizeof values / sizeof *values) - 1)];
     }
