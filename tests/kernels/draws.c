@@ -139,7 +139,7 @@ static int is_factor(int64_t b, int64_t a) { return b == 1 || a == b; }
 
 /* A value that can be combined with this one: a constant, if there is none. */
 static int32_t factor_of(net *n, const image *values, int count, const image *a) {
-    for (int tries = 0; tries < 6; tries++) {
+    for (int tries = 0; tries < 3; tries++) {
         const int i = pick(0, count - 1);
         const image *b = values + i;
         if (is_factor(b->n, a->n) && is_factor(b->h, a->h) && is_factor(b->w, a->w) && a->c % b->c == 0) return i;

@@ -182,7 +182,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < cases; i++) one_program(i);
     for (int i = 0; i < 5; i++) callers_at_once();
     for (int k = 0; k < EL_KINDS; k++)
-        if (cases >= 200 && steps_seen[k] < cases / 50) report("kind", k, steps_seen[k], "is drawn too seldom");
+        if (cases >= 200 && steps_seen[k] < cases / 100) report("kind", k, steps_seen[k], "is drawn too seldom");
     printf("%d programs, %d runs, instruction sets %s: %d wrong\n", cases, runs, el_bodies(), wrong);
     return wrong ? 1 : 0;
 }

@@ -40,7 +40,7 @@ int main(int argc, char **argv) {
     values[0] = (image){1, pick(5, 20), pick(5, 20), pick(1, 40), NULL};
     values[0].at = reals(size_of(values));
     n.n_inputs = 1;
-    n.inputs[0] = (el_input_record){(int32_t)values[0].c, 0, 0, 0};
+    n.inputs[0] = (el_input_record){(int32_t)values[0].c, (int32_t)values[0].h, (int32_t)values[0].w, 0};
     while (n.n_steps < 12) {
         const int steps = n.n_steps, wires = n.n_wires, tensors = n.n_tensors;
         if (!draw_step(&n, values)) continue;
