@@ -1,4 +1,4 @@
-"""Compile the engine's kernels into one shared library and a command-line runner: the choice of a compiler, and its calls.
+"""Compile the engine's kernels into a shared library and a command-line runner: a choice of compiler, and its calls.
 
 Needs the standard library only, because the build backend asks here whether Zig has to be installed.
 """

@@ -142,6 +142,7 @@ static int32_t factor_of(net *n, const image *values, int count, const image *a)
     for (int tries = 0; tries < 3; tries++) {
         const int i = pick(0, count - 1);
         const image *b = values + i;
+        if (b == a && pick(0, 3)) continue;
         if (is_factor(b->n, a->n) && is_factor(b->h, a->h) && is_factor(b->w, a->w) && a->c % b->c == 0) return i;
     }
     el_step_record *s = net_step(n, EL_CONST, 0, NULL);
@@ -156,7 +157,8 @@ int draw_step(net *n, const image *values) {
     const int source = pick(0, 2) ? count - 1 : pick(0, count - 1);
     const image *x = values + source;
     int32_t wires[8] = {source, -1, -1};
-    int kind = pick(0, 1) ? EL_CONV : pick(0, EL_KINDS - 1), n_wires = 1;
+    const int kind = pick(0, 2) == 0 ? EL_CONV : pick(0, 3) == 0 ? EL_BINARY : pick(0, EL_KINDS - 1);
+    int n_wires = 1;
     if (x->n < 1 || kind == EL_CONST || (kind == EL_FLATTEN && x->h * x->w * x->c > 3000)) return 0;
     if (kind == EL_CONV) {
         wires[1] = pick(0, 2) == 0 ? -1 : pick(0, 2) ? source : pick(0, count - 1);
