@@ -6,12 +6,14 @@
 #include "net.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 static char sets[8][16];
-static int n_sets, wrong, runs, steps_seen[EL_KINDS];
+static int n_sets, wrong, steps_seen[EL_KINDS];
+static atomic_int runs; /* callers at once count, too */
 
 static void report(const char *what, int number, int threads, const char *text) {
     printf("%s %d: differs, instruction set %s, %d threads: %s\n", what, number, el_active(), threads, text);
@@ -93,7 +95,7 @@ static const char *try(const subject *s, el_program *p, int threads, char *text,
         if (!bad && !same(outputs[i], v->at, size_of(v))) bad = "an output";
         free(outputs[i]);
     }
-    runs++;
+    atomic_fetch_add(&runs, 1);
     return bad;
 }
 
@@ -183,6 +185,6 @@ int main(int argc, char **argv) {
     for (int i = 0; i < 5; i++) callers_at_once();
     for (int k = 0; k < EL_KINDS; k++)
         if (cases >= 200 && steps_seen[k] < cases / 100) report("kind", k, steps_seen[k], "is drawn too seldom");
-    printf("%d programs, %d runs, instruction sets %s: %d wrong\n", cases, runs, el_bodies(), wrong);
+    printf("%d programs, %d runs, instruction sets %s: %d wrong\n", cases, atomic_load(&runs), el_bodies(), wrong);
     return wrong ? 1 : 0;
 }

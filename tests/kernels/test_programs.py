@@ -60,7 +60,7 @@ FAULTS = {  # file: what stands there, and what a slip would have made of it
     ],
     'unary.c': [('2. * e, y', '3. * e, y'), ('x > 20.', 'x > 1.'), ('1. / 24.', '1. / 25.')],
     'over_images.c': [
-        ('half = 4; half', 'half = 2; half'), ('sums[k] / (double)pixels', 'sums[k] * (1. / (double)pixels)')],
+        ('half = 4; half', 'half = 2; half'), ('double sums[BLOCK]', 'float sums[BLOCK]')],
     'ready.c': [
         ('until[v->node] == number', 'until[v->node] >= 0'),
         ('blocks[i].until >= group', 'blocks[i].until > group'),
