@@ -1,8 +1,7 @@
-/* Damage a program's file in many ways, open it, and run what opens. Nothing may happen but an error text: build it with
- * sanitizers.
+/* Damage a program's file in many ways, open it, and run what opens. Nothing may happen but an error text: build it
+ * with sanitizers.
  *
- *     ./damage NET.program [variants [seed]]
- */
+ *     ./damage NET.program [variants [seed]] */
 #include "net.h"
 #include "program.h"
 
@@ -32,7 +31,8 @@ static void mend(char *file, size_t bytes) {
         t.crc = el_crc32(0, file + t.offset, t.bytes);
         memcpy(at, &t, sizeof t);
     }
-    if (h.meta_bytes <= bytes && h.meta_offset <= bytes - h.meta_bytes) h.meta_crc = el_crc32(0, file + h.meta_offset, h.meta_bytes);
+    if (h.meta_bytes <= bytes && h.meta_offset <= bytes - h.meta_bytes)
+        h.meta_crc = el_crc32(0, file + h.meta_offset, h.meta_bytes);
     h.table_crc = 0;
     memcpy(file, &h, sizeof h);
     h.table_crc = el_crc32(0, file, h.table_bytes);
@@ -40,7 +40,8 @@ static void mend(char *file, size_t bytes) {
 }
 
 static int32_t strange(int32_t was) {
-    static const int32_t values[] = {0, 1, -1, 2, 3, 7, 8, 63, 64, 65, 255, 1023, 1024, 32767, 32768, 65536, 1 << 20, 1 << 24, INT32_MAX, INT32_MIN};
+    static const int32_t values[] = {0,   1,    -1,   2,     3,     7,     8,       63,      64,        65,
+                                     255, 1023, 1024, 32767, 32768, 65536, 1 << 20, 1 << 24, INT32_MAX, INT32_MIN};
     switch (pick(0, 3)) {
         case 0: return (int32_t)((uint32_t)was + (uint32_t)pick(-3, 3));
         case 1: return (int32_t)((uint32_t)was << pick(0, 8));
@@ -114,9 +115,11 @@ static void run_it(el_program *p, int is_first, char *error, size_t error_bytes)
     if (fits && !r && !*error) silent++;
     if (r && !el_shapes(p, in, out, error, error_bytes) && (is_first || is_small(r))) {
         made_ready++;
-        for (int i = 0; i < n_in; i++) inputs[i] = reals((size_t)(in[4 * i] * in[4 * i + 1] * in[4 * i + 2] * in[4 * i + 3]));
+        for (int i = 0; i < n_in; i++)
+            inputs[i] = reals((size_t)(in[4 * i] * in[4 * i + 1] * in[4 * i + 2] * in[4 * i + 3]));
         for (int i = 0; i < n_out; i++)
-            outputs[i] = malloc((size_t)(out[4 * i] * out[4 * i + 1] * out[4 * i + 2] * out[4 * i + 3]) * sizeof(float));
+            outputs[i] =
+                malloc((size_t)(out[4 * i] * out[4 * i + 1] * out[4 * i + 2] * out[4 * i + 3]) * sizeof(float));
         ran += !el_run_ready(r, (const float *const *)inputs, outputs);
     }
     for (int i = 0; i < n_in; i++) free(inputs[i]);
@@ -155,6 +158,7 @@ int main(int argc, char **argv) {
         }
     }
     free(whole);
-    printf("%d variants, %d opened, %d were made ready, %d ran, %d refused without a word\n", variants, opened, made_ready, ran, silent);
+    printf("%d variants, %d opened, %d were made ready, %d ran, %d refused without a word\n", variants, opened,
+           made_ready, ran, silent);
     return silent > 0 || !ran;
 }

@@ -13,7 +13,9 @@ static void draw_window(int32_t *ints, int most, int most_pad) {
     ints[6] = pick(1, 2), ints[7] = pick(1, 2);
 }
 
-static int float_tensor(net *n, int64_t count) { return net_tensor(n, EL_FLOAT32, reals((size_t)count), (size_t)count * sizeof(float)); }
+static int float_tensor(net *n, int64_t count) {
+    return net_tensor(n, EL_FLOAT32, reals((size_t)count), (size_t)count * sizeof(float));
+}
 
 /* Stored as layout.py does: what is missing to a full word, block or vector is zero. */
 static int draw_weight(net *n, const int32_t *ints, int is_real) {
@@ -24,27 +26,32 @@ static int draw_weight(net *n, const int32_t *ints, int is_real) {
         const size_t count = depthwise ? (size_t)taps * up(c_out, 16) : up(c_out, 64) * (size_t)(taps * cg);
         float *stored = calloc(count, sizeof *stored);
         for (size_t i = 0; i < count; i++) {
-            const int64_t o = depthwise ? (int64_t)(i % up(c_out, 16)) : (int64_t)(i / (size_t)(64 * taps * cg) * 64 + i % 64);
+            const int64_t o =
+                depthwise ? (int64_t)(i % up(c_out, 16)) : (int64_t)(i / (size_t)(64 * taps * cg) * 64 + i % 64);
             if (o < c_out) stored[i] = real();
         }
         return net_tensor(n, EL_FLOAT32, stored, count * sizeof *stored);
     }
     const int64_t words = (cg + 63) / 64;
-    const size_t bytes = depthwise ? (size_t)taps * up(c_out, 64) / 8 : (size_t)(groups * taps * words) * up(og, 8) * 8;
+    const size_t bytes =
+        depthwise ? (size_t)taps * up(c_out, 64) / 8 : (size_t)(groups * taps * words) * up(og, 8) * 8;
     uint8_t *stored = calloc(bytes, 1);
     for (int64_t o = 0; o < c_out; o++)
         for (int64_t t = 0; t < taps; t++)
             for (int64_t i = 0; i < cg; i++) {
                 const int64_t g = o / og, k = o % og;
-                const int64_t at = depthwise ? t * (int64_t)up(c_out, 64) / 8 + o / 8
-                                             : ((g * (int64_t)(up(og, 8) / 8) + k / 8) * taps * words + t * words + i / 64) * 64 + k % 8 * 8 + i % 64 / 8;
+                const int64_t at =
+                    depthwise ? t * (int64_t)up(c_out, 64) / 8 + o / 8
+                              : ((g * (int64_t)(up(og, 8) / 8) + k / 8) * taps * words + t * words + i / 64) * 64 +
+                                    k % 8 * 8 + i % 64 / 8;
                 stored[at] |= (uint8_t)((draw() >> 40 & 1) << (depthwise ? o : i) % 8);
             }
     return net_tensor(n, EL_BITS, stored, bytes);
 }
 
 static int draw_table(net *n, const int32_t *ints) {
-    const int rows = 2 + (ints[EL_ACT] == EL_ACT_PRELU) + 2 * ints[EL_HAS_AFFINE] + 3 * ints[EL_HAS_POST], c = ints[EL_C_OUT];
+    const int rows = 2 + (ints[EL_ACT] == EL_ACT_PRELU) + 2 * ints[EL_HAS_AFFINE] + 3 * ints[EL_HAS_POST],
+              c = ints[EL_C_OUT];
     const size_t stride = (size_t)(c + 30) / 16 * 16, bytes = (size_t)rows * stride * sizeof(float);
     float *table = calloc(bytes, 1);
     for (int r = 0; r < rows; r++)
@@ -93,7 +100,8 @@ static void draw_conv(net *n, const image *values, const int32_t *wires) {
 static void draw_channels(net *n, el_step_record *s, int c) {
     const int count = pick(1, 90), in_a_row = pick(0, 1);
     int32_t *index = malloc((size_t)count * sizeof *index);
-    for (int i = 0; i < count; i++) index[i] = in_a_row && i && pick(0, 6) && index[i - 1] + 1 < c ? index[i - 1] + 1 : pick(0, c - 1);
+    for (int i = 0; i < count; i++)
+        index[i] = in_a_row && i && pick(0, 6) && index[i - 1] + 1 < c ? index[i - 1] + 1 : pick(0, c - 1);
     s->tensors[0] = net_tensor(n, EL_INT32, index, (size_t)count * sizeof *index);
 }
 
@@ -146,7 +154,8 @@ static int32_t factor_of(net *n, const image *values, int count, const image *a)
         if (is_factor(b->n, a->n) && is_factor(b->h, a->h) && is_factor(b->w, a->w) && a->c % b->c == 0) return i;
     }
     el_step_record *s = net_step(n, EL_CONST, 0, NULL);
-    const int64_t sizes[4] = {pick(0, 1) ? 1 : a->n, pick(0, 1) ? 1 : a->h, pick(0, 1) ? 1 : a->w, pick(0, 1) ? a->c : divisor(a->c)};
+    const int64_t sizes[4] = {pick(0, 1) ? 1 : a->n, pick(0, 1) ? 1 : a->h, pick(0, 1) ? 1 : a->w,
+                              pick(0, 1) ? a->c : divisor(a->c)};
     for (int i = 0; i < 4; i++) s->ints[i] = (int32_t)sizes[i];
     s->tensors[0] = float_tensor(n, sizes[0] * sizes[1] * sizes[2] * sizes[3]);
     return -1;

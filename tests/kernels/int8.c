@@ -1,7 +1,6 @@
 /* Test of the int8 halves against loops written from int8.h, and their rates beside those of float32.
  *
- *     cc $(cat KERNELS/flags.txt) -I KERNELS int8.c SOURCES -lm -ldl -o int8 && ./int8 [cases [rates]]
- */
+ *     cc $(cat KERNELS/flags.txt) -I KERNELS int8.c SOURCES -lm -ldl -o int8 && ./int8 [cases [rates]] */
 #include "int8.h"
 
 #include <math.h>

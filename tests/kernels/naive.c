@@ -5,7 +5,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-static float *pixel(const image *v, int64_t n, int64_t y, int64_t x) { return v->at + ((n * v->h + y) * v->w + x) * v->c; }
+static float *pixel(const image *v, int64_t n, int64_t y, int64_t x) {
+    return v->at + ((n * v->h + y) * v->w + x) * v->c;
+}
 
 static image make(int64_t n, int64_t h, int64_t w, int64_t c) {
     image v = {n, h, w, c, NULL};
@@ -36,8 +38,8 @@ static double naive_exp(double x) {
 }
 
 static double naive_erfc(double z) {
-    static const double c[] = {-1.26551223, 1.00002368, .37409196, .09678418, -.18628806, .27886807, -1.13520398, 1.48851587, -.82215223,
-                               .17087277};
+    static const double c[] = {-1.26551223, 1.00002368,  .37409196,  .09678418,  -.18628806,
+                               .27886807,   -1.13520398, 1.48851587, -.82215223, .17087277};
     const double t = 1 / (1 + 0.5 * fabs(z));
     double poly = c[9];
     for (int i = 8; i >= 0; i--) poly = t * poly, poly = c[i] + poly;
@@ -100,13 +102,15 @@ typedef struct {
 static window window_of(const int32_t *ints, const int32_t *end) {
     window w;
     for (int i = 0; i < 2; i++)
-        w.k[i] = ints[i], w.s[i] = ints[2 + i], w.p[i] = ints[4 + i], w.d[i] = ints[6 + i], w.end[i] = end ? end[i] : 0;
+        w.k[i] = ints[i], w.s[i] = ints[2 + i], w.p[i] = ints[4 + i], w.d[i] = ints[6 + i],
+        w.end[i] = end ? end[i] : 0;
     return w;
 }
 
 static int64_t size_along(window *w, int i, int64_t size, int ceil) {
     if (w->p[i] < 0) {
-        const int64_t out = (size + w->s[i] - 1) / w->s[i], total = (out - 1) * w->s[i] + (w->k[i] - 1) * w->d[i] + 1 - size;
+        const int64_t out = (size + w->s[i] - 1) / w->s[i],
+                      total = (out - 1) * w->s[i] + (w->k[i] - 1) * w->d[i] + 1 - size;
         w->p[i] = total < 0 ? 0 : total / 2;
         return out;
     }
@@ -158,7 +162,8 @@ static float abs_mean(const float *x, int64_t c) {
     return lanes[0] / (float)c;
 }
 
-static float input_scale(const image *x, const window *w, int64_t b, int64_t oy, int64_t ox, int64_t from, int64_t channels) {
+static float input_scale(const image *x, const window *w, int64_t b, int64_t oy, int64_t ox, int64_t from,
+                         int64_t channels) {
     const float *pixels[EL_MAX_TAPS];
     const int n = inside(x, w, b, oy, ox, pixels);
     float sum = 0;
@@ -168,13 +173,17 @@ static float input_scale(const image *x, const window *w, int64_t b, int64_t oy,
 
 /* The weight of output channel o, tap t, input channel i of the group, as layout.py stores it: a number, or a bit. */
 static float weight_at(const el_step_record *s, const void *stored, int real, int64_t o, int64_t t, int64_t i) {
-    const int64_t c_in = s->ints[EL_C_IN], c_out = s->ints[EL_C_OUT], groups = s->ints[EL_GROUPS], taps = s->ints[2] * s->ints[3];
+    const int64_t c_in = s->ints[EL_C_IN], c_out = s->ints[EL_C_OUT], groups = s->ints[EL_GROUPS],
+                  taps = s->ints[2] * s->ints[3];
     const int64_t cg = c_in / groups, og = c_out / groups, words = (cg + 63) / 64, g = o / og, k = o % og;
     const int depthwise = groups > 1 && groups == c_in && c_in == c_out;
-    if (real) return ((const float *)stored)[depthwise ? t * ((c_out + 15) / 16 * 16) + o : (o / 64 * taps * cg + t * cg + i) * 64 + o % 64];
+    if (real)
+        return ((const float *)stored)[depthwise ? t * ((c_out + 15) / 16 * 16) + o
+                                                 : (o / 64 * taps * cg + t * cg + i) * 64 + o % 64];
     const uint8_t *bytes = stored;
-    const int64_t at = depthwise ? t * ((c_out + 63) / 64 * 8) + o / 8
-                                 : ((g * ((og + 7) / 8) + k / 8) * taps * words + t * words + i / 64) * 64 + k % 8 * 8 + i % 64 / 8;
+    const int64_t at =
+        depthwise ? t * ((c_out + 63) / 64 * 8) + o / 8
+                  : ((g * ((og + 7) / 8) + k / 8) * taps * words + t * words + i / 64) * 64 + k % 8 * 8 + i % 64 / 8;
     return bytes[at] >> ((depthwise ? o : i) % 8) & 1 ? 1 : -1;
 }
 
@@ -192,7 +201,8 @@ static float finish(const el_step_record *s, const float *table, float v, float 
 #define NEXT (row += stride, row[-stride])
     if (s->ints[EL_HAS_K]) v = v * k;
     v = v + NEXT;
-    if (s->ints[EL_ACT] == EL_ACT_CLIP) v = v < s->constants[0] ? s->constants[0] : v, v = v > s->constants[1] ? s->constants[1] : v;
+    if (s->ints[EL_ACT] == EL_ACT_CLIP)
+        v = v < s->constants[0] ? s->constants[0] : v, v = v > s->constants[1] ? s->constants[1] : v;
     if (s->ints[EL_ACT] == EL_ACT_PRELU) {
         const float slope = NEXT;
         v = v >= 0 ? v : v * slope;
@@ -210,15 +220,18 @@ static float finish(const el_step_record *s, const float *table, float v, float 
 }
 
 /* The dot product of one output, before its scale. */
-static float dot_of(const net *n, const el_step_record *s, const image *x, const window *w, int64_t b, int64_t oy, int64_t ox, int64_t o) {
+static float dot_of(const net *n, const el_step_record *s, const image *x, const window *w, int64_t b, int64_t oy,
+                    int64_t ox, int64_t o) {
     const int real = n->tensors[s->tensors[0]].dtype == EL_FLOAT32;
     const void *weight = n->data[s->tensors[0]];
     const float *threshold = s->tensors[2] < 0 ? NULL : n->data[s->tensors[2]];
     const uint32_t *flip = s->tensors[3] < 0 ? NULL : n->data[s->tensors[3]];
-    const int64_t cg = s->ints[EL_C_IN] / s->ints[EL_GROUPS], first = o / (s->ints[EL_C_OUT] / s->ints[EL_GROUPS]) * cg;
+    const int64_t cg = s->ints[EL_C_IN] / s->ints[EL_GROUPS],
+                  first = o / (s->ints[EL_C_OUT] / s->ints[EL_GROUPS]) * cg;
     float v = 0;
     for (int64_t t = 0; t < w->k[0] * w->k[1]; t++) {
-        const int64_t iy = oy * w->s[0] - w->p[0] + t / w->k[1] * w->d[0], ix = ox * w->s[1] - w->p[1] + t % w->k[1] * w->d[1];
+        const int64_t iy = oy * w->s[0] - w->p[0] + t / w->k[1] * w->d[0],
+                      ix = ox * w->s[1] - w->p[1] + t % w->k[1] * w->d[1];
         const int is_in = iy >= 0 && iy < x->h && ix >= 0 && ix < x->w;
         for (int64_t i = 0; i < cg; i++) {
             float value = is_in ? pixel(x, b, iy, ix)[first + i] : 0;
@@ -227,7 +240,9 @@ static float dot_of(const net *n, const el_step_record *s, const image *x, const
                 continue;
             }
             if (flip && flip[first + i]) value = -value;
-            const float sign = !is_in ? (float)s->ints[EL_PAD_VALUE] : value >= (threshold ? threshold[first + i] : 0) ? 1 : -1;
+            const float sign = !is_in                                            ? (float)s->ints[EL_PAD_VALUE]
+                               : value >= (threshold ? threshold[first + i] : 0) ? 1
+                                                                                 : -1;
             v = v + sign * weight_at(s, weight, 0, o, t, i);
         }
     }
@@ -252,11 +267,12 @@ static image naive_conv(const net *n, const el_step_record *s, const image *valu
     fits = fits && (!added || (added->n == y.n && added->h == y.h && added->w == y.w && added->c == y.c));
     if (!fits) free(y.at), y.at = NULL;
     if (fits) PIXELS(&y) for (int64_t c = 0; c < y.c; c++) {
-        const float dot = dot_of(n, s, x, &w, b, oy, ox, c), k = s->ints[EL_HAS_K] ? input_scale(x, &w, b, oy, ox, 0, x->c) : 0;
-        const float l = link ? link_of(link, s->ints[EL_LINK], b, oy, ox, c, y.c) : 0;
-        float v = finish(s, table, real ? dot : dot * table[c], k, l, c);
-        if (added) v = v + pixel(added, b, oy, ox)[c];
-        pixel(&y, b, oy, ox)[c] = v;
+            const float dot = dot_of(n, s, x, &w, b, oy, ox, c),
+                        k = s->ints[EL_HAS_K] ? input_scale(x, &w, b, oy, ox, 0, x->c) : 0;
+            const float l = link ? link_of(link, s->ints[EL_LINK], b, oy, ox, c, y.c) : 0;
+            float v = finish(s, table, real ? dot : dot * table[c], k, l, c);
+            if (added) v = v + pixel(added, b, oy, ox)[c];
+            pixel(&y, b, oy, ox)[c] = v;
     }
     free(pooled.at);
     return y;
@@ -279,7 +295,8 @@ static image naive_norm(const el_step_record *s, const image *x, const float *sc
                         const double d = (double)from[p * x->c + k] - stats[0];
                         lanes[k % 8] += square ? d * d : from[p * x->c + k];
                     }
-                stats[square] = (((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7])));
+                stats[square] = (((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
+                                 ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7])));
                 stats[square] /= (double)(pixels * n);
             }
             for (int64_t p = 0; p < pixels; p++)
@@ -331,7 +348,9 @@ static image naive_each(const net *n, const el_step_record *s, const image *valu
         if (s->kind == EL_AFFINE && t[0]) v = v * t[0][c];
         if (s->kind == EL_AFFINE && t[1]) v = v + t[1][c];
         if (other)
-            v = naive_binary(s->ints[0], v, pixel(other, other->n == 1 ? 0 : b, other->h == 1 ? 0 : oy, other->w == 1 ? 0 : ox)[c / (y.c / other->c)]);
+            v = naive_binary(s->ints[0], v,
+                             pixel(other, other->n == 1 ? 0 : b, other->h == 1 ? 0 : oy,
+                                   other->w == 1 ? 0 : ox)[c / (y.c / other->c)]);
         pixel(&y, b, oy, ox)[c] = v;
     }
     return y;
@@ -345,7 +364,8 @@ static image naive_channels(const image *x, const int32_t *index, int64_t n) {
 
 static image naive_scale(const el_step_record *s, const image *x) {
     window w = window_of(s->ints, s->ints + EL_SCALE_END);
-    const int64_t groups = s->ints[EL_SCALE_GROUPS], h = size_along(&w, 0, x->h, 0), width = size_along(&w, 1, x->w, 0);
+    const int64_t groups = s->ints[EL_SCALE_GROUPS], h = size_along(&w, 0, x->h, 0),
+                  width = size_along(&w, 1, x->w, 0);
     image y = make(x->n, h, width, groups);
     if (y.at) PIXELS(&y) for (int64_t g = 0; g < groups; g++)
         pixel(&y, b, oy, ox)[g] = input_scale(x, &w, b, oy, ox, g * (x->c / groups), x->c / groups);
@@ -364,7 +384,8 @@ static image naive_pad(const el_step_record *s, const image *x) {
     image y = make(x->n, x->h + s->ints[2] + s->ints[3], x->w + s->ints[0] + s->ints[1], x->c);
     PIXELS(&y) for (int64_t c = 0; c < y.c; c++) {
         const int64_t iy = oy - s->ints[2], ix = ox - s->ints[0];
-        pixel(&y, b, oy, ox)[c] = iy < 0 || iy >= x->h || ix < 0 || ix >= x->w ? s->constants[0] : pixel(x, b, iy, ix)[c];
+        pixel(&y, b, oy, ox)[c] =
+            iy < 0 || iy >= x->h || ix < 0 || ix >= x->w ? s->constants[0] : pixel(x, b, iy, ix)[c];
     }
     return y;
 }
@@ -377,7 +398,8 @@ image naive_step(const net *n, const el_step_record *s, const image *values) {
         case EL_CONV: return naive_conv(n, s, values);
         case EL_POOL: {
             window w = window_of(s->ints, s->ints + EL_POOL_END);
-            const int64_t h = size_along(&w, 0, x->h, s->ints[EL_POOL_CEIL]), width = size_along(&w, 1, x->w, s->ints[EL_POOL_CEIL]);
+            const int64_t h = size_along(&w, 0, x->h, s->ints[EL_POOL_CEIL]),
+                          width = size_along(&w, 1, x->w, s->ints[EL_POOL_CEIL]);
             return naive_pool(x, &w, s->ints[EL_POOL_MODE], h, width);
         }
         case EL_MEAN: return naive_mean(x);

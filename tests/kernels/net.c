@@ -83,8 +83,13 @@ static size_t write_table(const net *n, const el_header *h, const el_tensor_reco
 }
 
 static el_header header_of(const net *n) {
-    el_header h = {.magic = EL_MAGIC, .version = EL_VERSION, .n_inputs = (uint32_t)n->n_inputs, .n_outputs = (uint32_t)n->n_outputs,
-                   .n_steps = (uint32_t)n->n_steps, .n_wires = (uint32_t)n->n_wires, .n_tensors = (uint32_t)n->n_tensors};
+    el_header h = {.magic = EL_MAGIC,
+                   .version = EL_VERSION,
+                   .n_inputs = (uint32_t)n->n_inputs,
+                   .n_outputs = (uint32_t)n->n_outputs,
+                   .n_steps = (uint32_t)n->n_steps,
+                   .n_wires = (uint32_t)n->n_wires,
+                   .n_tensors = (uint32_t)n->n_tensors};
     h.table_bytes = (uint32_t)write_table(n, &h, n->tensors, NULL);
     return h;
 }
@@ -101,7 +106,8 @@ static size_t up(size_t n) { return (n + 63) / 64 * 64; }
 void *net_file(const net *n, const char *metadata, size_t *bytes) {
     el_header h = header_of(n);
     el_tensor_record tensors[MOST_NET_TENSORS];
-    h.meta_offset = h.table_bytes, h.meta_bytes = strlen(metadata), h.meta_crc = el_crc32(0, metadata, strlen(metadata));
+    h.meta_offset = h.table_bytes, h.meta_bytes = strlen(metadata),
+    h.meta_crc = el_crc32(0, metadata, strlen(metadata));
     size_t at = up(h.table_bytes + h.meta_bytes);
     for (int i = 0; i < n->n_tensors; i++) {
         tensors[i] = n->tensors[i];

@@ -1,8 +1,7 @@
 /* Random programs over all kinds of steps, on every instruction set and several numbers of threads, against the naive
  * interpreter; then several callers at once.
  *
- *     ./programs [cases [seed]]
- */
+ *     ./programs [cases [seed]] */
 #include "net.h"
 
 #include <pthread.h>
@@ -30,7 +29,8 @@ static void draw_inputs(subject *s) {
     n->n_inputs = pick(0, 3) ? 1 : 2;
     for (int i = 0; i < n->n_inputs; i++) {
         image *v = s->values + i;
-        *v = i && pick(0, 1) ? s->values[0] : (image){pick(0, 9) ? pick(1, 3) : 0, pick(1, 24), pick(1, 20), pick(1, 90), NULL};
+        *v = i && pick(0, 1) ? s->values[0]
+                             : (image){pick(0, 9) ? pick(1, 3) : 0, pick(1, 24), pick(1, 20), pick(1, 90), NULL};
         if (i) v->n = s->values[0].n;
         v->at = reals(size_of(v));
         n->inputs[i] = (el_input_record){(int32_t)v->c, pick(0, 1) ? 0 : (int32_t)v->h, 0, 0};

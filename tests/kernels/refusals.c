@@ -1,5 +1,5 @@
-/* A small program with one thing wrong at a time: it is refused, and the text says which step, what was found and what was
- * expected. */
+/* A small program with one thing wrong at a time: it is refused, and the text says which step, what was found and what
+ * was expected. */
 #include "net.h"
 
 #include <stdio.h>
@@ -18,7 +18,8 @@ static void make(void) {
     const int32_t of[][3] = {{0, 0, -1}, {1}, {2}, {2, 3}, {4, 4}};
     n.n_inputs = 1, n.inputs[0] = (el_input_record){16, 0, 8, 0};
     el_step_record *s = net_step(&n, EL_CONV, 3, of[0]);
-    const int32_t ints[EL_CONV_INTS] = {16, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, EL_LINK_EXPAND, 16, 0, 1, 1, 1, 1, 0, 0, 1, 1};
+    const int32_t ints[EL_CONV_INTS] = {16, 32, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, EL_LINK_EXPAND,
+                                        16, 0,  1, 1, 1, 1, 0, 0, 1, 1};
     memcpy(s->ints, ints, sizeof ints);
     s->tensors[0] = net_tensor(&n, EL_BITS, calloc(4 * 9, 64), 4 * 9 * 64);
     s->tensors[1] = net_tensor(&n, EL_FLOAT32, calloc(2 * 48, 4), 2 * 48 * 4);
@@ -101,7 +102,8 @@ static int is_refused(const void *table, size_t bytes, const int64_t *in, char *
 }
 
 int main(void) {
-    const int64_t in[4] = {1, 9, 8, 16}, narrow[4] = {1, 9, 7, 16}, none[4] = {0, 9, 8, 16}, negative[4] = {-1, 9, 8, 16};
+    const int64_t in[4] = {1, 9, 8, 16}, narrow[4] = {1, 9, 7, 16}, none[4] = {0, 9, 8, 16},
+                  negative[4] = {-1, 9, 8, 16};
     int wrong = 0;
     char text[256];
     size_t bytes;
@@ -124,7 +126,8 @@ int main(void) {
         if (!cases[i].spoil) {
             wrong += is_refused(table, bytes, none, text, sizeof text);
             wrong += !is_refused(table, bytes, negative, text, sizeof text) || !strstr(text, "found -1 images");
-            wrong += !is_refused(table, bytes, narrow, text, sizeof text) || !strstr(text, "input 0 has 9 x 7 pixels of 16 channels, expected 0 x 8 of 16");
+            wrong += !is_refused(table, bytes, narrow, text, sizeof text) ||
+                     !strstr(text, "input 0 has 9 x 7 pixels of 16 channels, expected 0 x 8 of 16");
             wrong += !is_refused(table, 40, in, text, sizeof text) || !strstr(text, "found 40 bytes");
         }
         free(table);

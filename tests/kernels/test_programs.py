@@ -56,7 +56,7 @@ FAULTS = {  # file: what stands there, and what a slip would have made of it
         ('b += bs->w == 1 ? 0 : cb', 'b += cb'),
         ('x[i] >= 0.f ? x[i]', 'x[i] > 0.5f ? x[i]'),
         ('row - ints[2]', 'row'),
-        ('x >= 0 && x < p->w) sum', 'x >= 0 && x < p->w - 1) sum'),
+        ('x >= 0 && x < p->w)', 'x >= 0 && x < p->w - 1)'),
     ],
     'unary.c': [('2. * e, y', '3. * e, y'), ('x > 20.', 'x > 1.'), ('1. / 24.', '1. / 25.')],
     'over_images.c': [

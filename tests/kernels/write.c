@@ -1,7 +1,6 @@
 /* Write a random program with one input, an image for it, and what it gives: net.program, image.npy, expected.txt.
  *
- *     ./write FOLDER SEED
- */
+ *     ./write FOLDER SEED */
 #include "net.h"
 
 #include <stdio.h>
@@ -21,14 +20,15 @@ static void write_npy(FILE *f, const image *v) {
     char header[128];
     memset(header, ' ', sizeof header);
     memcpy(header, "\x93NUMPY\x01\x00\x76\x00", 10);
-    const int n = snprintf(header + 10, 100, "{'descr': '<f4', 'fortran_order': False, 'shape': (%d, %d, %d, %d), }", (int)v->n, (int)v->c,
-                           (int)v->h, (int)v->w);
+    const int n = snprintf(header + 10, 100, "{'descr': '<f4', 'fortran_order': False, 'shape': (%d, %d, %d, %d), }",
+                           (int)v->n, (int)v->c, (int)v->h, (int)v->w);
     header[10 + n] = ' ';
     header[127] = '\n';
     fwrite(header, 1, sizeof header, f);
     for (int64_t b = 0; b < v->n; b++)
         for (int64_t c = 0; c < v->c; c++)
-            for (int64_t p = 0; p < v->h * v->w; p++) fwrite(v->at + (b * v->h * v->w + p) * v->c + c, sizeof(float), 1, f);
+            for (int64_t p = 0; p < v->h * v->w; p++)
+                fwrite(v->at + (b * v->h * v->w + p) * v->c + c, sizeof(float), 1, f);
     fclose(f);
 }
 
@@ -51,7 +51,9 @@ int main(int argc, char **argv) {
     }
     net_output(&n, n.n_steps, EL_FORM_IMAGE);
     size_t bytes;
-    void *file = net_file(&n, "{\"name\": \"net, \\\"drawn\\\"\", \"labels\": [\"first\", \"s\\u00e9cond [2], {\", \"third\"]}", &bytes);
+    void *file =
+        net_file(&n, "{\"name\": \"net, \\\"drawn\\\"\", \"labels\": [\"first\", \"s\\u00e9cond [2], {\", \"third\"]}",
+                 &bytes);
     FILE *f = open_in(argv[1], "net.program");
     fwrite(file, 1, bytes, f);
     fclose(f);

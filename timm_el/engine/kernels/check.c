@@ -48,7 +48,10 @@ static const struct {
     tensor_rule tensors[EL_TENSORS];
 } rules[EL_KINDS] = {
     [EL_CONV] = {1, 2, conv_ints, EL_CONV_INTS,
-                 {{"weight", 0, FLOATS | 1u << EL_BITS}, {"table", 0, FLOATS}, {"threshold", 1, FLOATS}, {"flip", 1, 1u << EL_INT32}}},
+                 {{"weight", 0, FLOATS | 1u << EL_BITS},
+                  {"table", 0, FLOATS},
+                  {"threshold", 1, FLOATS},
+                  {"flip", 1, 1u << EL_INT32}}},
     [EL_POOL] = {1, 0, pool_ints, EL_POOL_INTS, {{0}}},
     [EL_MEAN] = {1, 0, NULL, 0, {{0}}},
     [EL_BINARY] = {2, 0, binary_ints, 1, {{0}}},
@@ -65,7 +68,8 @@ static const struct {
 };
 
 static int check_wires(const el_program_step *s, const el_error *e) {
-    const int n = s->record->n_wires, needed = rules[s->record->kind].needed, all = needed + rules[s->record->kind].optional;
+    const int n = s->record->n_wires, needed = rules[s->record->kind].needed,
+              all = needed + rules[s->record->kind].optional;
     if (needed < 0 ? n < 1 : n != all) return el_say(e, "reads %d values, expected %d", n, needed < 0 ? 1 : all);
     for (int i = 0; i < n; i++)
         if (s->wires[i] < 0 && (needed < 0 || i < needed)) return el_say(e, "wire %d is -1, expected a value", i);
@@ -79,7 +83,8 @@ static int check_tensors(const el_program_step *s, const el_tensor_record *tenso
         if (at < 0 && rule->name && !rule->optional) return el_say(e, "there is no %s", rule->name);
         if (at < 0) continue;
         if (!rule->name) return el_say(e, "there is a tensor %d, expected -1", i);
-        if (!(rule->dtypes >> tensors[at].dtype & 1)) return el_say(e, "%s has dtype %u, which it cannot have", rule->name, tensors[at].dtype);
+        if (!(rule->dtypes >> tensors[at].dtype & 1))
+            return el_say(e, "%s has dtype %u, which it cannot have", rule->name, tensors[at].dtype);
     }
     return EL_OK;
 }
@@ -94,17 +99,20 @@ static int check_ints(const el_program_step *s, const el_error *e) {
 
 /* A window's product and reach; whether padding may be SAME, -1 on both axes, its range has said. */
 static int check_window(const int32_t *k, int most_taps, const el_error *e) {
-    if ((int64_t)k[0] * k[1] > most_taps) return el_say(e, "kernel is %d x %d, expected at most %d taps", k[0], k[1], most_taps);
+    if ((int64_t)k[0] * k[1] > most_taps)
+        return el_say(e, "kernel is %d x %d, expected at most %d taps", k[0], k[1], most_taps);
     if ((int64_t)k[0] * k[6] > SIDE || (int64_t)k[1] * k[7] > SIDE)
-        return el_say(e, "kernel of %d x %d with dilation %d x %d, expected to reach over at most %d pixels", k[0], k[1], k[6], k[7], SIDE);
-    if ((k[4] < 0) != (k[5] < 0)) return el_say(e, "padding is %d and %d, expected -1 twice or not at all", k[4], k[5]);
+        return el_say(e, "kernel of %d x %d with dilation %d x %d, expected to reach over at most %d pixels", k[0],
+                      k[1], k[6], k[7], SIDE);
+    if ((k[4] < 0) != (k[5] < 0))
+        return el_say(e, "padding is %d and %d, expected -1 twice or not at all", k[4], k[5]);
     return EL_OK;
 }
 
 static int expect_bytes(const el_program_step *s, int tensor, int64_t expected, const el_error *e) {
     if (s->record->tensors[tensor] < 0 || s->bytes[tensor] == expected) return EL_OK;
-    return el_say(e, "%s has %lld bytes, expected %lld", rules[s->record->kind].tensors[tensor].name, (long long)s->bytes[tensor],
-                  (long long)expected);
+    return el_say(e, "%s has %lld bytes, expected %lld", rules[s->record->kind].tensors[tensor].name,
+                  (long long)s->bytes[tensor], (long long)expected);
 }
 
 int64_t el_bytes_of_row(int channels) { return (channels + 30) / 16 * 16 * (int64_t)sizeof(float); }
@@ -115,7 +123,8 @@ static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static int64_t stored_bytes(const int32_t *ints, int real) {
     const int64_t c_in = ints[EL_C_IN], c_out = ints[EL_C_OUT], groups = ints[EL_GROUPS];
     const int64_t taps = (int64_t)ints[EL_WINDOW] * ints[EL_WINDOW + 1];
-    if (groups > 1 && groups == c_in && c_in == c_out) return real ? taps * up(c_out, 16) * 4 : taps * up(c_out, 64) / 8;
+    if (groups > 1 && groups == c_in && c_in == c_out)
+        return real ? taps * up(c_out, 16) * 4 : taps * up(c_out, 64) / 8;
     if (real) return up(c_out, EL_REAL_BLOCK) * taps * c_in * 4;
     return groups * up(c_out / groups, 8) * taps * up(c_in / groups, 64) / 8;
 }
@@ -127,18 +136,23 @@ static int check_conv(const el_program_step *s, const el_error *e) {
     const int rows = 2 + (ints[EL_ACT] == EL_ACT_PRELU) + 2 * ints[EL_HAS_AFFINE] + 3 * ints[EL_HAS_POST];
     if (check_window(ints + EL_WINDOW, EL_MAX_TAPS, e)) return EL_BAD_PLAN;
     if (check_window(ints + EL_LINK_WINDOW, ints[EL_LINK_POOL] ? EL_MAX_POOL : EL_MAX_TAPS, e)) return EL_BAD_PLAN;
-    if (c_in % groups || c_out % groups) return el_say(e, "groups is %d, expected a divisor of %d and %d channels", groups, c_in, c_out);
+    if (c_in % groups || c_out % groups)
+        return el_say(e, "groups is %d, expected a divisor of %d and %d channels", groups, c_in, c_out);
     if (real && groups > 1 && !(groups == c_in && c_in == c_out))
         return el_say(e, "groups is %d, expected 1 or %d for a real weight", groups, c_in);
-    if (ints[EL_HAS_K] && (groups > 1 || real)) return el_say(e, "has_k with groups %d, expected a binary weight and groups 1", groups);
-    if (real && (s->tensors[2] || s->tensors[3])) return el_say(e, "there is a threshold or flip, expected none for a real weight");
-    if (has_link != (ints[EL_LINK] != EL_LINK_NONE)) return el_say(e, "link is %d, and the value that it reads %d", ints[EL_LINK], s->wires[1]);
+    if (ints[EL_HAS_K] && (groups > 1 || real))
+        return el_say(e, "has_k with groups %d, expected a binary weight and groups 1", groups);
+    if (real && (s->tensors[2] || s->tensors[3]))
+        return el_say(e, "there is a threshold or flip, expected none for a real weight");
+    if (has_link != (ints[EL_LINK] != EL_LINK_NONE))
+        return el_say(e, "link is %d, and the value that it reads %d", ints[EL_LINK], s->wires[1]);
     if (has_link && ints[EL_LINK_C] < 1) return el_say(e, "link channels is 0, expected at least 1");
     if (ints[EL_LINK] == EL_LINK_IDENTITY && ints[EL_LINK_C] != c_out)
         return el_say(e, "link channels is %d, expected %d for an identity", ints[EL_LINK_C], c_out);
     if (ints[EL_LINK] == EL_LINK_SQUEEZE && ints[EL_LINK_C] < c_out)
         return el_say(e, "link channels is %d, expected at least %d for a squeeze", ints[EL_LINK_C], c_out);
-    if (expect_bytes(s, 0, stored_bytes(ints, real), e) || expect_bytes(s, 1, rows * el_bytes_of_row(c_out), e)) return EL_BAD_PLAN;
+    if (expect_bytes(s, 0, stored_bytes(ints, real), e) || expect_bytes(s, 1, rows * el_bytes_of_row(c_out), e))
+        return EL_BAD_PLAN;
     return expect_bytes(s, 2, c_in * INT64_C(4), e) || expect_bytes(s, 3, c_in * INT64_C(4), e) ? EL_BAD_PLAN : EL_OK;
 }
 
@@ -147,13 +161,15 @@ static int take_channels(el_program_step *s, const el_error *e) {
     const int32_t *index = s->tensors[0];
     const int64_t n = s->bytes[0] / 4;
     if (s->bytes[0] % 4 || n < 1 || n > EL_MAX_CHANNELS)
-        return el_say(e, "index has %lld bytes, expected 4 for each of 1 to %d channels", (long long)s->bytes[0], EL_MAX_CHANNELS);
+        return el_say(e, "index has %lld bytes, expected 4 for each of 1 to %d channels", (long long)s->bytes[0],
+                      EL_MAX_CHANNELS);
     s->spans = malloc((size_t)n * sizeof *s->spans);
     if (!s->spans) return el_say_no_memory(e);
     s->n_channels = (int)n;
     for (int i = 0; i < n; i++) {
         const int32_t channel = index[i];
-        if (channel < 0 || channel >= EL_MAX_CHANNELS) return el_say(e, "index %d is %d, expected a channel", i, channel);
+        if (channel < 0 || channel >= EL_MAX_CHANNELS)
+            return el_say(e, "index %d is %d, expected a channel", i, channel);
         if (channel > s->last_channel) s->last_channel = channel;
         el_span *last = i ? s->spans + s->n_spans - 1 : NULL;
         if (last && channel == last->from + last->count) last->count++;
@@ -167,7 +183,8 @@ static int check_const(const el_program_step *s, const el_error *e) {
     int64_t floats = 1;
     for (int i = 0; i < 4; i++) {
         floats *= ints[i];
-        if (floats > EL_MAX_TENSOR_BYTES / 4) return el_say(e, "%d x %d x %d x %d numbers are too many", ints[0], ints[1], ints[2], ints[3]);
+        if (floats > EL_MAX_TENSOR_BYTES / 4)
+            return el_say(e, "%d x %d x %d x %d numbers are too many", ints[0], ints[1], ints[2], ints[3]);
     }
     return expect_bytes(s, 0, 4 * floats, e);
 }

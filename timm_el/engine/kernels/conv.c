@@ -39,8 +39,8 @@ static void conv_piece(void *context, int item) {
         s.x = view_of(j->x + image * image_size(p->h, p->w, p->c_in), p->h, p->w, p->c_in);
         s.y = view_of(j->y + image * image_size(p->oh, p->ow, p->c_out), p->oh, p->ow, p->c_out);
         if (p->link)
-            s.link =
-                view_of(j->link + image * image_size(p->link_h, p->link_w, p->link_c), p->link_h, p->link_w, p->link_c);
+            s.link = view_of(j->link + image * image_size(p->link_h, p->link_w, p->link_c), p->link_h, p->link_w,
+                             p->link_c);
         if (j->added) s.added = view_of(j->added + image * image_size(p->oh, p->ow, p->c_out), p->oh, p->ow, p->c_out);
         el_run_rows(&s, oy0, oy1, c0, c1);
         row += oy1 - oy0;

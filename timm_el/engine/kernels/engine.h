@@ -9,8 +9,7 @@
  *            are real, take the dot product
  *     finish with scale, shift, activation, link and post-activation, and write the output pixel
  *
- * so that a value of x is read from memory once for its sign and, still in cache, once more for the link.
- */
+ * so that a value of x is read from memory once for its sign and, still in cache, once more for the link. */
 #ifndef TIMM_EL_ENGINE_H
 #define TIMM_EL_ENGINE_H
 
@@ -47,8 +46,7 @@ typedef struct {
  *     v = v + post_in[c]; v = v >= 0 ? v : v * post_slope[c]; v = v + post_out[c]        if has_post
  *     v = v + added[c]                                            if another tensor is added: a block's shortcut
  *
- * in exactly this order, each operation rounded to float32, none contracted. A NaN stays a NaN.
- */
+ * in exactly this order, each operation rounded to float32, none contracted. A NaN stays a NaN. */
 typedef struct {
     int32_t n, h, w, c_in, oh, ow, c_out;
     el_window conv;

@@ -22,7 +22,8 @@ static void make_crc_tables(void) {
         crc_tables[0][i] = c;
     }
     for (int t = 1; t < 8; t++)
-        for (int i = 0; i < 256; i++) crc_tables[t][i] = crc_tables[t - 1][i] >> 8 ^ crc_tables[0][crc_tables[t - 1][i] & 255];
+        for (int i = 0; i < 256; i++)
+            crc_tables[t][i] = crc_tables[t - 1][i] >> 8 ^ crc_tables[0][crc_tables[t - 1][i] & 255];
 }
 
 uint32_t el_crc32(uint32_t crc, const void *data, size_t bytes) {
@@ -35,7 +36,8 @@ uint32_t el_crc32(uint32_t crc, const void *data, size_t bytes) {
         memcpy(&low, p, 4), memcpy(&high, p + 4, 4);
         low ^= crc;
         crc = 0;
-        for (int i = 0; i < 4; i++) crc ^= crc_tables[7 - i][low >> 8 * i & 255] ^ crc_tables[3 - i][high >> 8 * i & 255];
+        for (int i = 0; i < 4; i++)
+            crc ^= crc_tables[7 - i][low >> 8 * i & 255] ^ crc_tables[3 - i][high >> 8 * i & 255];
     }
     for (; bytes; bytes--, p++) crc = crc >> 8 ^ crc_tables[0][(crc ^ *p) & 255];
     return ~crc;
@@ -50,7 +52,8 @@ static void *map_file(const char *path, size_t *bytes) {
     void *data = NULL;
     if (!f) return NULL;
     const int64_t size = _fseeki64(f, 0, SEEK_END) ? -1 : _ftelli64(f);
-    if (size > 0 && !_fseeki64(f, 0, SEEK_SET) && (data = el_aligned_alloc(64, (size_t)size)) && fread(data, 1, (size_t)size, f) != (size_t)size) {
+    if (size > 0 && !_fseeki64(f, 0, SEEK_SET) && (data = el_aligned_alloc(64, (size_t)size)) &&
+        fread(data, 1, (size_t)size, f) != (size_t)size) {
         el_aligned_free(data);
         data = NULL;
     }
@@ -85,27 +88,38 @@ void el_unmap(el_program *p) {
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
-static int is_inside(uint64_t offset, uint64_t bytes, uint64_t size) { return bytes <= size && offset <= size - bytes; }
+static int is_inside(uint64_t offset, uint64_t bytes, uint64_t size) {
+    return bytes <= size && offset <= size - bytes;
+}
 
 static int check_table(const char *file, size_t bytes, el_header *h, const el_error *e) {
-    if (bytes < sizeof *h) return el_say(e, "found a file of %zu bytes, expected a program of at least %zu", bytes, sizeof *h);
+    if (bytes < sizeof *h)
+        return el_say(e, "found a file of %zu bytes, expected a program of at least %zu", bytes, sizeof *h);
     memcpy(h, file, sizeof *h);
-    if (memcmp(h->magic, EL_MAGIC, sizeof h->magic)) return el_say(e, "this is no program: it does not begin with 'timm_el' and 1");
+    if (memcmp(h->magic, EL_MAGIC, sizeof h->magic))
+        return el_say(e, "this is no program: it does not begin with 'timm_el' and 1");
     if (h->version != EL_VERSION) return el_say(e, "the program has version %u, expected %d", h->version, EL_VERSION);
-    if (h->file_bytes != bytes) return el_say(e, "found a file of %zu bytes, expected %llu: it is cut off or damaged", bytes, (unsigned long long)h->file_bytes);
-    if (h->table_bytes < sizeof *h || h->table_bytes > bytes) return el_say(e, "the table has %u bytes, of a file of %zu", h->table_bytes, bytes);
+    if (h->file_bytes != bytes)
+        return el_say(e, "found a file of %zu bytes, expected %llu: it is cut off or damaged", bytes,
+                      (unsigned long long)h->file_bytes);
+    if (h->table_bytes < sizeof *h || h->table_bytes > bytes)
+        return el_say(e, "the table has %u bytes, of a file of %zu", h->table_bytes, bytes);
     el_header blank = *h;
     blank.table_crc = 0;
-    const uint32_t crc = el_crc32(el_crc32(0, &blank, sizeof blank), file + sizeof blank, h->table_bytes - sizeof blank);
-    if (crc != h->table_crc) return el_say(e, "the table's checksum is %08x, expected %08x: the file is damaged", crc, h->table_crc);
+    const uint32_t crc =
+        el_crc32(el_crc32(0, &blank, sizeof blank), file + sizeof blank, h->table_bytes - sizeof blank);
+    if (crc != h->table_crc)
+        return el_say(e, "the table's checksum is %08x, expected %08x: the file is damaged", crc, h->table_crc);
     return EL_OK;
 }
 
 static int check_metadata(const char *file, const el_header *h, const el_error *e) {
     if (!is_inside(h->meta_offset, h->meta_bytes, h->file_bytes))
-        return el_say(e, "the metadata has %llu bytes at %llu, outside of the file", (unsigned long long)h->meta_bytes, (unsigned long long)h->meta_offset);
+        return el_say(e, "the metadata has %llu bytes at %llu, outside of the file", (unsigned long long)h->meta_bytes,
+                      (unsigned long long)h->meta_offset);
     const uint32_t crc = el_crc32(0, file + h->meta_offset, h->meta_bytes);
-    if (crc != h->meta_crc) return el_say(e, "the metadata's checksum is %08x, expected %08x: the file is damaged", crc, h->meta_crc);
+    if (crc != h->meta_crc)
+        return el_say(e, "the metadata's checksum is %08x, expected %08x: the file is damaged", crc, h->meta_crc);
     return EL_OK;
 }
 
@@ -125,8 +139,8 @@ static const void **find_tensors(const char *file, const el_header *h, const el_
             tensors[i] = file + t.offset;
             continue;
         }
-        el_say(e, "tensor %u has %llu bytes at %llu, expected a multiple of 64 inside of the file", i, (unsigned long long)t.bytes,
-               (unsigned long long)t.offset);
+        el_say(e, "tensor %u has %llu bytes at %llu, expected a multiple of 64 inside of the file", i,
+               (unsigned long long)t.bytes, (unsigned long long)t.offset);
         free(tensors);
         return NULL;
     }
@@ -137,7 +151,8 @@ int el_verify(el_program *p, const el_error *e) {
     for (uint32_t i = 0; i < p->header.n_tensors; i++) {
         const el_tensor_record *t = p->tensors + i;
         const uint32_t crc = el_crc32(0, p->file + t->offset, t->bytes);
-        if (crc != t->crc) return el_say(e, "the checksum of tensor %u is %08x, expected %08x: the file is damaged", i, crc, t->crc);
+        if (crc != t->crc)
+            return el_say(e, "the checksum of tensor %u is %08x, expected %08x: the file is damaged", i, crc, t->crc);
     }
     p->verified = 1;
     return EL_OK;

@@ -16,8 +16,7 @@
  *     k = NaN,      q = 0        where m is not finite: the outputs of the pixel are NaN
  *
  * Layout of weights (el_int8_lay_out): blocks of 64 channels; in a block, four inputs at a time, the channels side by
- * side, then the 64 sums of each channel's weights (int32). What is missing to four inputs or 64 channels is zeros.
- */
+ * side, then the 64 sums of each channel's weights (int32). What is missing to four inputs or 64 channels is zeros. */
 #ifndef TIMM_EL_INT8_H
 #define TIMM_EL_INT8_H
 

@@ -2,8 +2,7 @@
  *
  * A row of the table in isa.c pairs a counter, which does the binary work, with the real half, which does the float
  * work. Each counter and each real half is a table of functions in a file of isa/; a new instruction set is one such
- * file and one row. All of them give the same bits.
- */
+ * file and one row. All of them give the same bits. */
 #ifndef TIMM_EL_ISA_H
 #define TIMM_EL_ISA_H
 

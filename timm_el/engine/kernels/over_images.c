@@ -1,5 +1,5 @@
-/* Steps that need whole images: means and norms over pixels, and rows of features. Each unit of work has a fixed order of
- * sums, so that the number of threads changes nothing. */
+/* Steps that need whole images: means and norms over pixels, and rows of features. Each unit of work has a fixed order
+ * of sums, so that the number of threads changes nothing. */
 #include "program.h"
 
 #include <math.h>
@@ -41,7 +41,8 @@ static double fold(double *lanes) {
 }
 
 /* Normalise `n` channels of some pixels that are `step` floats apart: lane i of 8 sums channels i, i + 8, ... */
-void el_norm(const float *x, size_t pixels, size_t step, int n, const float *scale, const float *shift, float eps, float *y) {
+void el_norm(const float *x, size_t pixels, size_t step, int n, const float *scale, const float *shift, float eps,
+             float *y) {
     double sums[8] = {0}, squares[8] = {0};
     for (size_t p = 0; p < pixels; p++) {
         const float *from = x + p * step;
@@ -92,7 +93,8 @@ void el_run_units(const el_call *call, const el_node *s, int64_t from, int64_t t
             case EL_MEAN: mean(x, pixels, c, n, y + first); break;
             case EL_FLATTEN: flatten(x, pixels, c, n, y + first * pixels); break;
             default:
-                el_norm(x, pixels, c, n, scale ? scale + first : NULL, shift ? shift + first : NULL, s->step->record->constants[0], y + first);
+                el_norm(x, pixels, c, n, scale ? scale + first : NULL, shift ? shift + first : NULL,
+                        s->step->record->constants[0], y + first);
         }
     }
 }

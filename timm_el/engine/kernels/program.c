@@ -27,17 +27,22 @@ int el_say_no_memory(const el_error *e) {
 
 static int check_header(const el_header *h, size_t bytes, const el_error *e) {
     if (bytes < sizeof *h) return el_say(e, "found %zu bytes, expected a table of at least %zu", bytes, sizeof *h);
-    if (memcmp(h->magic, EL_MAGIC, sizeof h->magic)) return el_say(e, "this is no program: it does not begin with 'timm_el' and 1");
+    if (memcmp(h->magic, EL_MAGIC, sizeof h->magic))
+        return el_say(e, "this is no program: it does not begin with 'timm_el' and 1");
     if (h->version != EL_VERSION) return el_say(e, "the program has version %u, expected %d", h->version, EL_VERSION);
-    if (h->n_inputs < 1 || h->n_inputs > EL_MAX_ENDS) return el_say(e, "found %u inputs, expected 1 to %d", h->n_inputs, EL_MAX_ENDS);
-    if (h->n_outputs < 1 || h->n_outputs > EL_MAX_ENDS) return el_say(e, "found %u outputs, expected 1 to %d", h->n_outputs, EL_MAX_ENDS);
+    if (h->n_inputs < 1 || h->n_inputs > EL_MAX_ENDS)
+        return el_say(e, "found %u inputs, expected 1 to %d", h->n_inputs, EL_MAX_ENDS);
+    if (h->n_outputs < 1 || h->n_outputs > EL_MAX_ENDS)
+        return el_say(e, "found %u outputs, expected 1 to %d", h->n_outputs, EL_MAX_ENDS);
     if (h->n_steps > EL_MAX_STEPS) return el_say(e, "found %u steps, expected at most %d", h->n_steps, EL_MAX_STEPS);
     const uint64_t expected = sizeof *h + sizeof(el_input_record) * (uint64_t)h->n_inputs +
-                              sizeof(el_output_record) * (uint64_t)h->n_outputs + sizeof(el_step_record) * (uint64_t)h->n_steps +
-                              ((uint64_t)h->n_wires + 1) / 2 * 8 + sizeof(el_tensor_record) * (uint64_t)h->n_tensors;
+                              sizeof(el_output_record) * (uint64_t)h->n_outputs +
+                              sizeof(el_step_record) * (uint64_t)h->n_steps + ((uint64_t)h->n_wires + 1) / 2 * 8 +
+                              sizeof(el_tensor_record) * (uint64_t)h->n_tensors;
     if (h->table_bytes != expected || expected > bytes)
-        return el_say(e, "the table says %u bytes, its numbers of records %llu, and there are %zu; expected them to agree",
-                      h->table_bytes, (unsigned long long)expected, bytes);
+        return el_say(
+            e, "the table says %u bytes, its numbers of records %llu, and there are %zu; expected them to agree",
+            h->table_bytes, (unsigned long long)expected, bytes);
     return EL_OK;
 }
 
@@ -45,20 +50,21 @@ static int check_ends(const el_program *p, const el_error *e) {
     for (int i = 0; i < p->n_inputs; i++) {
         const el_input_record *r = p->inputs + i;
         if (r->channels < 1 || r->channels > EL_MAX_CHANNELS || r->height < 0 || r->width < 0)
-            return el_say(e, "input %d has %d channels, %d x %d pixels, expected 1 to %d channels, and 0 for any size", i, r->channels,
-                          r->height, r->width, EL_MAX_CHANNELS);
+            return el_say(e, "input %d has %d channels, %d x %d pixels, expected 1 to %d channels, and 0 for any size",
+                          i, r->channels, r->height, r->width, EL_MAX_CHANNELS);
     }
     for (int i = 0; i < p->n_outputs; i++) {
         const el_output_record *r = p->outputs + i;
         if (r->value < 0 || r->value >= p->n_values || r->form < 0 || r->form >= EL_FORMS)
-            return el_say(e, "output %d is value %d in form %d, expected one of %d values and of %d forms", i, r->value, r->form,
-                          p->n_values, EL_FORMS);
+            return el_say(e, "output %d is value %d in form %d, expected one of %d values and of %d forms", i,
+                          r->value, r->form, p->n_values, EL_FORMS);
     }
     return EL_OK;
 }
 
 /* What must hold before a step's record can be read any further. */
-static int take_step(el_program *p, int i, const el_step_record *r, const int32_t *wires, const void *const *tensors, el_error *e) {
+static int take_step(el_program *p, int i, const el_step_record *r, const int32_t *wires, const void *const *tensors,
+                     el_error *e) {
     el_program_step *s = p->steps + i;
     const el_header *h = &p->header;
     e->step = i;
@@ -73,7 +79,8 @@ static int take_step(el_program *p, int i, const el_step_record *r, const int32_
             return el_say(e, "wire %d is value %d, expected one of the %d before it", j, s->wires[j], p->n_inputs + i);
     for (int j = 0; j < EL_TENSORS; j++) {
         const int at = r->tensors[j];
-        if (at < -1 || (at >= 0 && (uint32_t)at >= h->n_tensors)) return el_say(e, "tensor %d is number %d, of %u", j, at, h->n_tensors);
+        if (at < -1 || (at >= 0 && (uint32_t)at >= h->n_tensors))
+            return el_say(e, "tensor %d is number %d, of %u", j, at, h->n_tensors);
         if (at < 0) continue;
         s->tensors[j] = tensors[at];
         s->bytes[j] = (int64_t)p->tensors[at].bytes;
@@ -98,8 +105,8 @@ static int take_table(el_program *p, const void *const *tensors, el_error *e) {
     for (uint32_t i = 0; i < h->n_tensors; i++) {
         const el_tensor_record *t = p->tensors + i;
         if (t->dtype >= EL_DTYPES || t->bytes < 1 || t->bytes > EL_MAX_TENSOR_BYTES)
-            return el_say(e, "tensor %u has dtype %u and %llu bytes, expected one of %d types and at most %lld bytes", i, t->dtype,
-                          (unsigned long long)t->bytes, EL_DTYPES, (long long)EL_MAX_TENSOR_BYTES);
+            return el_say(e, "tensor %u has dtype %u and %llu bytes, expected one of %d types and at most %lld bytes",
+                          i, t->dtype, (unsigned long long)t->bytes, EL_DTYPES, (long long)EL_MAX_TENSOR_BYTES);
     }
     for (int i = 0; i < p->n_steps; i++) {
         const int bad = take_step(p, i, steps + i, wires, tensors, e);
@@ -109,7 +116,8 @@ static int take_table(el_program *p, const void *const *tensors, el_error *e) {
     return check_ends(p, e);
 }
 
-el_program *el_program_new(const void *table, size_t bytes, const void *const *tensors, char *text, size_t text_bytes) {
+el_program *el_program_new(const void *table, size_t bytes, const void *const *tensors, char *text,
+                           size_t text_bytes) {
     el_error e = {text, text_bytes, -1, ""};
     el_header header;
     memset(&header, 0, sizeof header);
@@ -167,15 +175,20 @@ int el_input(const el_program *p, int i, int32_t *channels, int32_t *height, int
 /* Enough of a plan for weights: they do not depend on the size of images. */
 static el_plan plan_of_weights(const el_program_step *s) {
     const int32_t *ints = s->record->ints;
-    el_plan plan = {.c_in = ints[EL_C_IN], .c_out = ints[EL_C_OUT], .groups = ints[EL_GROUPS], .pad_value = ints[EL_PAD_VALUE],
-                    .real = s->real, .table_stride = (int32_t)(el_bytes_of_row(ints[EL_C_OUT]) / (int64_t)sizeof(float))};
+    el_plan plan = {.c_in = ints[EL_C_IN],
+                    .c_out = ints[EL_C_OUT],
+                    .groups = ints[EL_GROUPS],
+                    .pad_value = ints[EL_PAD_VALUE],
+                    .real = s->real,
+                    .table_stride = (int32_t)(el_bytes_of_row(ints[EL_C_OUT]) / (int64_t)sizeof(float))};
     memcpy(&plan.conv, ints + EL_WINDOW, sizeof plan.conv);
     return plan;
 }
 
 /* Taps outside of an image of some size count. */
 static int is_padded(const int32_t *ints) {
-    return ints[EL_PAD_VALUE] != -1 && (ints[EL_WINDOW + 4] || ints[EL_WINDOW + 5] || ints[EL_PAD_END] || ints[EL_PAD_END + 1]);
+    return ints[EL_PAD_VALUE] != -1 &&
+           (ints[EL_WINDOW + 4] || ints[EL_WINDOW + 5] || ints[EL_PAD_END] || ints[EL_PAD_END + 1]);
 }
 
 /* Lay a step's weight and sums of taps out at `to`, or only count their bytes if it is NULL. */
@@ -203,7 +216,8 @@ static size_t lay_out_step(el_program_step *s, char *to) {
 int el_lay_out_weights(el_program *p, const el_error *e) {
     if (p->laid_out_for) {
         if (p->laid_out_for == el_active()) return EL_OK;
-        return el_say(e, "the program was made ready for %s, and %s is in use now; make a new one", p->laid_out_for, el_active());
+        return el_say(e, "the program was made ready for %s, and %s is in use now; make a new one", p->laid_out_for,
+                      el_active());
     }
     if (!p->verified) {
         const int bad = el_verify(p, e);

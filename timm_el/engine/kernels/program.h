@@ -5,8 +5,7 @@
  *     shapes.c    the sizes of all values, from those of the inputs
  *     ready.c     what is decided once for one size: which steps run together, where values are
  *     run.c       one call
- *     steps.c, over_images.c    the steps that are neither convolution nor pool, by rows and by whole images
- */
+ *     steps.c, over_images.c    the steps that are neither convolution nor pool, by rows and by whole images */
 #ifndef TIMM_EL_PROGRAM_H
 #define TIMM_EL_PROGRAM_H
 
@@ -75,7 +74,8 @@ int64_t el_bytes_of_row(int channels); /* of the table of a convolution */
 /* shapes.c: sizes of all values from those of the inputs, which values[0 ..] already holds. */
 int el_infer(const el_program *program, el_shape *values, const el_error *error);
 /* The plan of a convolution or a pool, but for a weight that is laid out, or the window and sizes of an INPUT_SCALE. */
-int el_plan_of(const el_program_step *step, const el_shape *values, el_shape *out, el_plan *plan, const el_error *error);
+int el_plan_of(const el_program_step *step, const el_shape *values, el_shape *out, el_plan *plan,
+               const el_error *error);
 
 /* program.c */
 int el_lay_out_weights(el_program *program, const el_error *error);
@@ -161,12 +161,13 @@ row_view el_rows_of(const el_piece *piece, int value);
 void el_step_rows(const el_piece *piece, const el_node *node, const row_view *y, int from, int to);
 size_t el_step_scratch(const el_node *node); /* bytes */
 
-/* over_images.c: steps that need whole images. Their work is cut to units that do not depend on the number of threads. */
+/* over_images.c: steps that need whole images. Their units of work do not depend on the number of threads. */
 int el_is_over_images(const el_program_step *step);
 int64_t el_units(const el_node *node, const el_value *values);
 void el_run_units(const el_call *call, const el_node *node, int64_t from, int64_t to);
 /* Normalise n channels of `pixels` pixels that are `step` floats apart. */
-void el_norm(const float *x, size_t pixels, size_t step, int n, const float *scale, const float *shift, float eps, float *y);
+void el_norm(const float *x, size_t pixels, size_t step, int n, const float *scale, const float *shift, float eps,
+             float *y);
 
 /* unary.c */
 void el_unary(int op, float a, float b, const float *x, size_t n, float *y);

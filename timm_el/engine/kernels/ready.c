@@ -1,9 +1,8 @@
 /* What is decided once for one size of inputs: which steps run, which of them together, and where their values are.
  *
  * Steps that follow one another can run as a group, a few rows of each at a time, if of what they make before the last
- * nobody later reads. Of what lies between them only the rows that are still needed are kept, in rings. This pays where
- * images do not fit into a core's cache and threads have rows to share.
- */
+ * nobody later reads. Of what lies between them only the rows that are still needed are kept, in rings. This pays
+ * where images do not fit into a core's cache and threads have rows to share. */
 #include "program.h"
 
 #include <stdlib.h>
@@ -25,7 +24,8 @@ size_t el_large_image(size_t bytes) {
 
 /* Add to the reach of a value that of `need`, through a window of the given size; 0 if rows do not go hand in hand. */
 static int extend(el_reach *r, el_reach need, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
-    const el_reach more = {need.stride * stride, need.before * stride + padding, need.after * stride + (taps - 1) * dilation - padding};
+    const el_reach more = {need.stride * stride, need.before * stride + padding,
+                           need.after * stride + (taps - 1) * dilation - padding};
     if (r->stride && r->stride != more.stride) return 0;
     if (!r->stride || more.before > r->before) r->before = more.before;
     if (!r->stride || more.after > r->after) r->after = more.after;
@@ -110,7 +110,8 @@ static int is_large(const el_ready *r, int from, int to) {
         const size_t size = r->values[r->nodes[i].value].image;
         if (size > most) most = size;
     }
-    return most * sizeof(float) > el_large_image_bytes && (r->threads == 1 || last->n * last->h >= 8 * (int64_t)r->threads);
+    return most * sizeof(float) > el_large_image_bytes &&
+           (r->threads == 1 || last->n * last->h >= 8 * (int64_t)r->threads);
 }
 
 /* A node by itself: all of its rows at once. */
@@ -126,7 +127,8 @@ static int items_of(const el_ready *r, const el_group *g) {
     const el_node *last = r->nodes + g->first + g->n - 1;
     const el_value *v = r->values + last->value;
     const int64_t units = el_is_over_images(last->step) ? el_units(last, r->values) : v->shape.n * v->shape.h;
-    const int is_small = g->n == 1 && !last->layer && (double)v->shape.n * (double)r->values[last->step->wires[0]].image < 30000.;
+    const int is_small =
+        g->n == 1 && !last->layer && (double)v->shape.n * (double)r->values[last->step->wires[0]].image < 30000.;
     return is_small ? 1 : (int)(units < r->threads ? units : r->threads);
 }
 
@@ -170,7 +172,9 @@ static size_t first_fit(block *blocks, int *n, int group, size_t bytes, int unti
     return at;
 }
 
-static int works_in_place(int kind) { return kind == EL_UNARY || kind == EL_AFFINE || kind == EL_PRELU || kind == EL_NORM || kind == EL_BINARY; }
+static int works_in_place(int kind) {
+    return kind == EL_UNARY || kind == EL_AFFINE || kind == EL_PRELU || kind == EL_NORM || kind == EL_BINARY;
+}
 
 /* The value that a group may overwrite with what it makes, or NULL: it is as large, and nobody reads it any more. */
 static const el_value *overwritten(const el_ready *r, const el_group *g, int number, const int *until) {
@@ -179,7 +183,9 @@ static const el_value *overwritten(const el_ready *r, const el_group *g, int num
     if (g->n > 1 || !works_in_place(s->kind)) return NULL;
     for (int i = 0; i < s->step->record->n_wires; i++) {
         const el_value *v = r->values + s->step->wires[i];
-        if (v->where == EL_AT_ARENA && v->node >= 0 && until[v->node] == number && !memcmp(&v->shape, &out->shape, sizeof v->shape)) return v;
+        if (v->where == EL_AT_ARENA && v->node >= 0 && until[v->node] == number &&
+            !memcmp(&v->shape, &out->shape, sizeof v->shape))
+            return v;
     }
     return NULL;
 }
@@ -316,7 +322,8 @@ static el_ready *new_ready(const el_program *p, const int64_t *in, int threads, 
         r->nodes = calloc(n, sizeof *r->nodes), r->groups = calloc(n, sizeof *r->groups);
         if (r->in && r->values && r->nodes && r->groups) {
             memcpy(r->in, in, in_bytes);
-            for (int i = 0; i < p->n_inputs; i++) shapes[i] = (el_shape){in[4 * i], in[4 * i + 1], in[4 * i + 2], in[4 * i + 3]};
+            for (int i = 0; i < p->n_inputs; i++)
+                shapes[i] = (el_shape){in[4 * i], in[4 * i + 1], in[4 * i + 2], in[4 * i + 3]};
             bad = el_infer(p, shapes, e);
             if (!bad) bad = el_lay_out_weights((el_program *)p, e);
             if (!bad) bad = fill_ready(r, shapes, room, e);

@@ -85,8 +85,10 @@ void el_prepare(stage *s, const layer *l, char *memory);
 /* Make output rows from .. to of channels c0 .. c1. */
 void el_run_rows(stage *s, int from, int to, int c0, int c1);
 
-/* conv.c: run a convolution or a pool on all threads; `next` is what runs after it, or NULL. The first trusts the layer. */
-int el_run_layer(const layer *l, const el_plan *next, const float *x, const float *link, const float *added, float *y, int threads);
+/* conv.c: run a convolution or a pool on all threads; `next` is what runs after it, or NULL. The first trusts the
+ * layer. */
+int el_run_layer(const layer *l, const el_plan *next, const float *x, const float *link, const float *added, float *y,
+                 int threads);
 int el_run_conv(const el_plan *p, const el_plan *next, const float *x, const float *link, const float *added, float *y,
                 int threads);
 

@@ -23,7 +23,8 @@ row_view el_rows_of(const el_piece *piece, int value) {
         return view_of((float *)(void *)(piece->scratch + s->ring_at), s->ring, (int)v->shape.w, (int)v->shape.c);
     }
     const size_t image = v->shape.n == 1 ? 0 : (size_t)piece->image;
-    return view_of(el_address(piece->call, value) + image * v->image, (int)v->shape.h, (int)v->shape.w, (int)v->shape.c);
+    return view_of(el_address(piece->call, value) + image * v->image, (int)v->shape.h, (int)v->shape.w,
+                   (int)v->shape.c);
 }
 
 typedef struct {
@@ -118,7 +119,8 @@ static int run_group(const el_call *call, const el_group *g) {
     if (g->n == 1 && s->layer) return run_layer(call, s, g->first + 1 < r->n_nodes ? s + 1 : NULL);
     job j = {.call = *call, .group = g};
     atomic_init(&j.failed, 0);
-    el_parallel(el_is_over_images(s->step) && g->n == 1 ? run_units : run_rows, &j, g->items, g->items > 1 ? r->threads : 1);
+    el_parallel(el_is_over_images(s->step) && g->n == 1 ? run_units : run_rows, &j, g->items,
+                g->items > 1 ? r->threads : 1);
     return atomic_load(&j.failed) ? EL_NO_MEMORY : EL_OK;
 }
 
@@ -139,8 +141,8 @@ int el_run_ready(const el_ready *r, const float *const *inputs, float *const *ou
     return EL_OK;
 }
 
-int el_run(el_program *p, const int64_t *in, const float *const *inputs, float *const *outputs, int threads, char *error,
-           size_t error_bytes) {
+int el_run(el_program *p, const int64_t *in, const float *const *inputs, float *const *outputs, int threads,
+           char *error, size_t error_bytes) {
     const el_ready *r = el_make_ready(p, in, threads, error, error_bytes);
     if (!r) return EL_BAD_PLAN;
     const el_error e = {error, error_bytes, -1, ""};

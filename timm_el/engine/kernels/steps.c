@@ -62,7 +62,8 @@ static void binary_row(const row_job *j, int64_t row, float *y) {
     for (size_t x = 0; x < j->w; x++, b += bs->w == 1 ? 0 : cb)
         if (share == 1) combine(op, a + x * j->c, b, 0, j->c, y + x * j->c);
         else
-            for (size_t k = 0; k < cb; k++) combine(op, a + x * j->c + k * share, b + k, 1, share, y + x * j->c + k * share);
+            for (size_t k = 0; k < cb; k++)
+                combine(op, a + x * j->c + k * share, b + k, 1, share, y + x * j->c + k * share);
 }
 
 static void unary_row(const row_job *j, int64_t row, float *y) {
@@ -101,7 +102,8 @@ static void norm_row(const row_job *j, int64_t row, float *y) {
     const size_t n = j->c / (size_t)s->record->ints[0];
     for (size_t at = 0; at < j->w; at++, x += j->c, y += j->c)
         for (size_t k = 0; k < j->c; k += n)
-            el_norm(x + k, 1, j->c, (int)n, scale ? scale + k : NULL, shift ? shift + k : NULL, s->record->constants[0], y + k);
+            el_norm(x + k, 1, j->c, (int)n, scale ? scale + k : NULL, shift ? shift + k : NULL,
+                    s->record->constants[0], y + k);
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -147,8 +149,8 @@ static void pad_row(const row_job *j, int64_t row, float *y) {
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
-/* Means of abs(x) of each pixel and group of the input rows that an output row needs; rows outside of the image are left
- * out, and so are they of the sum: they are zeros. */
+/* Means of abs(x) of each pixel and group of the input rows that an output row needs; rows outside of the image are
+ * left out, and so are they of the sum: they are zeros. */
 static void scale_row(const row_job *j, int64_t row, float *y) {
     const el_plan *p = &j->node->plan;
     const el_window *k = &p->conv;
@@ -160,7 +162,8 @@ static void scale_row(const row_job *j, int64_t row, float *y) {
         if (at < 0 || at >= p->h) continue;
         const el_shape *shape;
         const float *x = source_row(j, 0, at, &shape);
-        for (size_t i = 0; groups > 1 && i < width; i++) el_isa_active->real->abs_mean(x + i * (size_t)cg, 1, cg, means + (size_t)ky * width + i);
+        for (size_t i = 0; groups > 1 && i < width; i++)
+            el_isa_active->real->abs_mean(x + i * (size_t)cg, 1, cg, means + (size_t)ky * width + i);
         if (groups == 1) el_isa_active->real->abs_mean(x, p->w, cg, means + (size_t)ky * width);
     }
     for (int ox = 0; ox < p->ow; ox++)
@@ -170,7 +173,8 @@ static void scale_row(const row_job *j, int64_t row, float *y) {
                 const int64_t at = row * k->sh - k->ph + (int64_t)ky * k->dh;
                 for (int kx = 0; at >= 0 && at < p->h && kx < k->kw; kx++) {
                     const int64_t x = (int64_t)ox * k->sw - k->pw + (int64_t)kx * k->dw;
-                    if (x >= 0 && x < p->w) sum = sum + means[(size_t)ky * width + (size_t)x * (size_t)groups + (size_t)g];
+                    if (x >= 0 && x < p->w)
+                        sum = sum + means[(size_t)ky * width + (size_t)x * (size_t)groups + (size_t)g];
                 }
             }
             *y++ = sum / (float)(k->kh * k->kw);
@@ -183,8 +187,9 @@ size_t el_step_scratch(const el_node *s) {
 }
 
 static void (*const row_makers[EL_KINDS])(const row_job *, int64_t, float *) = {
-    [EL_BINARY] = binary_row, [EL_UNARY] = unary_row, [EL_AFFINE] = affine_row, [EL_PRELU] = prelu_row, [EL_NORM] = norm_row,
-    [EL_CONCAT] = concat_row, [EL_CHANNELS] = channels_row, [EL_INPUT_SCALE] = scale_row, [EL_PAD] = pad_row,
+    [EL_BINARY] = binary_row,     [EL_UNARY] = unary_row,       [EL_AFFINE] = affine_row,
+    [EL_PRELU] = prelu_row,       [EL_NORM] = norm_row,         [EL_CONCAT] = concat_row,
+    [EL_CHANNELS] = channels_row, [EL_INPUT_SCALE] = scale_row, [EL_PAD] = pad_row,
 };
 
 void el_step_rows(const el_piece *piece, const el_node *node, const row_view *y, int from, int to) {

@@ -2,9 +2,8 @@
  *
  *     header, inputs, outputs, steps, wires (padded to a multiple of 8 bytes), tensors
  *
- * A value is a float32 image batch (n, h, w, c). Values 0 .. n_inputs - 1 are the inputs; step i gives value n_inputs + i and
- * reads the values before it that its wires name. timm_el/engine/table.py declares the same records.
- */
+ * A value is a float32 image batch (n, h, w, c). Values 0 .. n_inputs - 1 are the inputs; step i gives value n_inputs
+ * + i and reads the values before it that its wires name. timm_el/engine/table.py declares the same records. */
 #ifndef TIMM_EL_TABLE_H
 #define TIMM_EL_TABLE_H
 
@@ -21,8 +20,22 @@ enum {
 };
 enum { EL_ADD, EL_SUB, EL_MUL, EL_DIV, EL_SUB_FROM, EL_DIV_INTO, EL_BINARY_OPS };
 enum {
-    EL_CLIP, EL_LEAKY, EL_ABS, EL_SIGMOID, EL_SILU, EL_HARDSIGMOID, EL_HARDSWISH, EL_GELU, EL_GELU_TANH, EL_TANH, EL_ELU,
-    EL_MISH, EL_EXP, EL_SQRT, EL_SQUARE, EL_UNARY_OPS
+    EL_CLIP,
+    EL_LEAKY,
+    EL_ABS,
+    EL_SIGMOID,
+    EL_SILU,
+    EL_HARDSIGMOID,
+    EL_HARDSWISH,
+    EL_GELU,
+    EL_GELU_TANH,
+    EL_TANH,
+    EL_ELU,
+    EL_MISH,
+    EL_EXP,
+    EL_SQRT,
+    EL_SQUARE,
+    EL_UNARY_OPS
 };
 enum { EL_FLOAT32, EL_BITS, EL_INT32, EL_INT8, EL_DTYPES };
 enum { EL_FORM_IMAGE, EL_FORM_ROWS, EL_FORM_NHWC, EL_FORM_TOKENS, EL_FORMS };
@@ -62,8 +75,21 @@ _Static_assert(sizeof(el_step_record) == 168 && sizeof(el_tensor_record) == 24, 
 
 /* Where a step's integers are. A window is eight of them, el_window. */
 enum {
-    EL_C_IN, EL_C_OUT, EL_WINDOW, EL_PAD_END = 10, EL_GROUPS = 12, EL_PAD_VALUE, EL_HAS_K, EL_ACT, EL_HAS_AFFINE, EL_HAS_POST,
-    EL_LINK, EL_LINK_C, EL_LINK_POOL, EL_LINK_WINDOW, EL_CONV_INTS = 29
+    EL_C_IN,
+    EL_C_OUT,
+    EL_WINDOW,
+    EL_PAD_END = 10,
+    EL_GROUPS = 12,
+    EL_PAD_VALUE,
+    EL_HAS_K,
+    EL_ACT,
+    EL_HAS_AFFINE,
+    EL_HAS_POST,
+    EL_LINK,
+    EL_LINK_C,
+    EL_LINK_POOL,
+    EL_LINK_WINDOW,
+    EL_CONV_INTS = 29
 };
 enum { EL_POOL_END = 8, EL_POOL_MODE = 10, EL_POOL_CEIL, EL_POOL_INTS };
 enum { EL_SCALE_END = 8, EL_SCALE_GROUPS = 10, EL_SCALE_INTS };

@@ -9,8 +9,7 @@
  * or under OMP_THREAD_LIMIT. No result depends on which thread computes it.
  *
  * The pool does one job at a time: a second thread that comes while it is busy does its job alone. After a fork the
- * child has no workers; it starts new ones when it first needs them.
- */
+ * child has no workers; it starts new ones when it first needs them. */
 #define _GNU_SOURCE
 #include "engine.h"
 

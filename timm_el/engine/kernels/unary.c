@@ -1,8 +1,7 @@
-/* Functions of one number. Their arithmetic is written out, one rounding for each operation, so that plain float64 tensor
- * arithmetic gives the same bits: nothing of the C library is used but the square root, which is exact.
+/* Functions of one number. Their arithmetic is written out, one rounding for each operation, so that plain float64
+ * tensor arithmetic gives the same bits: nothing of the C library is used but the square root, which is exact.
  *
- * Numbers go in vectors of two, which every compiler knows and every processor has.
- */
+ * Numbers go in vectors of two, which every compiler knows and every processor has. */
 #include "program.h"
 
 #include <math.h>
@@ -45,7 +44,8 @@ INLINE vd exponential(vd x) {
     p = p * r + .5;
     p = p * r + 1.;
     p = p * r + 1.;
-    return p * (vd)(((vul)shifted + 1023) << 52); /* the low bits of `shifted` are k: 2^k has k + 1023 in its exponent's place */
+    return p * (vd)(((vul)shifted + 1023)
+                    << 52); /* the low bits of `shifted` are k: 2^k has k + 1023 in its exponent's place */
 }
 
 INLINE vd complementary_error(vd z) {

@@ -7,8 +7,7 @@
  *     EL_BYTES_OF_64    c0 byte 0, c1 byte 0, ... c63 byte 0, c0 byte 1, ...    in the order of place()
  *
  * The first one is stored (layout.py). Channels beyond the last are zeros. Depthwise weights have a bit per channel and
- * tap, taps one after the other, and have no other layout.
- */
+ * tap, taps one after the other, and have no other layout. */
 #include "isa.h"
 #include "rows.h"
 

@@ -1,5 +1,5 @@
-/* As much of JSON as a program's metadata needs: finding a key, walking through an array, strings and numbers. Nothing is
- * believed: a text that is no JSON gives nothing, and nesting ends at a depth. */
+/* As much of JSON as a program's metadata needs: finding a key, walking through an array, strings and numbers. Nothing
+ * is believed: a text that is no JSON gives nothing, and nesting ends at a depth. */
 #include "runner.h"
 
 #include <stdlib.h>
@@ -77,7 +77,10 @@ static unsigned hex(const char *p, const char *end) {
     unsigned code = 0;
     for (int i = 0; i < 4; i++, p++) {
         const char c = p < end ? *p : '0';
-        code = code << 4 | (unsigned)(c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : 0);
+        code = code << 4 | (unsigned)(c >= '0' && c <= '9'   ? c - '0'
+                                      : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                                      : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                                             : 0);
     }
     return code;
 }
@@ -100,7 +103,8 @@ static size_t take_character(const char **p, const char *end, char *to) {
     if (at[1] != 'u') return *to = found && *found ? meanings[found - names] : at[1], 1;
     unsigned code = hex(at + 2, end);
     *p = end - at > 6 ? at + 6 : end;
-    if (code >= 0xd800 && code < 0xdc00 && end - *p > 6 && (*p)[0] == '\\' && (*p)[1] == 'u') { /* the first of two halves */
+    if (code >= 0xd800 && code < 0xdc00 && end - *p > 6 && (*p)[0] == '\\' &&
+        (*p)[1] == 'u') { /* the first of two halves */
         code = 0x10000 + ((code & 0x3ff) << 10) + (hex(*p + 2, end) & 0x3ff);
         *p += 6;
     }

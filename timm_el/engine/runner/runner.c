@@ -11,7 +11,8 @@
 static const char usage[] =
     "usage: timm-el-run [--top K] [--bench N] [--threads T] [--isa NAME] [--verify] NET.program [IMAGE.npy]\n"
     "\n"
-    "Print the outputs of a network that timm_el.export wrote. IMAGE.npy holds float32 (N, C, H, W) or (C, H, W), normalised\n"
+    "Print the outputs of a network that timm_el.export wrote. IMAGE.npy holds float32 (N, C, H, W) or (C, H, W), "
+    "normalised\n"
     "as the network takes it, or uint8 (H, W, 3), a picture of the network's size.\n"
     "\n"
     "  --top K      print the K likeliest labels of each image and their probabilities, not all outputs\n"
@@ -38,7 +39,8 @@ int complain(const char *path, const char *format, ...) {
 static int read_number(const char *name, const char *text, int *number) {
     char *after = NULL;
     const long n = text ? strtol(text, &after, 10) : 0;
-    if (!text || after == text || *after || n < 1 || n > 1000000) return complain(name, "found %s, expected a number from 1 to 1000000", text ? text : "nothing");
+    if (!text || after == text || *after || n < 1 || n > 1000000)
+        return complain(name, "found %s, expected a number from 1 to 1000000", text ? text : "nothing");
     *number = (int)n;
     return 1;
 }
@@ -63,7 +65,8 @@ static int read_options(int argc, char **argv, options *o) {
         else if (!o->image) o->image = argv[i];
         else return complain(argv[i], "found a third file, expected a program and an image\n%s", usage);
     }
-    if (!o->program || (!o->image && !o->verify)) return complain("arguments", "expected a program and an image\n%s", usage);
+    if (!o->program || (!o->image && !o->verify))
+        return complain("arguments", "expected a program and an image\n%s", usage);
     return 1;
 }
 
@@ -129,7 +132,8 @@ static int print_times(const options *o, const el_ready *ready, const float *con
         if (i >= 0) times[i] = now() - start;
     }
     qsort(times, (size_t)o->bench, sizeof *times, by_size);
-    printf("median %.3f ms, min %.3f ms of %d runs, %d threads, %s\n", times[o->bench / 2], times[0], o->bench, o->threads, el_active());
+    printf("median %.3f ms, min %.3f ms of %d runs, %d threads, %s\n", times[o->bench / 2], times[0], o->bench,
+           o->threads, el_active());
     free(times);
     return 1;
 }
@@ -141,7 +145,8 @@ static int run(const options *o, el_program *p, json metadata, const int64_t *sh
     float **outputs = calloc((size_t)n, sizeof *outputs);
     int fine = shapes && outputs;
     if (!fine) complain(o->program, "there is no memory");
-    else if (el_inputs(p) != 1) fine = complain(o->program, "found %d inputs, expected one: use the C interface", el_inputs(p));
+    else if (el_inputs(p) != 1)
+        fine = complain(o->program, "found %d inputs, expected one: use the C interface", el_inputs(p));
     else if (el_shapes(p, shape, shapes, error, sizeof error)) fine = complain(o->image, "%s", error);
     for (int i = 0; fine && i < n; i++) {
         const int64_t *s = shapes + 4 * i;
@@ -150,7 +155,8 @@ static int run(const options *o, el_program *p, json metadata, const int64_t *sh
     }
     const el_ready *ready = fine ? el_make_ready(p, shape, o->threads, error, sizeof error) : NULL;
     if (fine && !ready) fine = complain(o->program, "%s", error);
-    if (fine && el_run_ready(ready, &images, outputs)) fine = complain(o->program, "it did not run: there is no memory");
+    if (fine && el_run_ready(ready, &images, outputs))
+        fine = complain(o->program, "it did not run: there is no memory");
     if (fine && o->bench) fine = print_times(o, ready, &images, outputs);
     for (int i = 0; i < n; i++) {
         if (fine && !o->bench) print_output(outputs[i], shapes + 4 * i, o->top, metadata);

@@ -17,8 +17,8 @@ int json_text(json value, char *text, size_t bytes);
 /* Read up to n numbers of an array; how many there are. */
 int json_numbers(json array, double *numbers, int n);
 
-/* npy.c: print what is wrong, with the file's name, and give 0; or allocate the images, NHWC. `metadata` says how an image of
- * bytes becomes numbers. */
+/* npy.c: print what is wrong, with the file's name, and give 0; or allocate the images, NHWC. `metadata` says how an
+ * image of bytes becomes numbers. */
 int npy_read(const char *path, json metadata, int64_t *shape, float **images);
 
 /* A message that names the file, what was found and what was expected; gives 0. */
