@@ -1,5 +1,5 @@
 /* The kernels' own test: random convolutions on every body and several thread counts against loops written from the
- * formula in engine.h, then chains, several callers at once, and, where there is one, a fork. For sanitizers and emulators:
+ * formula in engine.h, then several callers at once, and, where there is one, a fork. For sanitizers and emulators:
  * no Python.
  *
  *     cd timm_el/engine/kernels
@@ -252,7 +252,7 @@ static int same(const float *a, const float *b, size_t n) {
 static char bodies[8][16];
 static int n_bodies;
 
-static int wrong, chains;
+static int wrong;
 
 static void report(const char *what, int number, int threads) {
     printf("%s %d: differs, body %s, %d threads\n", what, number, el_active(), threads);
@@ -277,97 +277,6 @@ static void one_convolution(int number) {
     }
     free(x), free(link), free(added), free(expected), free(y);
     discard(&s);
-}
-
-/* A pool of an image n x h x w x c; 0 if this draw makes none. */
-static int make_pool(subject *s, int n, int h, int w, int c) {
-    memset(s, 0, sizeof *s);
-    el_plan *p = &s->plan;
-    el_window *k = &p->conv;
-    k->kh = pick(1, 3), k->kw = pick(1, 3), k->sh = pick(1, 2), k->sw = pick(1, 2), k->dh = k->dw = 1;
-    k->ph = pick(0, k->kh - 1), k->pw = pick(0, k->kw - 1);
-    p->n = n, p->h = p->link_h = h, p->w = p->link_w = w, p->c_in = p->c_out = p->link_c = c;
-    p->oh = (h + 2 * k->ph - k->kh) / k->sh + 1, p->ow = (w + 2 * k->pw - k->kw) / k->sw + 1;
-    if (h + 2 * k->ph < k->kh || w + 2 * k->pw < k->kw) return 0;
-    if ((p->oh - 1) * k->sh - k->ph >= h || (p->ow - 1) * k->sw - k->pw >= w) return 0;
-    p->pool = *k, p->groups = p->real = p->is_pool = 1, p->link = EL_LINK_IDENTITY, p->link_pool = pick(1, 2);
-    return 1;
-}
-
-#define MOST_STEPS 7
-
-typedef struct {
-    int h, w, c, used;
-    float *at;
-} value;
-
-/* Steps of any of the values before them, to which any of the same size may be added; those that the last one does not
- * need are taken out, or, now and then, left in, which is refused. */
-static void one_chain(int number) {
-    subject s[MOST_STEPS];
-    el_step steps[MOST_STEPS];
-    value values[MOST_STEPS + 2] = {{pick(3, 20), pick(1, 12), pick(1, 70), 1, NULL}};
-    const int images = pick(1, 2), wanted = pick(2, MOST_STEPS);
-    int n = 0;
-    const size_t in = size_of(images, values[0].h, values[0].w, values[0].c);
-    float *x = reals(in), *other = NULL;
-    values[0].at = x;
-    for (int tries = 0; n < wanted && tries < 40; tries++) {
-        const int source = n == 0 || pick(0, 6) == 0 ? 0 : pick(0, 2) ? n + 1 : pick(2, n + 1);
-        const value v = values[source];
-        subject *t = s + n;
-        if (pick(0, 4) ? !make(t, images, v.h, v.w, v.c, 1) : !make_pool(t, images, v.h, v.w, v.c)) continue;
-        const el_plan *p = &t->plan;
-        const size_t out = size_of(images, p->oh, p->ow, p->c_out);
-        int added = -1;
-        for (int i = 0; i < n + 2 && !p->is_pool; i++)
-            if (i != 1 && values[i].h == p->oh && values[i].w == p->ow && values[i].c == p->c_out && pick(0, 1)) added = i;
-        if (n + 1 == wanted && added < 0 && !p->is_pool && pick(0, 1)) added = 1, values[1].at = other = reals(out);
-        value *made = values + n + 2;
-        *made = (value){p->oh, p->ow, p->c_out, 0, malloc(out * sizeof(float))};
-        if (p->is_pool) {
-            for (int image = 0, i = 0; image < images; image++)
-                for (int oy = 0; oy < p->oh; oy++)
-                    for (int ox = 0; ox < p->ow; ox++)
-                        for (int c = 0; c < p->c_out; c++) made->at[i++] = link_of(t, v.at, image, oy, ox, c);
-        } else {
-            expect(t, v.at, v.at, added < 0 ? NULL : values[added].at, made->at);
-        }
-        steps[n] = (el_step){p, source, added};
-        n++;
-    }
-    values[n + 1].used = n > 0;
-    for (int i = n - 1; i >= 0; i--)
-        if (values[i + 2].used) values[steps[i].source].used = values[steps[i].added < 0 ? 0 : steps[i].added].used = 1;
-    const int whole = n > 0 && pick(0, 5);
-    int count = 0, place[MOST_STEPS + 2] = {0, 1};
-    for (int i = 0; i < n; i++) {
-        if (whole && !values[i + 2].used) continue;
-        place[i + 2] = count + 2;
-        steps[count++] = (el_step){steps[i].plan, place[steps[i].source], steps[i].added < 0 ? -1 : place[steps[i].added]};
-    }
-    int refused = 0;
-    for (int i = 2; i < n + 2 && !whole; i++) refused |= !values[i].used;
-    const value last = values[n + 1];
-    const size_t out = size_of(images, last.h, last.w, last.c);
-    float *y = reals(out);
-    for (int b = 0; n && b < n_bodies; b++) {
-        el_use(bodies[b]);
-        for (int i = 0; i < n; i++)
-            if (!s[i].plan.is_pool) lay_out(s + i);
-        for (int threads = 1; threads <= 3; threads++)
-            for (int large = 0; large < 3; large++) {
-                /* None are, all are, or those that are no smaller than one of them. */
-                const value *least = values + pick(2, n + 1);
-                el_large_image(large == 0 ? (size_t)1 << 40 : large == 1 ? 0 : 4 * size_of(1, least->h, least->w, least->c) - 1);
-                memset(y, 0, out * sizeof(float));
-                const int result = el_chain(steps, count, x, other, y, threads);
-                if (refused ? result != EL_BAD_PLAN : result || !same(y, last.at, out)) report("chain", number, threads);
-                chains += !refused;
-            }
-    }
-    free(x), free(other), free(y);
-    for (int i = 0; i < n; i++) free(values[i + 2].at), discard(s + i);
 }
 
 /* Several callers at once, each with work of its own. */
@@ -434,11 +343,10 @@ int main(int argc, char **argv) {
     strcpy(names, el_bodies());
     for (char *name = strtok(names, " "); name; name = strtok(NULL, " ")) strcpy(bodies[n_bodies++], name);
     for (int i = 0; i < cases; i++) one_convolution(i);
-    for (int i = 0; i < cases / 2; i++) one_chain(i);
     callers_at_once(argc < 4); /* some emulators do not survive a fork of several threads */
     if (el_use("no such body") != EL_BAD_PLAN) report("el_use", 0, 0);
     el_plan empty = {0};
     if (el_conv(&empty, NULL, NULL, NULL, NULL, 1) != EL_BAD_PLAN) report("bad plan", 0, 0);
-    printf("%d convolutions, %d runs of chains, bodies %s: %d wrong\n", cases, chains, el_bodies(), wrong);
+    printf("%d convolutions, bodies %s: %d wrong\n", cases, el_bodies(), wrong);
     return wrong ? 1 : 0;
 }

@@ -17,7 +17,6 @@
 
 #define EL_MAX_TAPS 1024 /* kernel height times width */
 #define EL_MAX_POOL 64   /* kernel height times width of a link's pool */
-#define EL_MAX_VALUES 16  /* that a chain holds at once */
 #define EL_MAX_REACH (1 << 15) /* strides, padding, kernel times dilation */
 #define EL_MAX_RUN 32    /* steps of which a few rows at a time are made */
 
@@ -72,7 +71,7 @@ void el_parallel(void (*run)(void *context, int i), void *context, int n, int th
 void *el_aligned_alloc(size_t align, size_t bytes);
 void el_aligned_free(void *block);
 /* A block of memory that belongs to the calling thread, until it asks for the slot again; NULL if there is none. */
-enum { EL_SLOT_BAND, EL_SLOT_ARENA, EL_SLOT_RUN, EL_SLOT_VALUES, EL_SLOTS = EL_SLOT_VALUES + EL_MAX_VALUES };
+enum { EL_SLOT_BAND, EL_SLOT_ARENA, EL_SLOTS };
 void *el_scratch(int slot, size_t bytes);
 
 #define EL_HUGE_PAGE ((size_t)2 << 20)
@@ -98,14 +97,6 @@ EL_API void el_tap_sums(const el_plan *plan, const void *stored, int32_t *sums);
 EL_API void el_advise(const void *memory, size_t bytes); /* large pages, please */
 /* x, link and added (or NULL), NHWC, to y. */
 EL_API int el_conv(const el_plan *plan, const float *x, const float *link, const float *added, float *y, int threads);
-/* n steps, the last of which gives y. Values are counted: 0 is x, 1 is `other` (or NULL), 2 + i is what step i gives. What
- * lies between stays in memory of the thread's own, and as much of it as can be in cache. */
-typedef struct {
-    const el_plan *plan;
-    int32_t source; /* the value that it reads, and links */
-    int32_t added;  /* the value that is added, or -1 */
-} el_step;
-EL_API int el_chain(const el_step *steps, int n, const float *x, const float *other, float *y, int threads);
 /* NCHW to NHWC. */
 EL_API void el_nhwc(const float *nchw, int n, int c, int64_t pixels, float *nhwc);
 /* The counting alone, for a benchmark: repeats over `pixels` pixels of random words. Seconds for one pass. */
