@@ -1,4 +1,4 @@
-"""The operators: every body gives the bits of the plain-torch reference, and nothing that is passed crashes."""
+"""The operators: every instruction set gives the bits of the reference, and nothing that is passed crashes."""
 import os
 import subprocess
 import sys
@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from timm_el import engine
-from timm_el.engine import native, reference
-from timm_el.engine import operators as ops
+from timm_el.engine import native, reference, reference_steps
 from timm_el.engine.layout import restore, store
+from timm_el.engine.program import Output, Program
 from timm_el.engine.spec import ACTS, SAME, ConvSpec, Window, table_stride
+from timm_el.engine.steps import Kind, Pool, Step, pool_step
 
 BODIES = engine.info()['available']
 PLANTED = [0., -0., float('nan'), float('inf'), -float('inf'), 1e-42]
@@ -45,6 +46,27 @@ def plant(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     for value in PLANTED if x.numel() else ():
         flat[torch.randint(flat.numel(), (1 + flat.numel() // 60,), generator=generator)] = value
     return x
+
+
+def binary_conv2d(x, weight, table, threshold, flip, link, ints, constants):
+    """Call the operator."""
+    return torch.ops.timm_el.binary_conv2d(*as_lists(x, weight, table, threshold, flip, link, ints, constants))
+
+
+def real_conv2d(x, weight, table, link, ints, constants):
+    """Call the operator."""
+    return torch.ops.timm_el.real_conv2d(*as_lists(x, weight, table, None, None, link, ints, constants))
+
+
+def as_lists(x, weight, table, threshold, flip, link, ints, constants):
+    """What an operator takes: inputs, constants, integers, numbers."""
+    tensors = [torch.empty(0) if t is None else t for t in (weight, table, threshold, flip)]
+    return [x] if link is None else [x, link], tensors, ints, constants
+
+
+def pool2d(x, *arguments):
+    """Call the operator."""
+    return torch.ops.timm_el.pool2d([x], [], pool_step(*arguments).ints, [])
 
 
 @st.composite
@@ -100,11 +122,11 @@ def tensors_of(case):
     table = torch.randn(len(spec.rows), table_stride(spec.c_out), generator=g)
     constants = [-.5, 1.5, .3]
     if real:
-        return ops.real_conv2d, reference.real_conv2d, (x, weight, table, link), spec, constants
+        return real_conv2d, reference.real_conv2d, (x, weight, table, link), spec, constants
     threshold = torch.randn(spec.c_in, generator=g) if seed % 2 else None
     flip = torch.randint(0, 2, (spec.c_in,), generator=g).to(torch.int32) * -2 ** 31 if seed % 3 == 0 else None
     return (
-        ops.binary_conv2d, reference.binary_conv2d, (x, weight, table, threshold, flip, link), spec,
+        binary_conv2d, reference.binary_conv2d, (x, weight, table, threshold, flip, link), spec,
         constants)
 
 
@@ -189,37 +211,60 @@ def example(real: bool = False, seed: int = 0):
     return operator, (*arguments, list(spec.ints()), constants)
 
 
-def chain_example():
-    g = torch.Generator().manual_seed(1)
-    layers = []
-    for c_in, c_out, k in ((20, 30, 1), (30, 30, 3), (30, 20, 1)):
-        spec = ConvSpec(
-            c_in, c_out, Window((k, k), (1, 1), (k // 2, k // 2)), (k // 2, k // 2),
-            link='identity' if c_in == c_out else 'expand' if c_in < c_out else 'squeeze', link_c=c_in)
-        layers.append(ops.Layer(
-            store(torch.randn(c_out, c_in, k, k, generator=g), spec, False),
-            torch.randn(2, table_stride(c_out), generator=g) / c_in, None, None, list(spec.ints()), [0., 0., .5]))
-    layers[-1] = layers[-1]._replace(added=1)
-    layers = ops.in_row(*([layer] for layer in layers))
-    x, added = torch.randn(2, 20, 13, 7, generator=g), torch.randn(2, 20, 13, 7, generator=g)
-    return (x, *as_lists(layers), added), layers
+def conv_step(g, c_in, c_out, k=1, stride=1, real=False, sources=(0, None, None), link='none', constants=(0., 0., 1.)):
+    """A convolution with random weights and constants as a step."""
+    window = Window((k, k), (stride, stride), (k // 2, k // 2))
+    spec = ConvSpec(c_in, c_out, window, (k // 2, k // 2), link=link, link_c=c_in if link != 'none' else 0)
+    weight = store(torch.randn(c_out, c_in, k, k, generator=g), spec, real)
+    table = torch.randn(2, table_stride(c_out), generator=g) / c_in
+    return Step(Kind.CONV, sources, (weight, table, None, None), spec.ints(), constants, 'here')
 
 
-def as_lists(layers):
-    """Layers as the operator takes them."""
-    return (
-        [t for layer in layers for t in layer.tensors()], [i for layer in layers for i in layer.ints],
-        [c for layer in layers for c in layer.constants], [v for layer in layers for v in (layer.source, layer.added)])
+def row_example():
+    """Three convolutions in a row, to the last of which a second input is added."""
+    g, steps = torch.Generator().manual_seed(1), []
+    for i, (c_in, c_out, k) in enumerate(((20, 30, 1), (30, 30, 3), (30, 20, 1))):
+        link = 'identity' if c_in == c_out else 'expand' if c_in < c_out else 'squeeze'
+        source = i + 1 if i else 0
+        steps.append(conv_step(
+            g, c_in, c_out, k, sources=(source, source, 1 if i == 2 else None), link=link, constants=(0., 0., .5)))
+    return [torch.randn(2, 20, 13, 7, generator=g) for _ in range(2)], steps
+
+
+def step_by_step(inputs, steps):
+    """What the steps give by the reference."""
+    values = [*inputs]
+    for step in steps:
+        values.append(reference_steps.run(step, [None if v is None else values[v] for v in step.sources]))
+    return values[-1]
+
+
+def program_of(inputs, steps):
+    """The steps as a program whose last value leaves."""
+    return Program(steps, [Output(len(inputs) + len(steps) - 1)], [x.shape[1] for x in inputs])
 
 
 @pytest.mark.parametrize('real', [False, True])
 def test_opcheck_passes(real):
     operator, arguments = example(real)
-    torch.library.opcheck(operator, arguments)
+    if real:
+        x, weight, table, *rest = arguments
+        arguments = x, weight, table, None, None, *rest
+    name = torch.ops.timm_el.real_conv2d if real else torch.ops.timm_el.binary_conv2d
+    torch.library.opcheck(name, as_lists(*arguments))
 
 
-def test_opcheck_passes_for_chains():
-    torch.library.opcheck(ops.chain, chain_example()[0])
+OTHERS = {
+    'unary': ([], [4], []), 'affine': ([torch.randn(6), torch.randn(6)], [], []),
+    'norm': ([torch.randn(6), torch.empty(0)], [2, 1], [1e-5]), 'mean': ([], [], []),
+    'input_scale': ([], [3, 2, 1, 2, 1, 0, 1, 1, 1, 1, 3], []),
+    'pool2d': ([], [2, 2, 2, 2, 0, 0, 1, 1, 1, 1, 1, 0], [])}
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_opcheck_passes_for_the_other_operators(name):
+    arguments = [torch.randn(2, 6, 9, 8)], *OTHERS[name]
+    torch.library.opcheck(getattr(torch.ops.timm_el, name), arguments)
 
 
 POOLS = {
@@ -240,10 +285,7 @@ def test_pools_are_those_of_torch(kind, body):
         x.view(-1)[:1] = float('nan')
         found = deployed(x)
         torch.testing.assert_close(found, pool(x), rtol=1e-6, atol=1e-6, equal_nan=True)
-    layers = deployed.as_layers()
-    assert bool(layers) == (kind != 'odd')  # how many rows its end may miss depends on the image
-    if layers:
-        torch.library.opcheck(ops.chain, (torch.randn(2, 3, 7, 5), *as_lists(layers), None))
+    torch.library.opcheck(torch.ops.timm_el.pool2d, ([torch.randn(2, 3, 7, 5)], [], deployed.ints, []))
     assert deployed(torch.randn(3, 7, 5)).dim() == 3  # torch's own pool takes an image without a batch
 
 
@@ -253,9 +295,7 @@ def test_a_mean_over_images_of_any_size_is_torchs(body):
     deployed = engine.DeployedPool('pool', torch.nn.AdaptiveAvgPool2d(1))
     for shape in ((2, 19, 7, 5), (1, 64, 9, 14), (0, 3, 8, 8), (2, 3, 1, 1)):
         x = torch.randn(shape)
-        torch.library.opcheck(ops.mean, (x,))
-        torch.testing.assert_close(ops.mean(x), x.mean((2, 3), keepdim=True), rtol=1e-6, atol=1e-6)
-        assert same(ops.mean(x), deployed(x))
+        torch.testing.assert_close(deployed(x), x.mean((2, 3), keepdim=True), rtol=1e-6, atol=1e-6)
 
 
 def test_padding_that_depends_on_the_image_is_that_of_the_image():
@@ -267,139 +307,83 @@ def test_padding_that_depends_on_the_image_is_that_of_the_image():
         for height, width in ((7, 8), (16, 5), (1, 1)):
             x = torch.randn(2, 9, height, width, generator=g)
             fixed = spec.at((1, spec.c_in, height, width))
-            expected = ops.binary_conv2d(x, weight, table, None, None, None, fixed.ints(), [0., 0., 1.])
+            expected = binary_conv2d(x, weight, table, None, None, None, fixed.ints(), [0., 0., 1.])
             assert list(expected.shape[2:]) == [-(-height // stride[0]), -(-width // stride[1])]
             assert fixed.pad_end[0] - fixed.conv.padding[0] in (0, 1)
             arguments = (x, weight, table, None, None, None, list(spec.ints()), [0., 0., 1.])
             for body in (*BODIES, 'reference'):
                 engine.use_isa(body)
-                assert same(ops.binary_conv2d(*arguments), expected)
-            torch.library.opcheck(ops.binary_conv2d, arguments)
+                assert same(binary_conv2d(*arguments), expected)
+            torch.library.opcheck(torch.ops.timm_el.binary_conv2d, as_lists(*arguments))
             for wrong in (x[0], x[:, :8]):
                 with pytest.raises(ValueError, match='x: found shape'):
-                    ops.binary_conv2d(wrong, *arguments[1:])
-            with pytest.raises(ValueError, match='padding >= 0'):
-                ops.chain(x, *as_lists([ops.pool_layer(Window((2, 2), (2, 2), SAME), 'max', (0, 0))]), None)
+                    binary_conv2d(wrong, *arguments[1:])
+            with pytest.raises(ValueError, match='padding'):
+                pool2d(x, Window((2, 2), (2, 2), SAME), Pool.MAX, (0, 0), False)
 
 
 def test_a_pool_that_makes_no_sense_is_refused():
     x, window = torch.randn(1, 3, 8, 8), Window((2, 2), (2, 2))
     for error, message, image, arguments in (
-            (TypeError, 'dtype', x.double(), (window, 'max', (0, 0))),
-            (ValueError, 'shape', x[0], (window, 'max', (0, 0))),
-            (ValueError, 'fewer than the kernel', x, (Window((9, 2)), 'max', (0, 0))),
-            (ValueError, 'at most 1024, and 64', x, (Window((8, 9)), 'max', (0, 1))),
-            (ValueError, 'does not give', x, (Window((2, 2), (2, 2), (5, 5)), 'max', (5, 5))),
-            (ValueError, 'does not give', x[:, :, :3, :3], (Window((2, 2), (1, 1), (1, 1), (4, 4)), 'max', (1, 1))),
-            (ValueError, 'positive', x, (Window((0, 0)), 'max', (0, 0))),
-            (ValueError, 'expected a pool', x, (window, 'none', (0, 0)))):
+            (TypeError, 'dtype', x.double(), (window, Pool.MAX, (0, 0))),
+            (ValueError, 'shape', x[0], (window, Pool.MAX, (0, 0))),
+            (ValueError, 'too few', x, (Window((9, 2)), Pool.MAX, (0, 0))),
+            (ValueError, 'at most 64', x, (Window((8, 9)), Pool.MAX, (0, 1))),
+            (ValueError, 'too few', x, (Window((2, 2), (2, 2), (5, 5)), Pool.MAX, (5, 5))),
+            (ValueError, 'too few', x[:, :, :3, :3], (Window((2, 2), (1, 1), (1, 1), (4, 4)), Pool.MAX, (1, 1))),
+            (ValueError, 'positive', x, (Window((0, 0)), Pool.MAX, (0, 0))),
+            (ValueError, 'mode', x, (window, 3, (0, 0)))):
         for body in (None, 'reference'):
             engine.use_isa(body)
             with pytest.raises(error, match=message):
-                ops.chain(image, *as_lists([ops.pool_layer(*arguments)]), None)
+                pool2d(image, *arguments, False)
 
 
-@pytest.mark.parametrize('threads', [1, 2])
-@pytest.mark.parametrize('large', [0, 1 << 40])
-@pytest.mark.parametrize('body', [*BODIES, 'reference'])
-def test_a_chain_gives_the_bits_of_its_layers_one_by_one(body, large, threads):
-    arguments, layers = chain_example()
-    engine.use_isa('reference')
-    y = arguments[0]
-    for layer in layers:
-        y = ops.binary_conv2d(y, *layer[:4], y, layer.ints, layer.constants)
-    engine.use_isa(body)
-    if native.library() is not None:
-        native.library().el_large_image(large)
-    torch.set_num_threads(threads)
-    assert same(ops.chain(*arguments), y + arguments[-1])
-    alone = [layer._replace(added=-1) for layer in layers]
-    assert same(ops.chain(arguments[0], *as_lists(alone), None), y)
-
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs
 
 def bottleneck_example():
     """A block that halves its image, with a pool and a real convolution as its shortcut, and one that adds its x."""
     g = torch.Generator().manual_seed(3)
-
-    def layer(c_in, c_out, k=1, stride=1, real=False, **wires):
-        spec = ConvSpec(c_in, c_out, Window((k, k), (stride, stride), (k // 2, k // 2)), (k // 2, k // 2))
-        return ops.Layer(
-            store(torch.randn(c_out, c_in, k, k, generator=g), spec, real),
-            torch.randn(2, table_stride(c_out), generator=g) / c_in, None, None, list(spec.ints()), [0., 0., 1.],
-            **wires)
-
-    first = [
-        layer(12, 8), layer(8, 8, 3, 2, source=2), ops.pool_layer(Window((2, 2), (2, 2)), 'avg', (1, 1)),
-        layer(12, 30, real=True, source=4), layer(8, 30, source=3, added=5)]
-    second = [layer(30, 8), layer(8, 30, 3, source=2, added=0)]
-    return torch.randn(2, 12, 19, 11, generator=g), ops.in_row(first, second)
+    pool = pool_step(Window((2, 2), (2, 2)), Pool.MEAN, (1, 1), False)
+    return [torch.randn(2, 12, 19, 11, generator=g)], [
+        conv_step(g, 12, 8), conv_step(g, 8, 8, 3, 2, sources=(1, None, None)), pool,
+        conv_step(g, 12, 30, real=True, sources=(3, None, None)), conv_step(g, 8, 30, sources=(2, None, 4)),
+        conv_step(g, 30, 8, sources=(5, None, None)), conv_step(g, 8, 30, 3, sources=(6, None, 5))]
 
 
 @pytest.mark.parametrize('threads', [1, 2])
 @pytest.mark.parametrize('large', [0, 1 << 40])
 @pytest.mark.parametrize('body', [*BODIES, 'reference'])
-def test_a_chain_with_shortcuts_gives_the_bits_of_its_layers_one_by_one(body, large, threads):
-    x, layers = bottleneck_example()
-    engine.use_isa('reference')
-    values = [x, None]
-    for layer in layers:
-        source = values[layer.source]
-        if layer.is_pool:
-            y = torch.nn.functional.avg_pool2d(source, 2, ceil_mode=True, count_include_pad=False)
-        else:
-            run, only = (ops.real_conv2d, ()) if layer.real else (ops.binary_conv2d, (None, None))
-            y = run(source, layer.weight, layer.table, *only, None, layer.ints, layer.constants)
-        values.append(y if layer.added < 0 else y + values[layer.added])
+@pytest.mark.parametrize('make', [row_example, bottleneck_example])
+def test_a_program_gives_the_bits_of_its_steps_one_by_one(make, body, large, threads):
+    inputs, steps = make()
     engine.use_isa(body)
     if native.library() is not None:
         native.library().el_large_image(large)
     torch.set_num_threads(threads)
-    assert same(ops.chain(x, *as_lists(layers), None), values[-1])
+    assert same(program_of(inputs, steps).run(inputs)[0], step_by_step(inputs, steps))
 
 
-def test_wires_that_lead_nowhere_are_refused():
-    x, layers = bottleneck_example()
-    other = torch.randn(2, 12, 19, 11)
-    for i, wires in ((0, dict(source=2)), (0, dict(source=1)), (1, dict(added=3)), (3, dict(source=0)),
-                     (4, dict(added=-1)), (2, dict(added=0)), (1, dict(source=-1)), (1, dict(added=-2))):
-        changed = [*layers]
-        changed[i] = layers[i]._replace(**wires)
-        for body in (None, 'reference'):
-            engine.use_isa(body)
-            with pytest.raises(ValueError, match='reads value'):
-                ops.chain(x, *as_lists(changed), other)
-    for i, wires in ((6, dict(source=5)), (4, dict(added=0)), (6, dict(added=1))):  # shapes that do not fit
-        changed = [*layers]
-        changed[i] = layers[i]._replace(**wires)
-        for body in (None, 'reference'):
-            engine.use_isa(body)
-            with pytest.raises(ValueError):
-                ops.chain(x, *as_lists(changed), other)
-    lists = as_lists(layers)
-    with pytest.raises(ValueError, match='wires'):
-        ops.chain(x, *lists[:-1], lists[-1][:-1], None)
+def test_many_values_may_wait_at_once():
+    g, n = torch.Generator().manual_seed(0), 40
+    first = [conv_step(g, 8, 8, sources=(i, None, None)) for i in range(n)]  # all of them wait for the second half
+    second = [conv_step(g, 8, 8, sources=(n + i, None, n - i)) for i in range(n)]
+    x = [torch.randn(1, 8, 5, 5, generator=g)]
+    assert same(program_of(x, first + second).run(x)[0], step_by_step(x, first + second))
 
 
-def test_more_values_than_a_chain_holds_are_refused():
-    spec = ConvSpec(8, 8)
-    g = torch.Generator().manual_seed(0)
-    weight = store(torch.randn(8, 8, 1, 1, generator=g), spec, False)
-    table = torch.randn(2, table_stride(8), generator=g)
-
-    def nested(n):  # all of the first half wait for the second
-        row = [ops.Layer(weight, table, None, None, list(spec.ints()), [0., 0., 1.], max(i + 1, 2) if i else 0)
-               for i in range(2 * n)]
-        return [layer if i < n else layer._replace(added=2 * n - i + 1) for i, layer in enumerate(row)]
-
-    x = torch.randn(1, 8, 5, 5, generator=g)
-    for n, fits in ((7, True), (20, False)):
-        for body in (None, 'reference'):
-            engine.use_isa(body)
-            if fits:
-                ops.chain(x, *as_lists(nested(n)), None)
-                continue
-            with pytest.raises(ValueError, match='wait at layer'):
-                ops.chain(x, *as_lists(nested(n)), None)
+@pytest.mark.parametrize('i, sources, message', [
+    (0, (1, None, None), ''), (4, (2, None, 5), ''), (1, (-2, None, None), ''),
+    (6, (6, None, 0), 'added: found size'), (6, (3, None, 5), 'x: found shape'),
+    (5, (4, None, 1), 'added: found size')])
+def test_steps_that_read_what_does_not_fit_are_refused(i, sources, message):
+    inputs, steps = bottleneck_example()
+    steps[i] = replace(steps[i], sources=sources)
+    for body in (None, 'reference'):
+        engine.use_isa(body)
+        with pytest.raises((ValueError, IndexError), match=message or None):
+            program_of(inputs, steps).run(inputs)
 
 
 def test_sizes_beyond_any_image_are_refused():
@@ -412,17 +396,17 @@ def test_sizes_beyond_any_image_are_refused():
         for body in (None, 'reference'):
             engine.use_isa(body)
             with pytest.raises(ValueError, match='at most 32768'):
-                ops.binary_conv2d(
+                binary_conv2d(
                     torch.randn(1, 128, 1, 1), weight, table, None, None, None, list(spec.ints()), [0., 0., 1.])
 
 
 def test_a_table_of_another_shape_is_refused_after_a_good_call_too():
     _, arguments = example()
     x, weight, table, *rest = arguments
-    ops.binary_conv2d(*arguments)
+    binary_conv2d(*arguments)
     for wrong in (table[:1], table.view(torch.int32)):
         with pytest.raises((ValueError, TypeError), match='table'):
-            ops.binary_conv2d(x, weight, wrong, *rest)
+            binary_conv2d(x, weight, wrong, *rest)
 
 
 def test_the_operators_compile_and_export():
@@ -582,24 +566,20 @@ def test_a_link_whose_pool_misses_the_image_is_refused():
     assert replace(spec, pool=Window((2, 2), (1, 1), (1, 1), (1, 1))).problem((1, 16, 3, 3), (1, 16, 3, 3)) is None
 
 
-def test_a_chain_notices_that_a_weight_is_another_one_at_the_same_address():
-    arguments, _ = chain_example()
-    x, tensors, *rest = arguments
-    memory = torch.zeros(2, tensors[4].numel(), dtype=torch.uint8)
+def test_a_weight_that_is_another_one_at_the_same_address_is_noticed():
+    _, arguments = example()
+    x, weight, *rest = arguments
+    memory = torch.zeros(2, weight.numel(), dtype=torch.uint8)
 
-    def call(weight: torch.Tensor) -> torch.Tensor:
-        memory[0] = weight.flatten()
-        changed = [*tensors]
-        changed[4] = memory[0].clone().set_(memory.untyped_storage(), 0, tensors[4].shape, tensors[4].stride())
-        return ops.chain(x, changed, *rest)
+    def call(values: torch.Tensor) -> torch.Tensor:
+        memory[0] = values.flatten()
+        there = memory[0].clone().set_(memory.untyped_storage(), 0, weight.shape, weight.stride())
+        return binary_conv2d(x, there, *rest)
 
     for body in BODIES:
         engine.use_isa(body)
-        for weight in (tensors[4], ~tensors[4]):
-            found = call(weight)
-            changed = [*tensors]
-            changed[4] = weight.clone()
-            assert same(found, ops.chain(x, changed, *rest)), body
+        for values in (weight, ~weight):
+            assert same(call(values), binary_conv2d(x, values.clone(), *rest)), body
 
 
 @settings(max_examples=30, **_SETTINGS)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_engine import binary_conv2d, real_conv2d
 
 import timm_el
 from timm_el import engine
 from timm_el.engine import abi, native, reference
-from timm_el.engine import operators as ops
 from timm_el.engine.layout import store
 from timm_el.engine.spec import ConvSpec, Window, table_stride
 
@@ -29,7 +29,7 @@ CC = os.environ.get('CC') or shutil.which('cc') or shutil.which('gcc') or shutil
 
 def build(folder: Path, compiler: str, *extra: str, before: Sequence[str] = (), sources: Path = KERNELS) -> str:
     program = str(folder / 'driver.exe')  # a name that Windows needs and nobody else minds
-    files = [str(path) for path in sorted(sources.rglob('*.c'))]
+    files = [f'-I{sources}', str(DRIVER), *(str(path) for path in sorted(sources.rglob('*.c')))]
     libraries = ['-lm', '-ldl'] if sys.platform == 'linux' and '-windows-' not in ' '.join(extra) else ['-lm']
     command = [compiler, *before, *FLAGS, '-Wall', '-Wextra', '-Werror', *extra, '-o', program, *files, *libraries]
     subprocess.run(command, check=True)
@@ -74,7 +74,7 @@ def test_depthwise_kernels_of_any_size_are_counted(kernel):
     try:
         for body in engine.info()['available']:
             engine.use_isa(body)
-            found = ops.binary_conv2d(
+            found = binary_conv2d(
                 x, store(weight, spec, False), table, None, None, None, spec.ints(), [0., 0., 1.])
             assert torch.equal(found, expected), body
     finally:
@@ -123,7 +123,7 @@ def convolve_by_every_body(image: torch.Tensor, weight: torch.Tensor, spec: Conv
     try:
         for body in engine.info()['available']:
             engine.use_isa(body)
-            yield body, ops.real_conv2d(*arguments, spec.ints(), [0., 0., 1.])
+            yield body, real_conv2d(*arguments, spec.ints(), [0., 0., 1.])
     finally:
         engine.use_isa(None)
 

@@ -2,8 +2,7 @@
  * formula in engine.h, then several callers at once, and, where there is one, a fork. For sanitizers and emulators:
  * no Python.
  *
- *     cd timm_el/engine/kernels
- *     cc $(cat flags.txt) -I. -o driver ../../../tests/kernels/driver.c *.c -lm -ldl && ./driver [cases [seed [nofork]]]
+ *     cc $(cat flags.txt) -o driver *.c -lm -ldl && ./driver [cases [seed [nofork]]]
  */
 #include "engine.h"
 

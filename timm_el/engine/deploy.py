@@ -6,7 +6,6 @@ whatever is left, as the modules that it was. A float convolution takes its norm
 engine runs it.
 """
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,43 +13,16 @@ import torch.nn as nn
 
 from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_tensors, check_unwrapped
 from . import native
-from .blocks import join_layers
-from .calls import HOOKS, computed_tensors, copied, has_hooks, has_own_forward, is_altered, without_hooks
-from .epilogue import ACTS, NORMS, Fusion
+from .calls import FORWARD_HOOKS, computed_tensors, copied, has_hooks, has_own_forward, is_altered
+from .epilogue import FIXED_NORMS, FOLDED_ACTS, fold
+from .float_layers import replace_conv, replacement
 from .follow import followers
 from .inference import keep_for_inference
-from .modules import DeployedConv, DeployedLinear, DeployedPool, DeployedUnit, Engine, engine_runs, folded_conv
+from .modules import DeployedLinear, Engine
+from .network import as_deployed
+from .units import deploy_unit
 
 __all__ = ['deploy']
-
-
-def _replace_float(
-        path: str, conv: nn.Conv2d, chain: Sequence[tuple[str, nn.Module]], float_dtype: torch.dtype,
-) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """What replaces a float convolution, and the modules after it that it takes in."""
-    fusion = Fusion(conv.out_channels, None, conv.bias)
-    own = engine_runs(conv, float_dtype)
-    taken: dict[str, nn.Module] = {}
-    for after, module in chain:
-        norm, act = module, getattr(module, 'act', None) if isinstance(module, NORMS) else None
-        if isinstance(module, NORMS):
-            if isinstance(act, nn.Module):
-                norm = copy.copy(module)
-                norm.__dict__['_modules'] = {}
-                norm.act = norm.drop = None
-            if not own and fusion.stage or not fusion.norm(norm):
-                break
-            taken[after] = nn.Identity()
-            if act is not None and not (own and fusion.act(act)):
-                taken[after] = copied(act)
-                break
-        elif not own or not fusion.act(module):
-            break
-        else:
-            taken[after] = nn.Identity()
-    if own:
-        return DeployedConv(path, conv, fusion), taken
-    return folded_conv(without_hooks(copied(conv)), fusion, float_dtype), taken
 
 
 def _refuse_unfit(model: nn.Module, float_dtype: torch.dtype) -> None:
@@ -118,7 +90,7 @@ def _refuse_inside(name: str, unit: BinaryUnit) -> None:
 
 def deploy(
         model: nn.Module, *, float_dtype: torch.dtype = torch.float32, fuse_blocks: bool = True) -> nn.Module:
-    """An inference copy of a binarized network: binary convolutions run as xor and popcount on the CPU.
+    """Return an inference copy of a binarized network, whose binary convolutions run as xor and popcount on the CPU.
 
     Every `BinaryUnit` becomes one operator: signs are packed, differing bits counted, and scale, K, norm, activation,
     link and RPReLU applied before the result is written, with norms folded in float64. Norms after float convolutions
@@ -169,32 +141,33 @@ def _deployed(model: nn.Module, float_dtype: torch.dtype, fuse_blocks: bool) -> 
     inner = set()
     for path, module in model.named_modules():
         if isinstance(module, BinaryUnit) and id(module) not in memo:
-            exchange(module, DeployedUnit(path, module, float_dtype))
+            exchange(module, deploy_unit(path, module, float_dtype))
             inner.update(id(m) for m in module.modules())
     modules = dict(model.named_modules())
-    for path, chain in followers(model, (nn.Conv2d,), (*NORMS, *ACTS)).items():
+    for path, chain in followers(model, (nn.Conv2d,), (*FIXED_NORMS, *FOLDED_ACTS)).items():
         conv = modules[path]
         if id(conv) in inner or isinstance(conv, BinaryConv2d):
             continue
         after = [(p, modules[p]) for p in chain if id(modules[p]) not in inner]
-        new, taken = _replace_float(path, conv, after, float_dtype)
+        new, taken = replace_conv(path, conv, after, float_dtype)
         exchange(conv, new)
         for p, rest in taken.items():
             exchange(modules[p], rest)
     classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
     for path, module in modules.items():
-        if id(module) in inner or native.library() is None or id(module) in memo or is_altered(module):
+        if id(module) in inner or native.library() is None or id(module) in memo or any(
+                map(is_altered, module.modules())):
             continue
-        if DeployedPool.takes(module):
-            exchange(module, DeployedPool(path, module))
+        own = replacement(path, module)
+        if own is not None:
+            exchange(module, own)
         elif module is classifier and type(module) is nn.Linear and float_dtype == torch.float32:
-            exchange(module, DeployedLinear(path, module))
+            exchange(module, DeployedLinear(path, module, fold(module.out_features, None, module.bias, [])[0]))
     twin = copied(model, memo)
     for old, new in replaced:
-        for hooks in HOOKS:
+        for hooks in FORWARD_HOOKS:
             getattr(new, hooks).update(copy.deepcopy(getattr(old, hooks), memo))
             if hasattr(old, 'min_input_size'):
                 new.min_input_size = old.min_input_size
-    if fuse_blocks:
-        join_layers(twin)
-    return keep_for_inference(twin.requires_grad_(False))
+    network = keep_for_inference(twin.requires_grad_(False))
+    return as_deployed(network) if fuse_blocks else network

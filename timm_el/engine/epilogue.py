@@ -1,6 +1,9 @@
-"""What follows a convolution, folded into the constants of one operator, in float64, as far as it can be."""
+"""Epilogue: what follows a convolution, folded in float64 into the constants of one operator."""
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +13,12 @@ from ..kinds import is_identity_in_eval
 from ..layers import ElasticLink, RPReLU, RSign, Shift
 from .spec import ROWS, Window, table_stride
 
-__all__ = ['NORMS', 'ACTS', 'Affine', 'Fusion', 'act_of', 'affine_of', 'drops', 'pair', 'pool_of', 'threshold_of']
+__all__ = [
+    'FIXED_NORMS', 'FOLDED_ACTS', 'Affine', 'Epilogue', 'Slot', 'act_of', 'affine_of', 'drops', 'fold', 'folds_link',
+    'norm_and_act', 'pair', 'pool_of', 'threshold_of']
 
-NORMS = (nn.modules.batchnorm._BatchNorm,)
-ACTS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.Identity)
+FIXED_NORMS = (nn.modules.batchnorm._BatchNorm,)
+FOLDED_ACTS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.Identity)
 INF = math.inf
 F64 = dict(dtype=torch.float64, device='cpu')  # whatever the defaults of torch are
 
@@ -25,11 +30,11 @@ class Affine(NamedTuple):
 
 
 def affine_of(norm: nn.Module | None, channels: int) -> Affine | None:
-    """A norm as an affine map in float64, None if it depends on its input."""
+    """Return a norm as an affine map in float64, or None if it depends on its input."""
     one, zero = torch.ones(channels, **F64), torch.zeros(channels, **F64)
     if norm is None or drops(norm):
         return Affine(one, zero)
-    if not isinstance(norm, NORMS) or norm.running_mean is None or norm.training or not _is_known(norm):
+    if not isinstance(norm, FIXED_NORMS) or norm.running_mean is None or norm.training or not _is_known(norm):
         return None
     parts = (getattr(norm, name, None) for name in ('act', 'drop'))
     if not all(part is None or drops(part) for part in parts):
@@ -43,15 +48,26 @@ def affine_of(norm: nn.Module | None, channels: int) -> Affine | None:
     return Affine(scale, shift)
 
 
+def norm_and_act(module: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """Return a norm and the activation inside it, if timm put one there."""
+    act = getattr(module, 'act', None)
+    if not isinstance(act, nn.Module):
+        return module, None
+    norm = copy.copy(module)
+    norm.__dict__['_modules'] = {}
+    norm.act = norm.drop = None
+    return norm, act
+
+
 def _is_known(module: nn.Module) -> bool:
-    """Its forward is torch's or timm's, not one of its own."""
+    """Return whether the forward of a module is torch's or timm's, not one of a subclass."""
     if isinstance(module, torch.jit.ScriptModule):  # whose class has none
         return False
     return type(module).forward.__module__.startswith(('torch.nn.', 'timm.layers.'))
 
 
 def act_of(act: nn.Module | None) -> tuple[str, Any, Any] | None:
-    """An activation as ('none' | 'clip' | 'prelu', lo or slope, hi), None if it is neither."""
+    """Return an activation as ('none' | 'clip' | 'prelu', lo or slope, hi), or None if it is neither."""
     if act is None or drops(act):
         return 'none', -INF, INF
     if type(act) is nn.ReLU:
@@ -68,114 +84,171 @@ def act_of(act: nn.Module | None) -> tuple[str, Any, Any] | None:
 
 
 def drops(module: nn.Module) -> bool:
-    """Does nothing in eval mode."""
+    """Return whether a module does nothing in eval mode."""
     return is_identity_in_eval(module) and _is_known(module)
 
 
-class Fusion:
-    """The epilogue of one convolution as it grows, step by step, until a step does not fit."""
+class Slot(IntEnum):
+    """Places of an epilogue, in the order of its formula (`ConvSpec`)."""
+    AFFINE = 0
+    ACT = 1
+    AFFINE2 = 2
+    LINK = 3
+    POST = 4
 
-    def __init__(self, channels: int, scale: torch.Tensor | None, bias: torch.Tensor | None) -> None:
-        self.channels = channels
-        one, zero = torch.ones(channels, **F64), torch.zeros(channels, **F64)
-        self.rows = {name: one if 'scale' in name else zero for name in ROWS}
-        if scale is not None:
-            self.rows['scale'] = scale.double()
-        if bias is not None:
-            self.rows['shift'] = bias.detach().double()
-        self.facts: dict[str, Any] = {}
-        self.constants = [-INF, INF, 1.]
-        self.stage = 0  # 0: affine, 1: after the activation, 2: after the second affine, 3: after the link, 4: closed
 
-    def scale(self, scale: nn.Module) -> bool:
-        """Take in a factor per channel; others depend on the input, or on the place."""
-        channel = getattr(scale, 'channel', None)
-        if channel is None or getattr(scale, 'row', None) is not None:
-            return False
-        for name in ('scale', 'shift'):
-            self.rows[name] = self.rows[name] * channel.detach().double()
-        return True
+@dataclass(frozen=True)
+class Epilogue:
+    """Epilogue of one convolution, in the same operator: the steps of `ConvSpec`'s formula, with their constants.
 
-    def norm(self, norm: nn.Module | None) -> bool:
-        """Take a norm in; False if it does not fit."""
-        affine = affine_of(norm, self.channels)
-        if affine is None or self.stage > 2:
-            return False
-        scale, shift = ('scale', 'shift') if self.stage == 0 else ('scale2', 'shift2')
-        self.rows[scale] = self.rows[scale] * affine.scale
-        self.rows[shift] = self.rows[shift] * affine.scale + affine.shift
-        if self.stage and norm is not None and not drops(norm):
-            self.facts['has_affine'], self.stage = True, 2
-        return True
+    Args:
+        rows: Constants per output channel, float64, by the names of `spec.ROWS`.
+        slot: The last place that is taken; what comes next must go to a later one.
+        facts: Fields of `ConvSpec` that it sets.
+        constants: lo, hi and 1 / gamma.
+    """
+    rows: dict[str, torch.Tensor]
+    slot: Slot = Slot.AFFINE
+    facts: dict[str, Any] = field(default_factory=dict)
+    constants: tuple[float, float, float] = (-INF, INF, 1.)
 
-    def act(self, act: nn.Module | None) -> bool:
-        """Take an activation in."""
-        known = act_of(act)
-        if known is None:
-            return False
-        kind, low, high = known
-        if kind == 'none':
-            return True
-        if self.stage > 0:
-            return False
-        self.stage, self.facts['act'] = 1, kind
-        if kind == 'clip':
-            self.constants[:2] = [float(low), float(high)]
-        else:
-            self.rows['slope'] = low.double().expand(self.channels)
-        return True
-
-    def link(self, link: ElasticLink) -> bool:
-        """Take a link in."""
-        pool = pool_of(link.pool)
-        if self.stage > 2 or pool is None or (link.gamma is not None and link.gamma.item() == 0):
-            return False
-        self.stage = 3
-        self.facts.update(link=link.kind, link_c=link.in_channels, **pool)
-        if link.gamma is not None:
-            self.constants[2] = 1. / link.gamma.double().item()
-        return True
-
-    def tensor_link(self) -> bool:
-        """Take in the output of another module as the link."""
-        if self.stage > 2:
-            return False
-        self.stage = 3
-        self.facts.update(link='identity', link_c=self.channels)
-        return True
-
-    def post(self, post: nn.Module | None) -> bool:
-        """Take in what comes after the sum."""
-        if post is None or drops(post):
-            return True
-        if self.stage > 3:
-            return False
-        if type(post) is RPReLU:
-            rows = (post.shift_in, post.slope, post.shift_out)
-        elif isinstance(post, nn.PReLU) and _is_known(post):
-            zero = torch.zeros(self.channels, **F64)
-            rows = (zero, post.weight.expand(self.channels), zero)
-        else:
-            return False
-        self.stage, self.facts['has_post'] = 4, True
-        for name, row in zip(('post_in', 'post_slope', 'post_out'), rows):
-            self.rows[name] = row.detach().double()
-        return True
+    @property
+    def channels(self) -> int:
+        """Output channels."""
+        return len(self.rows['scale'])
 
     def table(self, rows: Sequence[str]) -> torch.Tensor:
-        """The rows as the operator takes them."""
+        """Return the constants (rows, stride) float32 as the operator takes them."""
         table = torch.zeros(len(rows), table_stride(self.channels), dtype=torch.float32, device='cpu')
         for i, name in enumerate(rows):
             table[i, :self.channels] = self.rows[name].float()
         return table
 
+    def without_scale(self) -> 'Epilogue':
+        """Return the same with a scale of one, for a convolution whose weight has taken the scale in."""
+        return replace(self, rows={**self.rows, 'scale': torch.ones_like(self.rows['scale'])})
+
+    def without_shift(self) -> 'Epilogue':
+        """Return the same without a shift, for a convolution whose bias comes later."""
+        return replace(self, rows={**self.rows, 'shift': torch.zeros_like(self.rows['shift'])})
+
+
+def fold(
+        channels: int,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        steps: Sequence[tuple[str, nn.Module]],
+        slots: Container[Slot] = tuple(Slot),
+) -> tuple[Epilogue, int]:
+    """Return the epilogue of a convolution, and how many of the steps after it are in it.
+
+    Args:
+        channels: Output channels.
+        scale: Factor of the convolution's output per channel, one if None.
+        bias: Its bias.
+        steps: What runs next, in order: ('norm' | 'act' | 'scale' | 'link' | 'post' | other, module).
+        slots: Places that the operator at hand has.
+    """
+    one, zero = torch.ones(channels, **F64), torch.zeros(channels, **F64)
+    rows = {name: one if 'scale' in name else zero for name in ROWS}
+    if scale is not None:
+        rows['scale'] = scale.double()
+    if bias is not None:
+        rows['shift'] = bias.detach().double()
+    epilogue = Epilogue(rows)
+    for i, (name, module) in enumerate(steps):
+        longer = _TAKES[name](epilogue, module) if name in _TAKES else None
+        if longer is None or longer.slot not in slots:
+            return epilogue, i
+        epilogue = longer
+    return epilogue, len(steps)
+
+
+def _with_factor(epilogue: Epilogue, factor: nn.Module) -> Epilogue | None:
+    """Take in a factor per channel; others depend on the input, or on the place."""
+    channel = getattr(factor, 'channel', None)
+    if channel is None or getattr(factor, 'row', None) is not None:
+        return None
+    channel, rows = channel.detach().double(), epilogue.rows
+    return replace(epilogue, rows={**rows, 'scale': rows['scale'] * channel, 'shift': rows['shift'] * channel})
+
+
+def _with_norm(epilogue: Epilogue, norm: nn.Module) -> Epilogue | None:
+    affine = affine_of(norm, epilogue.channels)
+    if affine is None or epilogue.slot > Slot.AFFINE2:
+        return None
+    if drops(norm):
+        return epilogue
+    first = epilogue.slot == Slot.AFFINE
+    scale, shift = ('scale', 'shift') if first else ('scale2', 'shift2')
+    rows = {
+        **epilogue.rows, scale: epilogue.rows[scale] * affine.scale,
+        shift: epilogue.rows[shift] * affine.scale + affine.shift}
+    if first:
+        return replace(epilogue, rows=rows)
+    return replace(epilogue, rows=rows, slot=Slot.AFFINE2, facts={**epilogue.facts, 'has_affine': True})
+
+
+def _with_act(epilogue: Epilogue, act: nn.Module) -> Epilogue | None:
+    known = act_of(act)
+    if known is None or known[0] != 'none' and epilogue.slot > Slot.AFFINE:
+        return None
+    kind, low, high = known
+    if kind == 'none':
+        return epilogue
+    longer = replace(epilogue, slot=Slot.ACT, facts={**epilogue.facts, 'act': kind})
+    if kind == 'clip':
+        return replace(longer, constants=(float(low), float(high), epilogue.constants[2]))
+    return replace(longer, rows={**epilogue.rows, 'slope': low.double().expand(epilogue.channels)})
+
+
+def _with_link(epilogue: Epilogue, link: nn.Module) -> Epilogue | None:
+    """Take in a link, or the output of another module in its place."""
+    if epilogue.slot > Slot.AFFINE2:
+        return None
+    facts = {**epilogue.facts, 'link': 'identity', 'link_c': epilogue.channels}
+    if not folds_link(link):
+        return replace(epilogue, slot=Slot.LINK, facts=facts)
+    if link.gamma is not None and link.gamma.item() == 0:
+        return None
+    facts.update(link=link.kind, link_c=link.in_channels, **pool_of(link.pool))
+    inverse = 1. if link.gamma is None else 1. / link.gamma.double().item()
+    return replace(epilogue, slot=Slot.LINK, facts=facts, constants=(*epilogue.constants[:2], inverse))
+
+
+def folds_link(link: nn.Module | None) -> bool:
+    """Return whether the operator pools the link's source and changes its channels itself."""
+    return isinstance(link, ElasticLink) and pool_of(link.pool) is not None
+
+
+def _with_post(epilogue: Epilogue, post: nn.Module) -> Epilogue | None:
+    """Take in what comes after the sum."""
+    if drops(post):
+        return epilogue
+    if epilogue.slot > Slot.LINK:
+        return None
+    if type(post) is RPReLU:
+        rows = (post.shift_in, post.slope, post.shift_out)
+    elif isinstance(post, nn.PReLU) and _is_known(post):
+        zero = torch.zeros(epilogue.channels, **F64)
+        rows = (zero, post.weight.expand(epilogue.channels), zero)
+    else:
+        return None
+    named = {name: row.detach().double() for name, row in zip(('post_in', 'post_slope', 'post_out'), rows)}
+    return replace(
+        epilogue, slot=Slot.POST, rows={**epilogue.rows, **named}, facts={**epilogue.facts, 'has_post': True})
+
+
+_TAKES = {'scale': _with_factor, 'norm': _with_norm, 'act': _with_act, 'link': _with_link, 'post': _with_post}
+
 
 def pair(value: Any) -> tuple[int, int]:
+    """Return a size of one or two numbers as two."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 def pool_of(pool: nn.Module | None) -> dict[str, Any] | None:
-    """Facts of a pooling that the kernel knows; None if it does not."""
+    """Return the fields of `ConvSpec` for a pool that the kernels know, or None."""
     if pool is None or drops(pool):
         return {}
     if type(pool) is nn.MaxPool2d and not pool.return_indices:
@@ -193,7 +266,7 @@ def pool_of(pool: nn.Module | None) -> dict[str, Any] | None:
 
 def threshold_of(
         pre: nn.Module, channels: int) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
-    """Where the sign of what `pre` gives changes, for each channel, and whether it changes downwards; None if unknown.
+    """Return the thresholds (C,) at which the sign of what `pre` gives changes, and the flips; None if unknown.
 
     Sign(x + b) is x >= -b: a float sum has the sign of the exact one. For a norm the threshold is looked for, among all
     floats, with the norm itself as the judge, so that no sign differs from the latent network's.

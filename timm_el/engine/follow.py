@@ -1,42 +1,19 @@
-"""Which norm and activation follow which convolution: seen by running the network once and watching who reads what."""
-from typing import Any
-
+"""Followers: which norm and activation come after which convolution, read from a recording."""
 import torch
 import torch.nn as nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..dry_run import meta_copy, own_input_size
+from ..dry_run import own_input_size
 from .calls import computed_tensors, has_own_forward, is_altered
+from .record import Call, Recording, record, shadow_of
 
 __all__ = ['followers']
-
-
-class _Watch(TorchDispatchMode):
-    """Counts the readers of each tensor: one for each operator outside, one for each module that is watched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.readers: dict[int, list[Any]] = {}
-        self.inside: list[nn.Module] = []
-        self.alive: list[Any] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        reader = self.inside[-1] if self.inside else object()
-        for leaf in tree_leaves((args, kwargs or {})):
-            if isinstance(leaf, torch.Tensor):
-                readers = self.readers.setdefault(id(leaf), [])
-                if reader not in readers:
-                    readers.append(reader)
-        out = func(*args, **(kwargs or {}))
-        self.alive.append(out)  # an id must not be used twice
-        return out
 
 
 def followers(
         model: nn.Module, sources: tuple[type, ...], others: tuple[type, ...],
 ) -> dict[str, list[str]]:
-    """What comes directly after each source layer, as long as nothing else reads the tensor in between.
+    """Return what comes directly after each source layer, as long as nothing else reads the tensor in between.
 
     A layer that runs more than once, or whose output leaves the network, has no followers. What hooks, or a forward in
     the instance, get and give is no tensor in between: a module that has them, or has them inside, is not followed, and
@@ -44,92 +21,92 @@ def followers(
     run before it and compute none of its tensors.
 
     Args:
-        model: Any network; it is not changed. It runs on the meta device, or, if it does not, on zeros.
+        model: Any network in eval mode on the CPU; it is not changed. A copy of it runs once, on zeros.
         sources: Classes of the layers to follow.
         others: Classes of the modules that may follow.
 
     Returns:
-        Path of each source, and the paths of what follows it, in order.
+        Path of each source, and the paths of what follows it, in order. Nothing if the network takes no image.
     """
+    image = torch.zeros((1, *own_input_size(model)), dtype=torch.float32, device='cpu')
     try:
-        return _watch(meta_copy(model), 'meta', model, sources, others)
-    except Exception:  # the network looks at values
-        pass
-    try:
-        return _watch(model, next(model.parameters()).device, model, sources, others)
+        recording = record(shadow_of(model), lambda network, x: network(x), image)
     except Exception:  # it wants something else than an image: nothing is known
         return {}
-
-
-def _watch(
-        network: nn.Module,
-        device: Any,
-        model: nn.Module,
-        sources: tuple[type, ...],
-        others: tuple[type, ...],
-) -> dict[str, list[str]]:
-    watch = _Watch()
     altered = [path for path, m in model.named_modules() if path and (
         m._forward_hooks or has_own_forward(m) or computed_tensors(m) if isinstance(m, sources) else is_altered(m))]
-    paths = {m: p for p, m in network.named_modules()}
-    ran: dict[str, int] = {}
-    made: dict[int, str] = {}  # id of an output: the module that gave it
-    took: dict[str, int] = {}  # path: id of its input
-    gave: dict[str, int] = {}
+    return _Chains(recording, dict(model.named_modules()), altered, sources, others).all()
 
-    def before(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        watch.inside.append(module)
-        if args and isinstance(args[0], torch.Tensor):
-            took[paths[module]] = id(args[0])
-            watch.alive.append(args[0])
 
-    def after(module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
-        watch.inside.pop()
-        path = paths[module]
-        ran[path] = ran.get(path, 0) + 1
-        if isinstance(out, torch.Tensor):
-            made[id(out)], gave[path] = path, id(out)
-            watch.alive.append(out)
+class _Chains:
+    """The rows of layers of a recording whose tensors in between nobody else reads."""
 
-    handles = []
-    for module in paths:
-        if isinstance(module, (*sources, *others)):
-            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        with torch.no_grad(), watch:
-            out = network(torch.zeros((1, *own_input_size(model)), device=device, dtype=dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
-    leaving = {id(leaf) for leaf in tree_leaves(out)}
-    modules = dict(network.named_modules())
+    def __init__(
+            self,
+            recording: Recording,
+            modules: dict[str, nn.Module],
+            altered: list[str],
+            sources: tuple[type, ...],
+            others: tuple[type, ...],
+    ) -> None:
+        self.modules, self.altered, self.sources = modules, altered, sources
+        watched = [c for c in recording.calls if isinstance(modules[c.path], (*sources, *others))]
+        self.calls: dict[str, list[Call]] = {}
+        for call in watched:
+            self.calls.setdefault(call.path, []).append(call)
+        self.leaving = {id(leaf) for leaf in tree_leaves(recording.out)}
+        self.readers: dict[int, list[object]] = {}  # by tensor: calls of watched modules, places of other operators
+        inside: dict[int, Call] = {i: call for call in watched for i in range(call.first, call.last)}
+        for i, op in enumerate(recording.ops):
+            for leaf in tree_leaves((op.args, op.kwargs)):
+                if isinstance(leaf, torch.Tensor):
+                    self._read(leaf, inside.get(i, i))
+        for call in watched:
+            self._read(_input(call), call)
 
-    def single(path: str) -> bool:
-        return ran.get(path) == 1 and path in gave and not any(f'{p}.'.startswith(f'{path}.') for p in altered)
+    def _read(self, tensor: object, reader: object) -> None:
+        known = self.readers.setdefault(id(tensor), [])
+        if reader not in known:
+            known.append(reader)
 
-    def around(path: str) -> list[str]:
-        return [p for p in altered if path.startswith(f'{p}.')]
+    def all(self) -> dict[str, list[str]]:
+        """Return the followers of each source."""
+        return {path: self._after(path) for path, module in self.modules.items()
+                if isinstance(module, self.sources) and self._is_single(path)}
 
-    result: dict[str, list[str]] = {}
-    for path, module in modules.items():
-        if not isinstance(module, sources) or not single(path):
-            continue
-        chain: list[str] = []
-        tensor = gave[path]
-        while tensor not in leaving:
-            # In the order of their calls.
-            nexts = [p for p, t in took.items() if t == tensor and p not in (path, *chain)]
-            if not nexts or isinstance(modules[nexts[0]], sources) or not single(nexts[0]):
+    def _after(self, path: str) -> list[str]:
+        chain, call = [], self.calls[path][0]
+        passed = {call}
+        while id(call.out) not in self.leaving:
+            tensor = call.out
+            calls = [r for r in self.readers.get(id(tensor), ()) if isinstance(r, Call) and r not in passed
+                     and _input(r) is tensor]
+            following = min(calls, key=lambda c: c.first, default=None)
+            if following is None or isinstance(self.modules[following.path], self.sources) or (
+                    not self._is_single(following.path) or self._around(following.path) != self._around(path)):
                 break
-            if around(nexts[0]) != around(path):  # the tensor is what they get or give
+            rest = [r for r in self.readers[id(tensor)] if r not in passed and r is not following]
+            in_place = following.out is tensor  # who reads the tensor later reads what this module left in it
+            if any(_starts(r) < following.first for r in rest) or rest and not in_place:
                 break
-            passed = [modules[p] for p in chain]
-            readers = [r for r in watch.readers.get(tensor, []) if r not in passed]
-            in_place = gave[nexts[0]] == tensor  # who reads the tensor later reads what this module left in it
-            if readers and readers[0] is not modules[nexts[0]] or not in_place and len(nexts) + len(readers) > 2:
-                break
-            chain.append(nexts[0])
-            tensor = gave[nexts[0]]
-        result[path] = chain
-    return result
+            chain.append(following.path)
+            passed.add(following)
+            call = following
+        return chain
+
+    def _is_single(self, path: str) -> bool:
+        calls = self.calls.get(path, ())
+        return len(calls) == 1 and isinstance(calls[0].out, torch.Tensor) and not any(
+            f'{p}.'.startswith(f'{path}.') for p in self.altered)
+
+    def _around(self, path: str) -> list[str]:
+        """Return the altered modules that a module is in: the tensor between two is what they get or give."""
+        return [p for p in self.altered if path.startswith(f'{p}.')]
+
+
+def _input(call: Call) -> object:
+    return call.args[0] if call.args else None
+
+
+def _starts(reader: 'Call | int') -> int:
+    return reader.first if isinstance(reader, Call) else reader

@@ -1,4 +1,4 @@
-"""How the engine stores weights: in the order in which its kernels read them, once.
+"""Layout of the engine's weights: the order in which its kernels read them.
 
 Binary, full or grouped: (blocks, words, 64) bytes, the blocks of one group after the other's. In a block are 8 output
 channels side by side, word by word; a word is 8 bytes, 64 input channels of one tap, taps in rows, bit order as in
@@ -24,7 +24,7 @@ def _up(n: int, to: int) -> int:
 
 
 def stored_shape(spec: ConvSpec, real: bool) -> tuple[int, ...]:
-    """Shape of the weight of a convolution."""
+    """Return the shape of the stored weight of a convolution."""
     channels, outputs = spec.c_in // spec.groups, spec.c_out // spec.groups
     if spec.is_depthwise:
         return (spec.taps, _up(spec.c_out, 16)) if real else (spec.taps, _up(spec.c_out, 64) // 8)
@@ -34,7 +34,7 @@ def stored_shape(spec: ConvSpec, real: bool) -> tuple[int, ...]:
 
 
 def store(weight: torch.Tensor, spec: ConvSpec, real: bool) -> torch.Tensor:
-    """From (O, I, kH, kW), of which a binary convolution keeps the signs."""
+    """Return a weight (O, I, kH, kW) as it is stored; a binary convolution keeps the signs."""
     weight = weight.detach()
     if spec.is_depthwise:
         rows = weight[:, 0].flatten(1).t()  # taps, channels
@@ -53,7 +53,7 @@ def store(weight: torch.Tensor, spec: ConvSpec, real: bool) -> torch.Tensor:
 
 
 def restore(stored: torch.Tensor, spec: ConvSpec, dtype: torch.dtype) -> torch.Tensor:
-    """Inverse of `store`: (O, I, kH, kW) of real values, or of -1 and +1."""
+    """Return a stored weight as (O, I, kH, kW) of real values, or of -1 and +1."""
     real, channels = stored.is_floating_point(), spec.c_in // spec.groups
     if spec.is_depthwise:
         rows = stored[:, :spec.c_out].to(dtype) if real else unpack_signs(

@@ -13,7 +13,8 @@ import torch
 from . import abi
 
 __all__ = [
-    'SlowEngineWarning', 'chip_rate', 'count_rate', 'info', 'library', 'runner', 'use_isa', 'warn_if_slow',
+    'SlowEngineWarning', 'chip_rate', 'count_rate', 'info', 'library', 'library_path', 'runner', 'use_isa',
+    'warn_if_slow',
 ]
 
 REFERENCE = 'reference'
@@ -66,19 +67,19 @@ def _open(path: Path) -> ctypes.CDLL:
     if found != expected:
         raise OSError(
             f'{path} was built from other sources ({found[:8]}, expected {expected[:8]}); install timm_el again')
-    plan = ctypes.POINTER(abi.Plan)
+    address, text = ctypes.c_void_p, ctypes.c_char_p
+    error = (text, ctypes.c_size_t)
     for name, result, arguments in (
-            ('el_bodies', ctypes.c_char_p, ()), ('el_active', ctypes.c_char_p, ()),
-            ('el_use', ctypes.c_int, (ctypes.c_char_p,)), ('el_chip_rate', ctypes.c_double, ()),
-            ('el_nhwc', None, (ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p)),
+            ('el_bodies', text, ()), ('el_active', text, ()), ('el_use', ctypes.c_int, (text,)),
+            ('el_chip_rate', ctypes.c_double, ()), ('el_count_time', ctypes.c_double, (ctypes.c_int,) * 4),
+            ('el_differs', ctypes.c_int, (address, address, ctypes.c_int)),
+            ('el_nhwc', None, (address, ctypes.c_int, ctypes.c_int, ctypes.c_int64, address)),
             ('el_large_image', ctypes.c_size_t, (ctypes.c_size_t,)),
-            ('el_weight_size', ctypes.c_size_t, (plan,)),
-            ('el_own_layout', ctypes.c_int, ()), ('el_advise', None, (ctypes.c_void_p, ctypes.c_size_t)),
-            ('el_lay_out', None, (plan, *[ctypes.c_void_p] * 2)),
-            ('el_tap_sums', None, (plan, *[ctypes.c_void_p] * 2)),
-            ('el_conv', ctypes.c_int, (*[ctypes.c_void_p] * 5, ctypes.c_int)),
-            ('el_chain', ctypes.c_int, (ctypes.c_void_p, ctypes.c_int, *[ctypes.c_void_p] * 3, ctypes.c_int)),
-            ('el_count_time', ctypes.c_double, (ctypes.c_int,) * 4)):
+            ('el_program_new', address, (address, ctypes.c_size_t, address, *error)),
+            ('el_open', address, (text, ctypes.c_int, *error)), ('el_close', None, (address,)),
+            ('el_metadata', address, (address, address)),
+            ('el_make_ready', address, (address, address, ctypes.c_int, *error)),
+            ('el_run_ready', ctypes.c_int, (address, address, address))):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     return lib
@@ -166,17 +167,32 @@ def warn_if_slow() -> None:
 
 
 def library() -> ctypes.CDLL | None:
-    """The library, None if the reference runs."""
+    """Return the library, or None if the reference runs."""
     return _lib
 
 
+def library_path() -> Path:
+    """Return the file of the library.
+
+    Raises:
+        RuntimeError: The reference runs.
+    """
+    return Path(_native()._name)
+
+
 def generation() -> int:
-    """A number that changes when another body is chosen."""
+    """Return a number that changes with the instruction set and with the tensors of any deployed network."""
     return _generation
 
 
+def touch() -> None:
+    """Say that tensors of a deployed network were loaded or moved: what was laid out of tensors is laid out anew."""
+    global _generation
+    _generation += 1
+
+
 def info() -> dict[str, Any]:
-    """Which path computes binary layers, and why.
+    """Return which instruction set runs, and why.
 
     Returns:
         'native' (bool), 'body' ('avx512', 'avx512bw', 'avx2', 'neondot', 'neon', 'portable', or 'reference' without the

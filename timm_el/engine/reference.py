@@ -22,7 +22,7 @@ def binary_conv2d(
         spec: ConvSpec,
         constants: Sequence[float],
 ) -> torch.Tensor:
-    """See `ConvSpec`; x (N, C, H, W), weight as in `layout`, table (rows, stride)."""
+    """Return a binary convolution (`ConvSpec`) of x (N, C, H, W), weight as in `layout`, table (rows, stride)."""
     value = x if flip is None else torch.where(flip.reshape(-1, 1, 1) < 0, -x, x)
     plus = value >= (0. if threshold is None else threshold.reshape(-1, 1, 1))
     # Integers, so that any order of summation is exact.
@@ -44,7 +44,7 @@ def real_conv2d(
         spec: ConvSpec,
         constants: Sequence[float],
 ) -> torch.Tensor:
-    """The same with a real weight: a chain of fused multiply-adds over taps, then channels."""
+    """Return a convolution of real values: a chain of fused multiply-adds over taps, then channels."""
     weight = restore(weight, spec, torch.float32)
     padded = _pad(x, spec, 0.)
     height, width = spec.output_size(*x.shape[2:])
@@ -65,7 +65,7 @@ def real_conv2d(
 
 
 def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """round(a * b + c) to float32 with one rounding: float64 rounded to odd, then to nearest."""
+    """Return a * b + c in float32 with one rounding: float64 rounded to odd, then to nearest."""
     product, c = a.double() * b.double(), c.double()
     total = product + c
     part = total - product
@@ -77,7 +77,7 @@ def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
 
 
 def input_scale(x: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
-    """K (N, 1, H', W'): 16 lanes of sums over channels, their halves added; then the taps in order."""
+    """Return K (N, 1, H', W'): 16 lanes of sums over channels, their halves added; then the taps in order."""
     absolute = F.pad(x.abs().movedim(1, -1), [0, -spec.c_in % LANES])
     lanes = torch.zeros_like(absolute[..., :LANES])
     for chunk in absolute.split(LANES, -1):
@@ -150,7 +150,7 @@ def _link(x: torch.Tensor, spec: ConvSpec, size: Sequence[int]) -> torch.Tensor:
 
 
 def pool2d(x: torch.Tensor, window: Window, mode: str, size: Sequence[int]) -> torch.Tensor:
-    """Largest, or mean, of each window's pixels inside the image, in order; a NaN wins."""
+    """Return the largest, or mean, of each window's pixels inside the image, in order; a NaN wins."""
     pads: list[int] = []
     for i in (1, 0):
         last = (size[i] - 1) * window.stride[i] + (window.kernel[i] - 1) * window.dilation[i] + 1

@@ -1,4 +1,4 @@
-"""What one convolution of the engine is: geometry and epilogue as plain numbers, for operator, reference and kernel."""
+"""Specification of a convolution: geometry and epilogue as plain numbers, for operator, reference and kernel."""
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -14,7 +14,7 @@ ROWS = ('scale', 'shift', 'slope', 'scale2', 'shift2', 'post_in', 'post_slope', 
 
 
 def table_stride(channels: int) -> int:
-    """Length of a table's row: the kernels read 16 floats at a time, from any channel on."""
+    """Return the floats of a table's row: the kernels read 16 at a time, from any channel on."""
     return (channels + 30) // 16 * 16
 
 
@@ -27,17 +27,17 @@ class Window:
     dilation: tuple[int, int] = (1, 1)
 
     def ints(self) -> tuple[int, ...]:
-        """Eight integers."""
+        """Return the window as eight integers."""
         return (*self.kernel, *self.stride, *self.padding, *self.dilation)
 
     @classmethod
     def of(cls, ints: Sequence[int]) -> 'Window':
-        """Inverse of `ints`."""
+        """Return the window of eight integers."""
         return cls(*(tuple(ints[i:i + 2]) for i in range(0, 8, 2)))
 
 
 def has_empty_window(window: Window, size: Sequence[int], output: Sequence[int]) -> bool:
-    """Some window of a pool has no pixel of the image."""
+    """Return whether some window of a pool has no pixel of the image."""
     for i in (0, 1):
         step, first, dilation = window.stride[i], -window.padding[i], window.dilation[i]
         for start in range(first, first + step * output[i], step):
@@ -89,7 +89,7 @@ class ConvSpec:
     pool: Window = Window()
 
     def ints(self) -> tuple[int, ...]:
-        """The spec as integers: what the operator takes."""
+        """Return the spec as integers, which the operator takes."""
         return (
             self.c_in, self.c_out, *self.conv.ints(), *self.pad_end, self.groups, self.pad_value, int(self.has_k),
             ACTS.index(self.act), int(self.has_affine), int(self.has_post), LINKS.index(self.link), self.link_c,
@@ -97,7 +97,7 @@ class ConvSpec:
 
     @classmethod
     def of(cls, ints: Sequence[int]) -> 'ConvSpec':
-        """Inverse of `ints`.
+        """Return the spec of integers.
 
         Raises:
             ValueError: The integers are not those of a spec.
@@ -114,7 +114,7 @@ class ConvSpec:
             Window.of(ints[21:29]))
 
     def padded(self, left: int, right: int, top: int, bottom: int) -> 'ConvSpec':
-        """The same with other padding."""
+        """Return the spec with other padding."""
         return replace(self, conv=replace(self.conv, padding=(top, left)), pad_end=(bottom, right))
 
     def at(self, shape: Sequence[int]) -> 'ConvSpec':
@@ -146,7 +146,7 @@ class ConvSpec:
         return 1 < self.groups == self.c_in == self.c_out
 
     def output_size(self, height: int, width: int) -> list[int]:
-        """Rows and columns of the output.
+        """Return the rows and columns of the output.
 
         Raises:
             ValueError: The image is smaller than the kernel.
@@ -164,7 +164,7 @@ class ConvSpec:
         return sizes
 
     def problem(self, x_shape: Sequence[int], link_shape: Sequence[int] | None) -> str | None:
-        """Why the spec or the shapes make no sense; None if they do. Nothing is computed with what fails here."""
+        """Return what is inconsistent in the spec or the shapes, or None; kernels run only what passes here."""
         windows = (self.conv, self.pool)
         sizes = [n for w in windows for n in (*w.kernel, *w.stride, *w.dilation)]
         if min(self.c_in, self.c_out, self.groups, *sizes) < 1:

@@ -1,5 +1,7 @@
 """Checks of inputs and arguments, and their errors."""
 import operator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -132,6 +134,11 @@ def guard_input(conv: nn.Conv2d, min_size: int) -> RemovableHandle:
     """
     conv.min_input_size = min_size
     return conv.register_forward_pre_hook(_guard_input)
+
+
+def count_guards(hooks: Mapping[int, Callable[..., Any]]) -> int:
+    """Return how many of a module's hooks are guards of the input's size."""
+    return sum(hook is _guard_input for hook in hooks.values())
 
 
 def _guard_input(self, input: tuple[torch.Tensor]) -> None:

@@ -77,6 +77,12 @@ int el_conv(const el_plan *p, const float *x, const float *link, const float *ad
     return el_run_conv(p, NULL, x, link, added, y, threads);
 }
 
+int el_differs(const int64_t *const *places, const int64_t *expected, int n) {
+    int differs = 0;
+    for (int i = 0; i < n; i++) differs |= *places[i] != expected[i];
+    return differs;
+}
+
 void el_nhwc(const float *nchw, int n, int c, int64_t pixels, float *nhwc) {
     for (int i = 0; i < n; i++, nchw += (int64_t)c * pixels)
         for (int64_t p = 0; p < pixels; p++)

@@ -5,7 +5,7 @@
 #include <string.h>
 #if defined(_WIN32)
 #include <stdio.h>
-#else
+#elif !defined(__wasm__)
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -66,6 +66,11 @@ static void unmap_file(const void *data, size_t bytes) {
     (void)bytes;
     el_aligned_free((void *)(uintptr_t)data);
 }
+#elif defined(__wasm__)
+/* A web page has no files, but their bytes: el_open_memory takes them. */
+static void *map_file(const char *path, size_t *bytes) { return (void)path, (void)bytes, NULL; }
+
+static void unmap_file(const void *data, size_t bytes) { (void)data, (void)bytes; }
 #else
 static void *map_file(const char *path, size_t *bytes) {
     struct stat about;

@@ -13,6 +13,15 @@
 #define _GNU_SOURCE
 #include "engine.h"
 
+#if defined(__wasm__) /* one thread: those of a web page share memory only where its server says so */
+
+void el_parallel(void (*run)(void *, int), void *context, int n, int threads) {
+    (void)threads;
+    for (int i = 0; i < n; i++) run(context, i);
+}
+
+#else
+
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -176,3 +185,5 @@ void el_parallel(void (*run)(void *, int), void *context, int n, int threads) {
     }
     pthread_mutex_unlock(&in_use);
 }
+
+#endif
