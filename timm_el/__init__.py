@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from . import engine, models
 from ._moved import moved_to
 from .convert import binarize
-from .engine import deploy
+from .engine import deploy, export
+from .engine import read_program as load_program
 from .hub import from_hub, push_to_hub, save_for_hub
 from .recipes import RECIPES, Recipe
 from .summary import summarize
@@ -16,9 +17,9 @@ from .version import __version__
 from .weights import CheckpointError, load_float, load_packed, pack_state_dict, save_packed, unpack_state_dict
 
 __all__ = [
-    '__version__', 'binarize', 'CheckpointError', 'deploy', 'engine', 'from_hub', 'load_float', 'load_packed', 'models',
-    'pack_state_dict', 'push_to_hub', 'Recipe', 'RECIPES', 'save_for_hub', 'save_packed', 'summarize',
-    'unpack_state_dict',
+    '__version__', 'binarize', 'CheckpointError', 'deploy', 'engine', 'export', 'from_hub', 'load_float',
+    'load_packed', 'load_program', 'models', 'pack_state_dict', 'push_to_hub', 'Recipe', 'RECIPES', 'save_for_hub',
+    'save_packed', 'summarize', 'unpack_state_dict',
 ]
 
 

@@ -4,7 +4,6 @@ import json
 import pytest
 import torch
 import torch.nn as nn
-from conftest import randomise
 
 import timm_el
 from timm_el.__main__ import main
@@ -12,7 +11,6 @@ from timm_el.bench import peers
 from timm_el.bench.hosts import settle_norms
 from timm_el.bench.layer_times import layer_table, layer_times
 from timm_el.bench.turns import Spread, ratios, take_turns
-from timm_el.layers import BinaryConv2d, BinaryUnit, ElasticLink, StandardizedBinaryConv2d
 
 SMALL = ['el_resnet18', '--size', '32', '--pairs', '3', '--warmup', '0']
 
@@ -167,51 +165,3 @@ def test_peer_computes_the_net(setting, name, tolerance, kernel):
     assert y.shape == original.shape and y.isfinite().all() and kernel in built[name].note.lower()
     if tolerance is not None:  # flipped signs avalanche in the whole net: see the tests of its units
         assert (y - original).abs().max() < tolerance * original.abs().max()
-
-
-def unit(conv: nn.Module, **kwargs) -> BinaryUnit:
-    torch.nn.init.normal_(conv.weight)
-    gamma = kwargs.pop('gamma', 'learnable')
-    return BinaryUnit(conv, nn.BatchNorm2d(conv.out_channels), link=ElasticLink.for_conv(conv, gamma), **kwargs)
-
-
-UNITS = {
-    'reduce with K': (1, lambda: unit(BinaryConv2d(64, 16, 1, bias=False, scale_input=True))),
-    'strided with K': (1, lambda: unit(BinaryConv2d(64, 16, 1, 2, bias=False, scale_input=True))),
-    'spatial': (1, lambda: unit(BinaryConv2d(16, 16, 3, padding=1, bias=False))),
-    'strided': (1, lambda: unit(BinaryConv2d(16, 16, 3, 2, 1))),
-    'dilated': (1, lambda: unit(BinaryConv2d(16, 16, 3, padding=2, dilation=2, bias=False))),
-    'spatial with K': (1, lambda: unit(BinaryConv2d(16, 24, 3, padding=1, scale_input=True))),
-    'expand': (1, lambda: unit(BinaryConv2d(16, 64, 1, bias=False))),
-    'no alpha': (1, lambda: unit(BinaryConv2d(8, 16, 1, scale_weight=False), gamma=None)),
-    'standardized': (1, lambda: unit(StandardizedBinaryConv2d(16, 16, 3, padding=1, has_gain=True, scale=0.5))),
-    '12 channels': (0, lambda: unit(BinaryConv2d(12, 16, 3, padding=1))),
-    'depthwise': (0, lambda: unit(BinaryConv2d(16, 16, 3, padding=1, groups=16))),
-    'padded with +1': (0, lambda: unit(BinaryConv2d(16, 16, 3, padding=1, pad_value=1))),
-    'behind a sum': (2, lambda: nn.Sequential(
-        unit(BinaryConv2d(16, 16, 3, padding=1)), unit(BinaryConv2d(16, 32, 1)))),
-    'behind a norm': (2, lambda: nn.Sequential(
-        BinaryUnit(BinaryConv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)), unit(BinaryConv2d(16, 32, 1)))),
-}
-
-
-@pytest.mark.parametrize('name', UNITS)
-def test_openvino_computes_the_unit(name):
-    """Exact signs, also of planted zeros; a negated convolution is seen."""
-    ov = pytest.importorskip('openvino')
-    from timm_el.bench.openvino_binary import binary_model
-    torch.manual_seed(0)
-    count, make = UNITS[name]
-    net = randomise(make()).eval()
-    first = next(m for m in net.modules() if isinstance(m, BinaryConv2d))
-    x = torch.randn(2, first.in_channels, 9, 9)
-    x[:, :, 2:4] = 0
-    model, note = binary_model(net, x)
-    kinds = [op.get_type_name() for op in model.get_ordered_ops()]
-    assert kinds.count('BinaryConvolution') == count and ('no op for them' in note) == (count == 0)
-    run = ov.Core().compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32', 'INFERENCE_NUM_THREADS': 1})
-    y = torch.from_numpy(run(x.numpy())[0].copy())
-    with torch.inference_mode():
-        assert (y - net(x)).abs().max() < 1e-4
-        first.weight.data.neg_()
-        assert (y - net(x)).abs().max() > 1

@@ -212,10 +212,11 @@ def _gemm_rate(alone: nn.Module, latent: nn.Module, x: torch.Tensor) -> float | 
     runs = run_layers(latent, tuple(x.shape[1:]))
     macs = seconds = 0.
     for path, unit in alone.named_modules():
-        if not isinstance(unit, engine.DeployedUnit) or not hasattr(unit, 'bits') or unit.spec.is_depthwise:
+        if not isinstance(unit, engine.FusedUnit) or unit.spec.is_depthwise:
             continue
-        spec, out = unit.spec, runs[f'{path}.conv'].output
-        pixels = len(x) * math.prod(out[2:] if len(out) == 4 and not unit.linear else out[1:-1])
+        latent_path = path.removesuffix('.core').removesuffix('.core')  # of a unit of several operators
+        spec, out = unit.spec, runs[f'{latent_path}.conv'].output
+        pixels = len(x) * math.prod(out[1:-1] if unit.is_linear else out[2:])
         channels, outputs = spec.c_in // spec.groups, spec.c_out // spec.groups
         words = spec.taps * -(-channels // 64)
         rate = engine.count_rate(words, outputs, pixels)

@@ -119,14 +119,14 @@ def layer_table(model: nn.Module, counted: nn.Module, x: torch.Tensor, repeats: 
     operations = summarize(counted, tuple(x.shape[1:])).layers
     modules = timed_modules(model)
     rows = [_layer(path, modules[path], time_, operations, len(x)) for path, time_ in ms.items()]
-    kinds = {kind: _total(kind, [row for row in rows if row.kind == kind], whole)
+    kinds = {kind: _total_of(kind, [row for row in rows if row.kind == kind], whole)
              for kind in dict.fromkeys(row.kind for row in rows)}
     rest = LayerTime('', 'host', whole - sum(row.ms for row in rows), 0, 0)
-    kinds['host'] = _total('host', [rest], whole)
+    kinds['host'] = _total_of('host', [rest], whole)
     return {'layers': [row.to_dict() for row in rows], 'kinds': kinds, 'whole_ms': whole}
 
 
-def _total(kind: str, rows: list[LayerTime], whole: float) -> dict[str, float]:
+def _total_of(kind: str, rows: list[LayerTime], whole: float) -> dict[str, float]:
     ms, binary, real = (sum(getattr(row, name) for row in rows) for name in ('ms', 'binary_macs', 'real_macs'))
     total = LayerTime('', kind, ms, binary, real)
     return {'ms': ms, 'share': ms / whole, 'binary_macs': binary, 'real_macs': real, 'macs_per_s': total.macs_per_s}

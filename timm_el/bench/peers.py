@@ -15,6 +15,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from ..engine.exchange.onnx_graph import whole_model
+from ..engine.exchange.openvino_graph import openvino_model
+from ..engine.export import program_of
+
 INSTALL = 'pip install "timm-el[bench]"'
 CALIBRATION_BATCHES = 4
 
@@ -149,8 +153,11 @@ def convolution_kernels(compiled: Any) -> str:
 
 
 def _binary_model(setting: Setting) -> tuple[Any, str]:
-    from .openvino_binary import binary_model
-    return binary_model(setting.latent, setting.x)
+    """Return the binarized net as an OpenVINO model, and a note on what its BinaryConvolution cannot compute."""
+    batch, _, *size = setting.x.shape
+    program = program_of(setting.latent, tuple(size)).program
+    model, bits, binary = openvino_model(program, whole_model(program, tuple(size)), batch)
+    return model, f'{binary - bits} of {binary} binary convs float, OpenVINO has no op for them' * (bits < binary)
 
 
 ONNX = ('onnx', 'onnxscript')
@@ -160,7 +167,7 @@ PEERS: dict[str, Peer] = {
     'openvino-f32': Peer((*ONNX, 'openvino'), openvino(export_float, 'f32')),
     'openvino-bf16': Peer((*ONNX, 'openvino'), openvino(export_float, 'bf16')),
     'openvino-int8': Peer((*ONNX, 'onnxruntime', 'openvino'), openvino(export_int8, 'f32')),
-    'openvino-binary': Peer(('openvino',), openvino(_binary_model, 'f32'), binary=True),
+    'openvino-binary': Peer(('onnx', 'openvino'), openvino(_binary_model, 'f32'), binary=True),
 }
 PACKAGES = tuple(dict.fromkeys(name for peer in PEERS.values() for name in peer.packages))
 

@@ -5,6 +5,7 @@ VERBS = {
     'convert': 'binarize any net and print a report, layer by layer',
     'demo': 'classify photographs with shipped weights, then train on real images, offline, in about three minutes',
     'eval': 'top-1 of a network as it is, packed and deployed, from a folder of images',
+    'export': 'write a network as files that run without torch: program, C, Python, a page, ONNX, OpenVINO',
     'fit': 'train stage by stage: two-stage, progressive, with teachers; resumable',
     'plot': 'pictures: gammas, feature maps, estimators, training curves, accuracy against size and time',
     'push': 'write a Hub folder of packed weights, check it, and upload it',

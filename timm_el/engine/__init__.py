@@ -1,10 +1,13 @@
-"""The engine: deployed networks, their operators and kernels."""
-from .blocks import DeployedBlock, DeployedStage
+"""The engine: deployed networks, their programs, operators and kernels."""
+from .artifact import ProgramFile, read_program
 from .deploy import deploy
-from .modules import DeployedConv, DeployedLinear, DeployedPool, DeployedUnit
+from .export import export, program_of
+from .modules import DeployedConv, DeployedLinear, DeployedPool
 from .native import SlowEngineWarning, chip_rate, count_rate, info, runner, use_isa
+from .units import DeployedUnit, FusedUnit, LinkUnit, SplitUnit
 
 __all__ = [
-    'deploy', 'DeployedBlock', 'DeployedConv', 'DeployedLinear', 'DeployedPool', 'DeployedStage', 'DeployedUnit',
-    'info', 'SlowEngineWarning', 'use_isa', 'chip_rate', 'count_rate', 'runner',
+    'deploy', 'export', 'program_of', 'ProgramFile', 'read_program', 'DeployedConv', 'DeployedLinear', 'DeployedPool',
+    'DeployedUnit', 'FusedUnit', 'LinkUnit', 'SplitUnit', 'info', 'SlowEngineWarning', 'use_isa', 'chip_rate',
+    'count_rate', 'runner',
 ]

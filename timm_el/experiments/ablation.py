@@ -57,7 +57,7 @@ def plan_rows(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def run_table(
         table: str, data: dict[str, Any], seeds: Sequence[int], output: str, data_dir: str, cache: str | None = None,
-        changes: Sequence[str] = (), **places) -> None:
+        changes: Sequence[str] = (), **places: Any) -> None:
     """Run what is not in OUTPUT/results.jsonl yet, or go on with it; `changes` have been made to `data` already."""
     name = os.path.splitext(os.path.basename(table))[0]
     changed = f' --set {shlex.join(changes)}' if changes else ''

@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 from timm.data import create_transform, resolve_data_config
 
+from ..engine.export import label_names as names_of
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -60,15 +62,7 @@ def prepare(model: nn.Module, image: 'Image', img_size: int | None = None) -> to
 
 def label_names(model: nn.Module) -> list[str]:
     """Return the names of the model's classes: its config's, ImageNet's for a head of that size, or numbers."""
-    names = model.pretrained_cfg.get('label_names')
-    if names and len(names) == model.num_classes:
-        return list(names)
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-    subset = infer_imagenet_subset(model)
-    if subset is None:
-        return [f'class {i}' for i in range(model.num_classes)]
-    info = ImageNetInfo(subset)
-    return [info.index_to_description(i) for i in range(model.num_classes)]
+    return names_of(model) or [f'class {i}' for i in range(model.num_classes)]
 
 
 def classify(model: nn.Module, x: torch.Tensor, top: int = 3) -> list[tuple[str, float]]:
