@@ -35,7 +35,8 @@ class BuildKernels(build_ext):
     """Build library and runner into the package and, unless they are for another platform, beside its sources too.
 
     `python -m timm_el` in a checkout imports the sources, so the library has to be there as well. Where nothing can be
-    built, a text file says why.
+    built, a text file says why. Where Zig is installed, as for every wheel of build_tools/wheels.py, the web page's
+    runtime is built too.
     """
 
     def get_ext_filename(self, fullname):
@@ -47,7 +48,8 @@ class BuildKernels(build_ext):
         library = Path(self.build_lib, self.get_ext_filename(ext.name))
         runner = engine / (el_compile.TARGETS[TARGET].runner if TARGET else abi.RUNNER)
         reason = engine / abi.REASON
-        for path in (library, runner, reason):
+        web = engine / abi.WEB_RUNTIME.relative_to(abi.WEB_RUNTIME.parents[1])
+        for path in (library, runner, reason, web):
             path.unlink(missing_ok=True)
         try:
             compiler = el_compile.find_compiler(TARGET)
@@ -58,12 +60,19 @@ class BuildKernels(build_ext):
         else:
             print(f'timm_el: the kernels are built by {" ".join(compiler.command)}')
             el_compile.compile_all(compiler, library, runner, Path(self.build_temp))
+            self._build_web_runtime(web)
         if not TARGET:
-            self._copy_beside_sources(library, runner, reason)
+            self._copy_beside_sources(library, runner, reason, web)
+
+    def _build_web_runtime(self, path):
+        try:
+            el_compile.compile_web_runtime(path, Path(self.build_temp, 'web'))
+        except el_compile.NoCompiler as e:
+            print(f'timm_el: the runtime of web pages is not built: {e}')
 
     def _copy_beside_sources(self, *products):
         for path in products:
-            beside = el_compile.ROOT / ENGINE / path.name
+            beside = el_compile.ROOT / path.relative_to(self.build_lib)
             if path.resolve() == beside:
                 continue
             beside.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Compile the engine's kernels into a shared library and a command-line runner: a choice of compiler, and its calls.
+"""Compilation of the kernels to the library, the command-line runner and WebAssembly: compilers, command lines.
 
 Needs the standard library only, because the build backend asks here whether Zig has to be installed.
 """
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,11 @@ TARGETS = {
 
 LINKS = ('-ldl', '-lm') if sys.platform == 'linux' else ('-lm',)
 
+WEB_EXPORTS = (  # what web/program.js calls
+    'el_aligned_alloc', 'el_aligned_free', 'el_open_memory', 'el_close', 'el_metadata', 'el_input', 'el_outputs',
+    'el_shapes', 'el_make_ready', 'el_run_ready', 'el_hash')
+WEB_STACK = 1 << 20  # bytes
+
 TRIAL = '''
 #include <math.h>
 #include <pthread.h>
@@ -71,7 +77,7 @@ class Compiler:
 
     @property
     def is_for_mac(self) -> bool:
-        """Whether it links for macOS, whose linker has options of its own."""
+        """True where it links for macOS, whose linker has options of its own."""
         target = self.command[-2] if '-target' in self.command else sys.platform
         return 'macos' in target or target == 'darwin'
 
@@ -184,21 +190,54 @@ def compile_all(compiler: Compiler, library: Path, runner: Path, folder: Path) -
         subprocess.CalledProcessError: The compiler found something wrong.
     """
     abi = load_abi()
-    flags = [
-        *base_flags(), *compiler.flags, '-fvisibility=hidden', '-ffunction-sections', '-fdata-sections',
-        f'-I{abi.KERNELS}', f'-DEL_HASH="{abi.source_hash()}"']
+    flags = [*base_flags(), *compiler.flags]
+    for path in (library, runner):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    objects = compile_objects(compiler, flags, abi.sources(), folder)
+    runner_objects = compile_objects(compiler, flags, sorted((abi.KERNELS.parent / 'runner').glob('*.c')), folder)
     cache = folder / 'zig'
-    for path in (folder, library.parent, runner.parent):
-        path.mkdir(parents=True, exist_ok=True)
-
-    def compile_one(source: Path) -> str:
-        made = str(folder / f'{"_".join(source.relative_to(abi.KERNELS.parent).with_suffix("").parts)}.o')
-        compiler.run(*flags, '-c', str(source), '-o', made, cache=cache)
-        return made
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, abi.sources()))
-        runner_objects = list(pool.map(compile_one, sorted((abi.KERNELS.parent / 'runner').glob('*.c'))))
     compiler.run(*flags, '-shared', *objects, '-o', str(library), *compiler.links, cache=cache)
     unused = '-Wl,-dead_strip' if compiler.is_for_mac else '-Wl,--gc-sections'
     compiler.run(*flags, *objects, *runner_objects, '-o', str(runner), '-s', unused, *compiler.links, cache=cache)
+
+
+def compile_web_runtime(output: Path, folder: Path) -> None:
+    """Compile the kernels to WebAssembly, for the page that `timm_el.engine.web` writes.
+
+    Objects and caches go to `folder`.
+
+    Raises:
+        NoCompiler: Zig is not installed.
+        subprocess.CalledProcessError: The compiler found something wrong.
+    """
+    if importlib.util.find_spec('ziglang') is None:
+        raise NoCompiler('there is no Zig; `pip install ziglang` and timm_el again')
+    zig = Compiler((sys.executable, '-m', 'ziglang', 'cc', '-target', 'wasm32-wasi', '-mcpu=baseline+simd128'))
+    flags = [flag for flag in base_flags() if flag not in ('-fPIC', '-pthread')]  # one module, one thread
+    output.parent.mkdir(parents=True, exist_ok=True)
+    objects = compile_objects(zig, flags, load_abi().sources(), folder)
+    exports = [f'-Wl,--export={name}' for name in WEB_EXPORTS]
+    zig.run(
+        *flags, *objects, '-o', str(output), '-s', '-mexec-model=reactor', '-Wl,--gc-sections',
+        f'-Wl,-z,stack-size={WEB_STACK}', *exports, cache=folder / 'zig')
+
+
+def compile_objects(compiler: Compiler, flags: Sequence[str], sources: Sequence[Path], folder: Path) -> list[str]:
+    """Compile C files, several at once, and return their objects in `folder`.
+
+    Raises:
+        subprocess.CalledProcessError: The compiler found something wrong.
+    """
+    abi = load_abi()
+    folder.mkdir(parents=True, exist_ok=True)
+    common = [
+        *flags, '-fvisibility=hidden', '-ffunction-sections', '-fdata-sections', f'-I{abi.KERNELS}',
+        f'-DEL_HASH="{abi.source_hash()}"']
+
+    def compile_one(source: Path) -> str:
+        made = str(folder / f'{source.parent.name}-{source.stem}.o')
+        compiler.run(*common, '-c', str(source), '-o', made, cache=folder / 'zig')
+        return made
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources))
