@@ -48,7 +48,7 @@ def publish(folder: Path) -> str:
     return assert_type(timm_el.push_to_hub(folder, 'me/net', private=True), str)
 
 
-def deploy(model: nn.Module) -> None:
+def deploy(model: nn.Module, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', engine.SlowEngineWarning)
         fast = assert_type(timm_el.deploy(model), nn.Module)
@@ -56,11 +56,18 @@ def deploy(model: nn.Module) -> None:
     assert_type(engine.info(), dict[str, Any])
     engine.use_isa(None)
     kinds = (
-        engine.DeployedBlock, engine.DeployedConv, engine.DeployedLinear, engine.DeployedPool, engine.DeployedStage,
-        engine.DeployedUnit)
+        engine.DeployedConv, engine.DeployedLinear, engine.DeployedPool, engine.DeployedUnit, engine.FusedUnit,
+        engine.LinkUnit, engine.SplitUnit)
     assert any(isinstance(module, kinds) for module in fast.modules())
     if engine.info()['native']:
         assert_type(engine.chip_rate(), float)
+        assert_type(engine.runner(), Path)
+        assert_type(timm_el.export(model, folder / 'net.program', size=(64, 64)), int)
+        assert_type(engine.export(fast, folder / 'net.program', size=(64, 64)), int)
+        program = assert_type(timm_el.load_program(folder / 'net.program'), engine.ProgramFile)
+        assert_type(engine.read_program(folder / 'net.program').labels, list[str] | None)
+        assert_type(program(torch.zeros(1, 3, 64, 64)), Any)
+        assert len(engine.program_of(fast, (64, 64)).islands) == 0
         assert_type(engine.count_rate(8, 8, 4, repeats=1), float)
 
 
@@ -127,5 +134,5 @@ def main(folder: Path) -> None:
     model = convert()
     train(model, timm.create_model('test_resnet', num_classes=10), folder)
     share(model, folder)
-    deploy(model.eval())
+    deploy(model.eval(), folder)
     compose(torch.randn(2, 8, 6, 6))

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         return command.main(rest) or 0
     try:
         return command.main(rest) or 0
-    except (TypeError, ValueError, RuntimeError) as e:  # timm raises RuntimeError for a model that it does not know
+    except (OSError, TypeError, ValueError, RuntimeError) as e:  # timm: RuntimeError for a model that it does not know
         if os.environ.get('TIMM_EL_TRACEBACK'):
             raise
         print(f'timm_el {verb}: {e}', file=sys.stderr)

@@ -141,7 +141,11 @@ def _verify(model: nn.Module, folder: Path) -> None:
 
 
 def from_hub(
-        repo: str | os.PathLike, *, revision: str | None = None, cache_dir: str | os.PathLike | None = None, **kwargs,
+        repo: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        **kwargs: Any,
 ) -> nn.Module:
     """Load a network from a Hub repository or a folder of the same form.
 

@@ -29,7 +29,8 @@ def wheel(request, tmp_path_factory):
     """A platform, its wheel, and the library out of it."""
     folder = tmp_path_factory.mktemp(request.param)
     source = folder / 'source'
-    ignored = shutil.ignore_patterns('.git', 'build', '*.egg-info', '_native.*', '__pycache__', '.*cache')
+    ignored = shutil.ignore_patterns(
+        '.git', 'build', '*.egg-info', '_native.*', 'runtime.wasm', '__pycache__', '.*cache')
     shutil.copytree(ROOT, source, ignore=ignored)
     subprocess.run(
         [sys.executable, str(source / 'build_tools' / 'wheels.py'), '--output', str(folder), request.param], check=True)
@@ -47,6 +48,12 @@ def test_the_tag_names_the_platform_and_the_library_is_its_own(wheel):
     tags = {f'Tag: py3-none-{tag}' for tag in TARGETS[target].tag.split('.')}
     assert set(re.findall('^Tag: .*', facts, re.M)) == tags
     assert len(list(library.parent.glob('_native*'))) == 1
+
+
+def test_the_wheel_holds_the_runtime_of_web_pages(wheel):
+    _, _, library = wheel
+    web = library.parent / 'web'
+    assert abi.source_hash().encode() in (web / 'runtime.wasm').read_bytes() and (web / 'index.html').is_file()
 
 
 def test_the_library_runs_on_the_oldest_systems_that_the_tag_names(wheel):

@@ -80,7 +80,7 @@ def _own_tensors(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[
 @register_model
 def timm_el_converted(
         pretrained: bool = False, host: str = 'resnet18', recipe: str | Recipe | dict[str, Any] = 'el',
-        plan: dict[str, Any] | None = None, **kwargs) -> nn.Module:
+        plan: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
     """Create a converted net of timm; `pretrained=True` is for folders of `save_for_hub` (`local-dir:`, `hf-hub:`).
 
     Args:

@@ -31,7 +31,11 @@ class BinarizedEfficientNet(CheckedLoading, EfficientNet):
     """
 
     def __init__(
-            self, *args, recipe: str | Recipe | dict[str, Any] = 'el_mobilenet', real_weights: bool = False, **kwargs,
+            self,
+            *args: Any,
+            recipe: str | Recipe | dict[str, Any] = 'el_mobilenet',
+            real_weights: bool = False,
+            **kwargs: Any,
     ) -> None:
         check_arguments(EfficientNet, BinarizedEfficientNet, kwargs)
         super().__init__(*args, **kwargs)
@@ -51,7 +55,11 @@ class BinarizedEfficientNetFeatures(EfficientNetFeatures):
     """
 
     def __init__(
-            self, *args, recipe: str | Recipe | dict[str, Any] = 'el_mobilenet', real_weights: bool = False, **kwargs,
+            self,
+            *args: Any,
+            recipe: str | Recipe | dict[str, Any] = 'el_mobilenet',
+            real_weights: bool = False,
+            **kwargs: Any,
     ) -> None:
         check_arguments(EfficientNetFeatures, BinarizedEfficientNetFeatures, kwargs)
         super().__init__(*args, **kwargs)
@@ -100,6 +108,6 @@ def _create_mobilenet_v1(
 
 
 @register_model
-def el_mobilenet_v1(pretrained: bool = False, channel_multiplier: float = 1.0, **kwargs) -> BinarizedEfficientNet:
+def el_mobilenet_v1(pretrained: bool = False, channel_multiplier: float = 1.0, **kwargs: Any) -> BinarizedEfficientNet:
     """Create Elastic-Link MobileNetV1."""
     return _create_mobilenet_v1('el_mobilenet_v1', channel_multiplier, pretrained, **kwargs)

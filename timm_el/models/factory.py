@@ -1,4 +1,6 @@
 """Creation of networks by name: registered models, and nets of timm that a recipe converts."""
+from typing import Any
+
 import timm
 import torch.nn as nn
 
@@ -12,7 +14,7 @@ def is_ours(name: str) -> bool:
     return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith('timm_el.')
 
 
-def create(name: str, recipe: str | None = None, **kwargs) -> nn.Module:
+def create(name: str, recipe: str | None = None, **kwargs: Any) -> nn.Module:
     """Create a timm model; a recipe is an argument of a registered model of this package, and converts any other."""
 
     if recipe is None:

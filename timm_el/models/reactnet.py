@@ -44,7 +44,8 @@ class ReActBlock(nn.Module):
 
     def __init__(
             self, in_chs: int, out_chs: int, stride: int = 1, real_reduction: bool = False, gamma: str | None = None,
-            weight_quantizer: str | None = 'ste', drop_path: float = 0., device=None, dtype=None) -> None:
+            weight_quantizer: str | None = 'ste', drop_path: float = 0., device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         quantizers = dict(input_quantizer='approx', weight_quantizer=weight_quantizer)
@@ -316,20 +317,20 @@ def _create_reactnet(variant: str, pretrained: bool = False, **kwargs: Any) -> R
 
 
 @register_model
-def reactnet_a(pretrained: bool = False, **kwargs) -> ReActNet:
+def reactnet_a(pretrained: bool = False, **kwargs: Any) -> ReActNet:
     """Create ReActNet-A: all convolutions but the first binary."""
     return _create_reactnet('reactnet_a', pretrained, **kwargs)
 
 
 @register_model
-def reactnet_c(pretrained: bool = False, **kwargs) -> ReActNet:
+def reactnet_c(pretrained: bool = False, **kwargs: Any) -> ReActNet:
     """Create ReActNet-C: the 1x1 convolutions of reduction blocks are real-valued."""
     model_args = dict(real_reduction=True)
     return _create_reactnet('reactnet_c', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def el_reactnet_c(pretrained: bool = False, **kwargs) -> ReActNet:
+def el_reactnet_c(pretrained: bool = False, **kwargs: Any) -> ReActNet:
     """Create ReActNet-C with Elastic-Link: the duplicated shortcut of reduction blocks is Expand / gamma."""
     model_args = dict(real_reduction=True, gamma='learnable')
     return _create_reactnet('el_reactnet_c', pretrained, **dict(model_args, **kwargs))

@@ -90,11 +90,11 @@ class BinarizedResNet(CheckedLoading, ResNet):
         taken, _ = feature_take_indices(last + 1, indices)
         return taken, [STAGES if i == last else i for i in taken]
 
-    def forward_intermediates(self, x: torch.Tensor, indices: None | int | list[int] = None, **kwargs):
+    def forward_intermediates(self, x: torch.Tensor, indices: None | int | list[int] = None, **kwargs: Any) -> Any:
         """Same as in timm, with indices of own features."""
         return super().forward_intermediates(x, self._timm_indices(indices)[1], **kwargs)
 
-    def prune_intermediate_layers(self, indices: int | list[int] = 1, **kwargs) -> list[int]:
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, **kwargs: Any) -> list[int]:
         """Same as in timm, with indices of own features."""
         taken, timms = self._timm_indices(indices)
         super().prune_intermediate_layers(timms, **kwargs)
@@ -180,56 +180,56 @@ def _create_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> Bin
 
 
 @register_model
-def el_resnet18(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def el_resnet18(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Create Elastic-Link ResNet-18: on basic blocks one shortcut per convolution."""
     model_args = dict(block=BasicBlock, layers=[2, 2, 2, 2], avg_down=True)
     return _create_resnet('el_resnet18', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def el_resnet20(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def el_resnet20(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Create Elastic-Link ResNet-20 of the CIFAR papers: stages of 16, 32 and 64 channels, for images of 32 px."""
     model_args = dict(block=BasicBlock, layers=[3, 3, 3], channels=(16, 32, 64), small_stem=True, avg_down=True)
     return _create_resnet('el_resnet20', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def el_resnet26(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def el_resnet26(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Create Elastic-Link ResNet-26 (bottleneck)."""
     model_args = dict(block=Bottleneck, layers=[2, 2, 2, 2], avg_down=True)
     return _create_resnet('el_resnet26', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def el_resnet34(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def el_resnet34(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Create Elastic-Link ResNet-34: on basic blocks one shortcut per convolution."""
     model_args = dict(block=BasicBlock, layers=[3, 4, 6, 3], avg_down=True)
     return _create_resnet('el_resnet34', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def el_resnet50(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def el_resnet50(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Create Elastic-Link ResNet-50 (bottleneck)."""
     model_args = dict(block=Bottleneck, layers=[3, 4, 6, 3], avg_down=True)
     return _create_resnet('el_resnet50', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def bireal_resnet18(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def bireal_resnet18(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Create Bi-Real Net 18, the net of the official PyTorch checkpoint."""
     model_args = dict(block=BasicBlock, layers=[2, 2, 2, 2], avg_down=True, recipe='bireal')
     return _create_resnet('bireal_resnet18', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def bireal_resnet34(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def bireal_resnet34(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Create Bi-Real Net 34, the net of the official PyTorch checkpoint."""
     model_args = dict(block=BasicBlock, layers=[3, 4, 6, 3], avg_down=True, recipe='bireal')
     return _create_resnet('bireal_resnet34', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
-def reactnet_resnet18(pretrained: bool = False, **kwargs) -> BinarizedResNet:
+def reactnet_resnet18(pretrained: bool = False, **kwargs: Any) -> BinarizedResNet:
     """Create ReActNet on ResNet-18, the net of the official checkpoint."""
     model_args = dict(block=BasicBlock, layers=[2, 2, 2, 2], avg_down=True, recipe='reactnet')
     return _create_resnet('reactnet_resnet18', pretrained, **dict(model_args, **kwargs))

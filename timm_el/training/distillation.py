@@ -119,7 +119,7 @@ class DistillationTask(LogitDistillationTask):
             _check_layers(student, [s for s, _ in self.match_layers], 'student')
             _check_layers(teacher, [t for _, t in self.match_layers], 'teacher')
 
-    def compile(self, *args, **kwargs) -> nn.Module:
+    def compile(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Compile as timm's task does; raise ValueError with attention matching, whose hooks would not run."""
         if self.attention_loss_weight:
             raise ValueError(

@@ -25,7 +25,7 @@ class JsonLines:
             f.writelines(json.dumps(record) + '\n' for record in kept)
 
     @staticmethod
-    def read(path: str) -> list[dict[str, Any]]:
+    def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         """Return all records; a last line that was cut short by an interruption is left out."""
         if not os.path.exists(path):
             return []

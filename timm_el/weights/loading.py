@@ -30,7 +30,7 @@ class CheckedLoading:
     """Mixin of the registered models: `load_state_dict` refuses what does not fit before the first tensor is copied."""
 
     @torch.jit.ignore
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as torch does, but raise `CheckpointError` and load nothing if the state dict does not fit."""
         if is_packed(state_dict):
             state_dict = unpack_state_dict(state_dict, self)
