@@ -95,22 +95,21 @@ def deploy(
     Every `BinaryUnit` becomes one operator: signs are packed, differing bits counted, and scale, K, norm, activation,
     link and RPReLU applied before the result is written, with norms folded in float64. Norms after float convolutions
     are folded too. What cannot be folded runs as the module that it was, and so does each float layer that has hooks, a
-    parametrization, or a forward in its instance. The copy has the host's class and forward (`forward_features`,
-    `features_only`, any batch and image size) and keeps NHWC memory format throughout. Signs are computed exactly;
-    values differ from the latent network's by rounding, and where rounding moves a value across zero, a sign flips. The
-    copy stays in eval mode and float32: `train()` of it, of its modules, or of a network around it leaves its modules
-    in eval mode.
+    parametrization, or a forward in its instance. The copy is an instance of the host's class, with its forward
+    (`forward_features`, `features_only`, any batch and image size), and keeps NHWC memory format throughout. Signs are
+    computed exactly; values differ from the latent network's by rounding, and where rounding moves a value across zero,
+    a sign flips. The copy stays in eval mode and float32: `train()` of it, of its modules, or of a network around it
+    leaves its modules in eval mode.
 
-    Tensors that are written to, by `load_state_dict` or in place, are used at the next call. Writes that torch itself
-    does not count cannot be seen: through `tensor.data`, through a NumPy array. The engine may go on with the weights
-    that it laid out before; use `load_state_dict`, or `tensor.copy_` under `torch.no_grad()`, in their place.
+    The copy is immutable but for `load_state_dict` (of it, or of a part), attributes that are set on it
+    (`reset_classifier` sets some), and modules that are added or removed. Tensors that are written to in place, and
+    modules inside that are exchanged, need not be noticed: change the latent network, and deploy it again.
 
     Args:
         model: A latent network in eval mode, float32, on the CPU. It is not changed.
         float_dtype: Dtype in which float convolutions compute; activations between layers stay float32.
-        fuse_blocks: Run each stage of blocks that are rows of layers as one operator: the same bits, faster. It goes
-            layer by layer where a hook, or a forward, is put on an instance inside. Without it every unit stands by
-            itself.
+        fuse_blocks: Run the whole network as one program, recorded at its first call. It goes module by module where a
+            hook, or a forward, is put on an instance inside. Without it every module runs by itself.
 
     Returns:
         A module of the model's class. Its state dict is its own; save the latent network, not this one.
@@ -126,7 +125,7 @@ def deploy(
     """
     _refuse_unfit(model, float_dtype)
     native.warn_if_slow()
-    with torch.inference_mode(False), torch.no_grad():  # buffers that count what is written to them
+    with torch.inference_mode(False), torch.no_grad():
         return _deployed(model, float_dtype, fuse_blocks)
 
 
