@@ -65,7 +65,7 @@ static int one_case(int number) {
     int8_t *stored = malloc((size_t)channels * (size_t)inputs);
     void *weight = el_aligned_alloc(64, el_int8_bytes(inputs, channels));
     int32_t *expected = malloc((size_t)tile * (size_t)channels * 4), *sums = malloc((size_t)tile * (size_t)stride * 4);
-    uint8_t *q = malloc((size_t)tile * (size_t)(inputs + 3) * 2);
+    uint8_t *q = malloc((size_t)tile * (size_t)(inputs + 3) * 2 + 16);
     const char *base[MOST_TILE];
     size_t offsets[4];
     float k[MOST_TILE], found[MOST_TILE];

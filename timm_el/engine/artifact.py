@@ -265,7 +265,7 @@ def _shaped(step: Step) -> Step:
     spec = conv_spec(step)
     weight, table, *rest = step.tensors
     try:
-        weight = weight.view(stored_shape(spec, weight.dtype != torch.uint8))
+        weight = weight.view(stored_shape(spec, weight.dtype))
         table = table.view(len(spec.rows), table_stride(spec.c_out))
     except RuntimeError:
         raise ValueError(

@@ -263,7 +263,7 @@ def _real_conv(low: Any, value: int, weight: torch.Tensor, bias: torch.Tensor | 
 
     def make() -> tuple[torch.Tensor, torch.Tensor]:
         epilogue, _ = fold(spec.c_out, None, bias, [])
-        return store(weight.detach().float().contiguous(), spec, True), epilogue.table(spec.rows)
+        return store(weight.detach().float().contiguous(), spec, torch.float32), epilogue.table(spec.rows)
 
     stored, table = low.constant(make, 'conv', weight, bias, spec)
     return low.step(Kind.CONV, [value, None, None], [stored, table, None, None], spec.ints(), [-INF, INF, 1.])

@@ -14,15 +14,17 @@ import torch.nn as nn
 from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_tensors, check_unwrapped
 from . import native
 from .calls import FORWARD_HOOKS, computed_tensors, copied, has_hooks, has_own_forward, is_altered
-from .epilogue import FIXED_NORMS, FOLDED_ACTS, fold
-from .float_layers import replace_conv, replacement
+from .epilogue import FIXED_NORMS, FOLDED_ACTS
+from .float_layers import is_computed, linear_layer, replace_conv, replacement
 from .follow import followers
 from .inference import keep_for_inference
-from .modules import DeployedLinear, Engine
+from .modules import Engine
 from .network import as_deployed
 from .units import deploy_unit
 
 __all__ = ['deploy']
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 def _refuse_unfit(model: nn.Module, float_dtype: torch.dtype) -> None:
@@ -31,8 +33,8 @@ def _refuse_unfit(model: nn.Module, float_dtype: torch.dtype) -> None:
     check_unwrapped(model, 'deploy')
     if isinstance(model, torch.fx.GraphModule):
         raise ValueError('model: found a GraphModule, expected the model that it was traced from; deploy that one')
-    if float_dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f'float_dtype: found {float_dtype}, expected torch.float32, torch.bfloat16 or torch.float16')
+    if float_dtype not in FLOAT_DTYPES:
+        raise ValueError(f'float_dtype: found {float_dtype}, expected one of {", ".join(map(str, FLOAT_DTYPES))}')
     for path, module in model.named_modules():
         if isinstance(module, Engine):
             raise ValueError(f'{path or "model"}: the model is already deployed; deploy the latent one')
@@ -107,7 +109,10 @@ def deploy(
 
     Args:
         model: A latent network in eval mode, float32, on the CPU. It is not changed.
-        float_dtype: Dtype in which float convolutions compute; activations between layers stay float32.
+        float_dtype: Dtype in which float convolutions and the classifier compute; activations between layers stay
+            float32. torch.int8 needs no calibration: weights have a scale per output channel, and the inputs of each
+            output pixel a scale of their own, max(abs(x)) / 127. Depthwise and grouped convolutions stay float32. Where
+            an input of a pixel, or a weight of a channel, is not finite, the outputs are NaN.
         fuse_blocks: Run the whole network as one program, recorded at its first call. It goes module by module where a
             hook, or a forward, is put on an instance inside. Without it every module runs by itself.
 
@@ -154,14 +159,13 @@ def _deployed(model: nn.Module, float_dtype: torch.dtype, fuse_blocks: bool) -> 
             exchange(modules[p], rest)
     classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
     for path, module in modules.items():
-        if id(module) in inner or native.library() is None or id(module) in memo or any(
-                map(is_altered, module.modules())):
+        if id(module) in inner or id(module) in memo or any(map(is_altered, module.modules())):
             continue
         own = replacement(path, module)
         if own is not None:
             exchange(module, own)
-        elif module is classifier and type(module) is nn.Linear and float_dtype == torch.float32:
-            exchange(module, DeployedLinear(path, module, fold(module.out_features, None, module.bias, [])[0]))
+        elif module is classifier and type(module) is nn.Linear and is_computed(float_dtype):
+            exchange(module, linear_layer(path, module, float_dtype))
     twin = copied(model, memo)
     for old, new in replaced:
         for hooks in FORWARD_HOOKS:

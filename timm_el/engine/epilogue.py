@@ -124,6 +124,10 @@ class Epilogue:
             table[i, :self.channels] = self.rows[name].float()
         return table
 
+    def scaled(self, factor: torch.Tensor) -> 'Epilogue':
+        """Return the same after a convolution whose output (C,) lacks a factor."""
+        return replace(self, rows={**self.rows, 'scale': self.rows['scale'] * factor.double()})
+
     def without_scale(self) -> 'Epilogue':
         """Return the same with a scale of one, for a convolution whose weight has taken the scale in."""
         return replace(self, rows={**self.rows, 'scale': torch.ones_like(self.rows['scale'])})

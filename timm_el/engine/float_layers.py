@@ -10,16 +10,25 @@ from ..layers import HOST_ATTRIBUTES, BinaryConv2d, BinaryLinear
 from . import native
 from .calls import copied, without_hooks
 from .epilogue import FIXED_NORMS, FOLDED_ACTS, Epilogue, drops, fold, norm_and_act
-from .modules import DeployedAct, DeployedConv, DeployedLinear, DeployedNorm, DeployedPool
+from .modules import DeployedAct, DeployedConv, DeployedLinear, DeployedNorm, DeployedPool, is_int8, spec_of
 
-__all__ = ['deployed_part', 'engine_runs', 'float_layer', 'folded_conv', 'replace_conv', 'replacement']
+__all__ = [
+    'deployed_part', 'engine_runs', 'float_layer', 'folded_conv', 'is_computed', 'linear_layer', 'replace_conv',
+    'replacement']
+
+
+def is_computed(float_dtype: torch.dtype) -> bool:
+    """Return whether the engine itself computes full real layers: in int8 always, in float32 with the library."""
+    return float_dtype == torch.int8 or float_dtype == torch.float32 and native.library() is not None
 
 
 def engine_runs(conv: nn.Module | None, float_dtype: torch.dtype) -> bool:
     """Return whether the engine's own real convolution takes this layer."""
+    if type(conv) is not nn.Conv2d or conv.padding_mode != 'zeros' or not is_computed(float_dtype):
+        return False
     return (
-        type(conv) is nn.Conv2d and conv.padding_mode == 'zeros' and float_dtype == torch.float32
-        and native.library() is not None and (conv.groups == 1 or conv.groups == conv.in_channels == conv.out_channels))
+        float_dtype == torch.int8 and is_int8(spec_of(conv)) or native.library() is not None
+        and (conv.groups == 1 or conv.groups == conv.in_channels == conv.out_channels))
 
 
 def replacement(path: str, module: nn.Module) -> Any:
@@ -53,8 +62,13 @@ def replace_conv(
         ends = act is not None and i + 1 == folded
         taken[after] = copied(act) if ends else nn.Identity()
     if own:
-        return DeployedConv(path, conv, epilogue), taken
+        return DeployedConv(path, conv, epilogue, float_dtype), taken
     return folded_conv(without_hooks(copied(conv)), epilogue, float_dtype), taken
+
+
+def linear_layer(path: str, linear: nn.Linear, float_dtype: torch.dtype) -> DeployedLinear:
+    """Return the engine's module for a linear layer."""
+    return DeployedLinear(path, linear, fold(linear.out_features, None, linear.bias, [])[0], float_dtype)
 
 
 def deployed_part(path: str, module: nn.Module | None, float_dtype: torch.dtype) -> nn.Module | None:
@@ -78,8 +92,8 @@ def deployed_part(path: str, module: nn.Module | None, float_dtype: torch.dtype)
                 chain = _chain(children[i + 1:]) if type(parent) is nn.Sequential else []
                 new, taken = replace_conv(where, child, chain, float_dtype)
                 parent._modules.update(taken)
-            elif type(child) is nn.Linear and float_dtype == torch.float32 and native.library() is not None:
-                new = DeployedLinear(where, child, fold(child.out_features, None, child.bias, [])[0])
+            elif type(child) is nn.Linear and is_computed(float_dtype):
+                new = linear_layer(where, child, float_dtype)
             else:
                 new = replacement(where, child)
             if new is not None:
@@ -127,7 +141,7 @@ def folded_conv(conv: nn.Conv2d, epilogue: Epilogue, float_dtype: torch.dtype) -
         conv.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
         if conv.bias is not None or bool((bias != 0).any()):
             conv.bias = nn.Parameter(bias, requires_grad=False)
-    return conv if float_dtype == torch.float32 else CastConv(conv, float_dtype)
+    return conv if float_dtype in (torch.float32, torch.int8) else CastConv(conv, float_dtype)
 
 
 def float_layer(layer: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 Binary, full or grouped: (blocks, words, 64) bytes, the blocks of one group after the other's. In a block are 8 output
 channels side by side, word by word; a word is 8 bytes, 64 input channels of one tap, taps in rows, bit order as in
 `bits`. Binary, depthwise: (taps, bytes), channels along the bits. Real, full: (blocks, taps * channels, 64) floats, 64
-output channels side by side. Real, depthwise: (taps, channels). What is missing to a full word, block or vector is
+output channels side by side. Real, depthwise: (taps, channels). int8, full: (output channels, taps * channels). What is missing to a full word, block or vector is
 zero. Words are little-endian. None has four or five axes, because torch takes those for images, whose memory format
 `model.to(memory_format=...)` changes.
 """
@@ -23,9 +23,11 @@ def _up(n: int, to: int) -> int:
     return -(-n // to) * to
 
 
-def stored_shape(spec: ConvSpec, real: bool) -> tuple[int, ...]:
-    """Return the shape of the stored weight of a convolution."""
-    channels, outputs = spec.c_in // spec.groups, spec.c_out // spec.groups
+def stored_shape(spec: ConvSpec, dtype: torch.dtype) -> tuple[int, ...]:
+    """Return the shape of the stored weight of a convolution: uint8 for bits, float32 or int8."""
+    channels, outputs, real = spec.c_in // spec.groups, spec.c_out // spec.groups, dtype != torch.uint8
+    if dtype == torch.int8:
+        return spec.c_out, spec.taps * channels
     if spec.is_depthwise:
         return (spec.taps, _up(spec.c_out, 16)) if real else (spec.taps, _up(spec.c_out, 64) // 8)
     if real:
@@ -33,16 +35,17 @@ def stored_shape(spec: ConvSpec, real: bool) -> tuple[int, ...]:
     return spec.groups * (_up(outputs, BLOCK) // BLOCK), spec.taps * (_up(channels, 64) // 64), BLOCK * WORD
 
 
-def store(weight: torch.Tensor, spec: ConvSpec, real: bool) -> torch.Tensor:
-    """Return a weight (O, I, kH, kW) as it is stored; a binary convolution keeps the signs."""
-    weight = weight.detach()
+def store(weight: torch.Tensor, spec: ConvSpec, dtype: torch.dtype) -> torch.Tensor:
+    """Return a weight (O, I, kH, kW) as it is stored: uint8 keeps the signs, float32 and int8 the values."""
+    weight, shape, real = weight.detach(), stored_shape(spec, dtype), dtype != torch.uint8
+    if dtype == torch.int8:
+        return weight.permute(0, 2, 3, 1).reshape(shape).contiguous()
     if spec.is_depthwise:
         rows = weight[:, 0].flatten(1).t()  # taps, channels
         if not real:
             rows = pack_signs(rows)
-        return F.pad(rows, (0, stored_shape(spec, real)[1] - rows.shape[1])).contiguous()
+        return F.pad(rows, (0, shape[1] - rows.shape[1])).contiguous()
     rows = weight.permute(0, 2, 3, 1)  # channels last
-    shape = stored_shape(spec, real)
     if real:
         rows = F.pad(rows.flatten(1), (0, 0, 0, shape[0] * REAL_BLOCK - spec.c_out))
         return rows.unflatten(0, (shape[0], REAL_BLOCK)).transpose(1, 2).contiguous()
@@ -53,8 +56,10 @@ def store(weight: torch.Tensor, spec: ConvSpec, real: bool) -> torch.Tensor:
 
 
 def restore(stored: torch.Tensor, spec: ConvSpec, dtype: torch.dtype) -> torch.Tensor:
-    """Return a stored weight as (O, I, kH, kW) of real values, or of -1 and +1."""
+    """Return a stored weight as (O, I, kH, kW) of real values, of integers, or of -1 and +1."""
     real, channels = stored.is_floating_point(), spec.c_in // spec.groups
+    if stored.dtype == torch.int8:
+        return stored.to(dtype).reshape(spec.c_out, *spec.conv.kernel, channels).permute(0, 3, 1, 2).contiguous()
     if spec.is_depthwise:
         rows = stored[:, :spec.c_out].to(dtype) if real else unpack_signs(
             stored[:, :(spec.c_out + 7) // 8], spec.c_out, dtype)

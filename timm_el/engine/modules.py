@@ -8,17 +8,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..layers import HOST_ATTRIBUTES
+from ..weights.int8 import quantize
 from . import native
 from . import operators as ops
 from .calls import copied
 from .epilogue import F64, FIXED_NORMS, Epilogue, affine_of, norm_and_act, pair, pool_of
 from .layout import store
 from .spec import ConvSpec, Window
-from .steps import Kind, Pool, Step, Unary, pool_step
+from .steps import MOST_INT8_INPUTS, Kind, Pool, Step, Unary, pool_step
 
 __all__ = [
     'ConvModule', 'DeployedAct', 'DeployedConv', 'DeployedLinear', 'DeployedNorm', 'DeployedPool', 'Engine',
-    'StepModule', 'as_image', 'from_image', 'spec_of']
+    'StepModule', 'as_image', 'from_image', 'is_int8', 'spec_of']
 
 
 class Engine(nn.Module):
@@ -121,11 +122,27 @@ class ConvModule(StepModule):
     def extra_repr(self) -> str:
         spec = self.spec
         facts = [name for name, on in (
-            ('K', spec.has_k), (f'act={spec.act}', spec.act != 'none'), (f'link={spec.link}', spec.link != 'none'),
+            ('int8', self.tensor_names[0] == 'weight' and self.weight.dtype == torch.int8), ('K', spec.has_k), (f'act={spec.act}', spec.act != 'none'), (f'link={spec.link}', spec.link != 'none'),
             ('threshold', self.threshold is not None), ('post', spec.has_post)) if on]
         return (
             f'{spec.c_in}, {spec.c_out}, kernel_size={spec.conv.kernel}, stride={spec.conv.stride}, '
             f'groups={spec.groups}, fused={"+".join(facts) or None}')
+
+
+def _weight_and_epilogue(
+        weight: torch.Tensor, spec: ConvSpec, epilogue: Epilogue, float_dtype: torch.dtype,
+) -> tuple[torch.Tensor, Epilogue]:
+    """Return the stored weight of a real layer, and its epilogue: one of them takes in the scale per channel."""
+    if float_dtype == torch.int8 and is_int8(spec):
+        q, scale = quantize(weight)
+        return store(q, spec, torch.int8), epilogue.scaled(scale)
+    weight = weight.detach().double() * epilogue.rows['scale'].reshape(-1, 1, 1, 1)
+    return store(weight.float(), spec, torch.float32), epilogue.without_scale()
+
+
+def is_int8(spec: ConvSpec) -> bool:
+    """Return whether a real layer computes in int8 where that is asked for: not a depthwise one."""
+    return spec.groups == 1 and spec.taps * spec.c_in <= MOST_INT8_INPUTS
 
 
 class DeployedConv(ConvModule):
@@ -134,13 +151,15 @@ class DeployedConv(ConvModule):
     Args:
         path: Where it stands, for errors.
         conv: The convolution, full or depthwise, zero-padded.
-        epilogue: What follows it; its scale goes into the weight.
+        epilogue: What follows it.
+        float_dtype: torch.int8 to compute in int8, where `is_int8` allows, float32 otherwise.
     """
 
-    def __init__(self, path: str, conv: nn.Conv2d, epilogue: Epilogue) -> None:
-        weight = conv.weight.detach().double() * epilogue.rows['scale'].reshape(-1, 1, 1, 1)
+    def __init__(
+            self, path: str, conv: nn.Conv2d, epilogue: Epilogue, float_dtype: torch.dtype = torch.float32) -> None:
         spec = spec_of(conv)
-        super().__init__(path, conv, spec, epilogue.without_scale(), weight=store(weight.float(), spec, True))
+        weight, epilogue = _weight_and_epilogue(conv.weight, spec, epilogue, float_dtype)
+        super().__init__(path, conv, spec, epilogue, weight=weight)
 
 
 class DeployedLinear(ConvModule):
@@ -150,12 +169,14 @@ class DeployedLinear(ConvModule):
         path: Where it stands, for errors.
         linear: The layer.
         epilogue: What follows it.
+        float_dtype: torch.int8 to compute in int8, where `is_int8` allows, float32 otherwise.
     """
 
-    def __init__(self, path: str, linear: nn.Linear, epilogue: Epilogue) -> None:
+    def __init__(
+            self, path: str, linear: nn.Linear, epilogue: Epilogue, float_dtype: torch.dtype = torch.float32) -> None:
         spec = spec_of(linear)
-        super().__init__(
-            path, linear, spec, epilogue, weight=store(linear.weight[:, :, None, None].float(), spec, True))
+        weight, epilogue = _weight_and_epilogue(linear.weight[:, :, None, None], spec, epilogue, float_dtype)
+        super().__init__(path, linear, spec, epilogue, weight=weight)
 
     def forward(self, x: torch.Tensor, link: torch.Tensor | None = None) -> torch.Tensor:
         ops.check_input(self.path, x)

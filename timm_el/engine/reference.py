@@ -44,7 +44,9 @@ def real_conv2d(
         spec: ConvSpec,
         constants: Sequence[float],
 ) -> torch.Tensor:
-    """Return a convolution of real values: a chain of fused multiply-adds over taps, then channels."""
+    """Return a convolution of real values: a chain of fused multiply-adds over taps, then channels; int8: exact sums."""
+    if weight.dtype == torch.int8:
+        return _int8_conv2d(x, weight, table, link, spec, constants)
     weight = restore(weight, spec, torch.float32)
     padded = _pad(x, spec, 0.)
     height, width = spec.output_size(*x.shape[2:])
@@ -62,6 +64,28 @@ def real_conv2d(
             for i in range(channels):
                 v = fma(tap[:, i:i + 1], weight[:, i, ky, kx].reshape(-1, 1, 1), v)
     return _finish(v, _rows(table, spec), link, spec, constants)
+
+
+def _int8_conv2d(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        table: torch.Tensor,
+        link: torch.Tensor | None,
+        spec: ConvSpec,
+        constants: Sequence[float],
+) -> torch.Tensor:
+    """Return a convolution of int8 inputs, with a scale for those of each output pixel, and int8 weights."""
+    size = spec.output_size(*x.shape[2:])
+    strings = F.unfold(_pad(x, spec, 0.), spec.conv.kernel, spec.conv.dilation, 0, spec.conv.stride)
+    largest = strings.abs().amax(1, keepdim=True)
+    inverse = _float(127., x) / largest
+    finite, fits = largest.isfinite(), inverse.isfinite()
+    q = torch.where(finite & fits, strings * inverse, 0.).round()
+    k = torch.where(finite, torch.where(fits, largest / _float(127., x), 0.), torch.nan)
+    sums = restore(weight, spec, torch.float64).flatten(1) @ q.double()
+    rows = _rows(table, spec)
+    v = sums.float().unflatten(2, size) * rows['scale'] * k.unflatten(2, size)
+    return _finish(v, rows, link, spec, constants)
 
 
 def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

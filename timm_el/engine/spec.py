@@ -54,8 +54,9 @@ class ConvSpec:
     With T = taps times channels of a group, n the number of taps whose sign differs from the weight's, and Z what
     padding changes, the epilogue computes for each output channel c, one float32 operation after the other,
 
-        v = float(T - 2 n + Z) * scale[c]          (a real convolution: its dot product)
-        v = v * K                                  if has_k, K = mean of abs(x) over channels and taps
+        v = float(T - 2 n + Z) * scale[c]          (a real convolution: its dot product; int8: float(sum) * scale[c])
+        v = v * K                                  if has_k, K = mean of abs(x) over channels and taps; in int8 always,
+                                                   K = the scale of the pixel's inputs
         v = v + shift[c]
         v = min(max(v, lo), hi)                    if act = 'clip', or v >= 0 ? v : v * slope[c] if 'prelu'
         v = v * scale2[c] + shift2[c]              if has_affine

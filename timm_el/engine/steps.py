@@ -10,12 +10,13 @@ from .layout import stored_shape
 from .spec import ConvSpec, Window, has_empty_window, table_stride
 
 __all__ = [
-    'Binary', 'Form', 'Kind', 'Pool', 'Size', 'Step', 'Unary', 'check_sizes', 'conv_spec', 'input_scale_spec',
+    'MOST_INT8_INPUTS', 'Binary', 'Form', 'Kind', 'Pool', 'Size', 'Step', 'Unary', 'check_sizes', 'conv_spec', 'input_scale_spec',
     'is_pixelwise', 'output_size', 'pool_step']
 
 Size = tuple[int, int, int, int]  # n, h, w, c of a value
 
 MOST_POOLED = 64  # pixels of a window
+MOST_INT8_INPUTS = 1 << 16  # of an output pixel: their sum fits into 32 bits
 
 
 class Kind(IntEnum):
@@ -110,7 +111,7 @@ class Step:
         if self.kind in (Kind.BINARY, Kind.UNARY):
             return (Binary if self.kind == Kind.BINARY else Unary)(self.ints[0]).name.lower()
         if self.kind == Kind.CONV:
-            return 'binary conv' if self.is_binary_conv else 'real conv'
+            return {torch.uint8: 'binary conv', torch.int8: 'int8 conv'}.get(self.tensors[0].dtype, 'real conv')
         return self.kind.name.lower().replace('_', ' ')
 
     @property
@@ -200,11 +201,13 @@ def _conv_problem(step: Step, sizes: Sequence[Size]) -> str | None:
 def _problem_of_tensors(step: Step, spec: ConvSpec) -> str | None:
     """Return what is wrong with a convolution's constants, or None."""
     weight, table, threshold, flip = step.tensors
-    real = weight.dtype != torch.uint8
+    real, int8 = weight.dtype != torch.uint8, weight.dtype == torch.int8
+    if int8 and (spec.groups > 1 or spec.taps * spec.c_in > MOST_INT8_INPUTS):
+        return f'spec: found {spec}, an int8 convolution is full, of at most {MOST_INT8_INPUTS} inputs a pixel'
     if real and (spec.has_k or 1 < spec.groups and not spec.is_depthwise):
         return f'spec: found {spec}, a real convolution has no K and is full or depthwise'
     for name, tensor, shape, dtype in (
-            ('weight', weight, stored_shape(spec, real), torch.float32 if real else torch.uint8),
+            ('weight', weight, stored_shape(spec, weight.dtype), weight.dtype if int8 or not real else torch.float32),
             ('table', table, (len(spec.rows), table_stride(spec.c_out)), torch.float32),
             ('threshold', threshold, (spec.c_in,), torch.float32), ('flip', flip, (spec.c_in,), torch.int32)):
         if tensor is not None and (

@@ -66,7 +66,7 @@ class FusedUnit(DeployedUnit, ConvModule):
         if not pads:
             spec = spec.padded(0, 0, 0, 0)
         weight = conv.latent_weight().detach()
-        bits = store(weight if weight.dim() == 4 else weight[:, :, None, None], spec, False)
+        bits = store(weight if weight.dim() == 4 else weight[:, :, None, None], spec, torch.uint8)
         super().__init__(
             path, conv, replace(spec, has_k=has_k), epilogue, bits=bits, threshold=threshold, flip=flip)
         self.is_linear = isinstance(conv, nn.Linear)
@@ -226,7 +226,7 @@ def _deploy_real(
         norms = list(itertools.takewhile(lambda step: step[0] == 'norm', steps))
         epilogue, folded = fold(channels, None, conv.bias, steps if own else norms, slots)
     if own:
-        core: nn.Module = DeployedConv(path, conv, epilogue)
+        core: nn.Module = DeployedConv(path, conv, epilogue, float_dtype)
     else:
         core = folded_conv(conv, epilogue, float_dtype) if folds else conv
     scales = [_scale_of(f'{path}.scale', m) for name, m in steps[folded:] if name == 'scale']

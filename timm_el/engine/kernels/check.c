@@ -48,7 +48,7 @@ static const struct {
     tensor_rule tensors[EL_TENSORS];
 } rules[EL_KINDS] = {
     [EL_CONV] = {1, 2, conv_ints, EL_CONV_INTS,
-                 {{"weight", 0, FLOATS | 1u << EL_BITS},
+                 {{"weight", 0, FLOATS | 1u << EL_BITS | 1u << EL_INT8},
                   {"table", 0, FLOATS},
                   {"threshold", 1, FLOATS},
                   {"flip", 1, 1u << EL_INT32}}},
@@ -120,9 +120,12 @@ int64_t el_bytes_of_row(int channels) { return (channels + 30) / 16 * 16 * (int6
 static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 /* Bytes of a weight as layout.py stores it. */
-static int64_t stored_bytes(const int32_t *ints, int real) {
+static int64_t stored_bytes(const el_program_step *s) {
+    const int32_t *ints = s->record->ints;
+    const int real = s->real;
     const int64_t c_in = ints[EL_C_IN], c_out = ints[EL_C_OUT], groups = ints[EL_GROUPS];
     const int64_t taps = (int64_t)ints[EL_WINDOW] * ints[EL_WINDOW + 1];
+    if (s->int8) return c_out * taps * c_in;
     if (groups > 1 && groups == c_in && c_in == c_out)
         return real ? taps * up(c_out, 16) * 4 : taps * up(c_out, 64) / 8;
     if (real) return up(c_out, EL_REAL_BLOCK) * taps * c_in * 4;
@@ -140,6 +143,9 @@ static int check_conv(const el_program_step *s, const el_error *e) {
         return el_say(e, "groups is %d, expected a divisor of %d and %d channels", groups, c_in, c_out);
     if (real && groups > 1 && !(groups == c_in && c_in == c_out))
         return el_say(e, "groups is %d, expected 1 or %d for a real weight", groups, c_in);
+    if (s->int8 && (groups > 1 || (int64_t)ints[EL_WINDOW] * ints[EL_WINDOW + 1] * c_in > EL_INT8_MOST_INPUTS))
+        return el_say(e, "an int8 weight of %d groups and %d x %d taps of %d channels, expected 1 group and %d inputs",
+                      groups, ints[EL_WINDOW], ints[EL_WINDOW + 1], c_in, EL_INT8_MOST_INPUTS);
     if (ints[EL_HAS_K] && (groups > 1 || real))
         return el_say(e, "has_k with groups %d, expected a binary weight and groups 1", groups);
     if (real && (s->tensors[2] || s->tensors[3]))
@@ -151,7 +157,7 @@ static int check_conv(const el_program_step *s, const el_error *e) {
         return el_say(e, "link channels is %d, expected %d for an identity", ints[EL_LINK_C], c_out);
     if (ints[EL_LINK] == EL_LINK_SQUEEZE && ints[EL_LINK_C] < c_out)
         return el_say(e, "link channels is %d, expected at least %d for a squeeze", ints[EL_LINK_C], c_out);
-    if (expect_bytes(s, 0, stored_bytes(ints, real), e) || expect_bytes(s, 1, rows * el_bytes_of_row(c_out), e))
+    if (expect_bytes(s, 0, stored_bytes(s), e) || expect_bytes(s, 1, rows * el_bytes_of_row(c_out), e))
         return EL_BAD_PLAN;
     return expect_bytes(s, 2, c_in * INT64_C(4), e) || expect_bytes(s, 3, c_in * INT64_C(4), e) ? EL_BAD_PLAN : EL_OK;
 }
@@ -192,7 +198,10 @@ static int check_const(const el_program_step *s, const el_error *e) {
 int el_check_step(el_program_step *s, const el_tensor_record *tensors, const el_error *e) {
     if (check_wires(s, e) || check_tensors(s, tensors, e) || check_ints(s, e)) return EL_BAD_PLAN;
     switch (s->record->kind) {
-        case EL_CONV: s->real = tensors[s->record->tensors[0]].dtype == EL_FLOAT32; return check_conv(s, e);
+        case EL_CONV:
+            s->int8 = tensors[s->record->tensors[0]].dtype == EL_INT8;
+            s->real = s->int8 || tensors[s->record->tensors[0]].dtype == EL_FLOAT32;
+            return check_conv(s, e);
         case EL_POOL: return check_window(s->record->ints, EL_MAX_POOL, e);
         case EL_INPUT_SCALE: return check_window(s->record->ints, EL_MAX_TAPS, e);
         case EL_CHANNELS: return take_channels(s, e);

@@ -36,8 +36,8 @@ typedef struct {
  *
  * With n = the number of differing bits, T = taps * channels of a group, taps outside of the image holding pad_value:
  *
- *     v = float(T - 2 n + what padding changes) * scale[c]        or the real dot product
- *     v = v * K[pixel]                                            if has_k
+ *     v = float(T - 2 n + what padding changes) * scale[c]        or float(int8 sum) * scale[c], or the real dot product
+ *     v = v * K[pixel]                                            if has_k or int8, whose K is the scale of the inputs
  *     v = v + shift[c]
  *     v = min(max(v, lo), hi)  or  v >= 0 ? v : v * slope[c]      by act
  *     v = v * scale2[c] + shift2[c]                               if has_affine
@@ -50,6 +50,7 @@ typedef struct {
     int32_t n, h, w, c_in, oh, ow, c_out;
     el_window conv;
     int32_t groups, pad_value, real;
+    int32_t int8;    /* a real convolution in 8-bit integers, see int8.h */
     int32_t is_pool; /* v = link, pooled: there is no convolution, and the link is x */
     int32_t has_k, act, has_affine, has_post;
     int32_t link, link_pool, link_h, link_w, link_c;

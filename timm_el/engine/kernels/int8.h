@@ -9,6 +9,7 @@
  * which is the epilogue of a binary convolution with K: row 0 of its table is the scale of the weights, and K is that
  * of the inputs. So scaling is written once, in real.h.
  *
+ * A weight has the scale of its channel, max(abs(w)) / 127, or NaN where that is not finite (modules.py).
  * Inputs q and their scale k, for m the largest abs(x) of the string:
  *
  *     k = m / 127,  q = x * (127 / m), rounded to the nearest integer, ties to even
@@ -24,19 +25,17 @@
 
 #define EL_INT8_MOST_INPUTS (1 << 16) /* of an output pixel: 127 * 127 times as many fit into an int32 */
 
-typedef struct {
+struct el_int8 {
     int tile_pixels; /* pixels that `dot` takes at once, at most MOST_TILE */
     int input_bytes; /* of a quantized input, 1 or 2 */
     /* Quantize the string of each pixel of a tile, to q + p * step and k[p]. A string is filled up to a multiple of 4
-     * inputs. What is at q is for `dot` of the same table only. */
+     * inputs. What is at q is for `dot` of the same table only. Up to 16 bytes behind the last pixel are written, too. */
     void (*quantize)(const el_strings *in, int tile, uint8_t *q, size_t step, float *k);
     /* Set sums[p * stride + c] to the dot product of pixel p and channel c. Sums of channels beyond the last, up to a
      * multiple of 64, are zeros. */
     void (*dot)(const uint8_t *q, size_t step, int tile, int inputs, const void *weight, int channels, int32_t *sums,
                 int stride, el_prefetch next);
-} el_int8;
-
-extern const el_int8 el_int8_portable, el_int8_avx2, el_int8_avx512_vnni, el_int8_neon, el_int8_neon_dot;
+};
 
 static inline size_t el_int8_block_bytes(int inputs) { return (size_t)((inputs + 3) / 4) * 256 + 64 * sizeof(int32_t); }
 

@@ -3,39 +3,51 @@
 
 #include <string.h>
 
-/* Best first; the last one runs everywhere. */
+/* Best first; the last one runs everywhere. Of several with one name, the first that the processor runs has it. */
 static const el_isa isas[] = {
 #if defined(EL_X86)
     {.name = "avx512",
-     .needs = EL_CPU_VPOPCNTDQ,
+     .needs = EL_CPU_VPOPCNTDQ | EL_CPU_VNNI,
      .counter = &el_counter_avx512_popcount,
      .real = &el_real_avx512,
+     .int8 = &el_int8_avx512_vnni,
      .chip_rate = el_chip_rate_avx512_popcount},
+    {.name = "avx512bw",
+     .needs = EL_CPU_AVX512 | EL_CPU_VNNI,
+     .counter = &el_counter_avx512_adders,
+     .real = &el_real_avx512,
+     .int8 = &el_int8_avx512_vnni,
+     .chip_rate = el_chip_rate_avx512_adders},
     {.name = "avx512bw",
      .needs = EL_CPU_AVX512,
      .counter = &el_counter_avx512_adders,
      .real = &el_real_avx512,
+     .int8 = &el_int8_avx2,
      .chip_rate = el_chip_rate_avx512_adders},
     {.name = "avx2",
      .needs = EL_CPU_AVX2,
      .counter = &el_counter_avx2,
      .real = &el_real_avx2,
+     .int8 = &el_int8_avx2,
      .chip_rate = el_chip_rate_avx2},
 #elif defined(EL_ARM)
     {.name = "neondot",
      .needs = EL_CPU_NEON | EL_CPU_DOTPROD,
      .counter = &el_counter_neon_dot,
      .real = &el_real_neon,
+     .int8 = &el_int8_neon_dot,
      .chip_rate = el_chip_rate_neon},
     {.name = "neon",
      .needs = EL_CPU_NEON,
      .counter = &el_counter_neon,
      .real = &el_real_neon,
+     .int8 = &el_int8_neon,
      .chip_rate = el_chip_rate_neon},
 #endif
     {.name = "portable",
      .counter = &el_counter_portable,
      .real = &el_real_portable,
+     .int8 = &el_int8_portable,
      .chip_rate = el_chip_rate_portable},
 };
 #define N_ISAS ((int)(sizeof isas / sizeof *isas))
@@ -53,11 +65,12 @@ static int is_supported(const el_isa *isa) { return (el_cpu() & isa->needs) == i
 const char *el_bodies(void) {
     static char names[128];
     names[0] = 0;
-    for (int i = 0; i < N_ISAS; i++)
-        if (is_supported(isas + i)) {
-            if (names[0]) strcat(names, " ");
-            strcat(names, isas[i].name);
-        }
+    const char *last = "";
+    for (int i = 0; i < N_ISAS; i++) {
+        if (!is_supported(isas + i) || !strcmp(isas[i].name, last)) continue;
+        if (names[0]) strcat(names, " ");
+        strcat(names, last = isas[i].name);
+    }
     return names;
 }
 

@@ -1,7 +1,7 @@
 /* Instruction sets: what an implementation of the kernels supplies, and which one runs.
  *
  * A row of the table in isa.c pairs a counter, which does the binary work, with the real half, which does the float
- * work. Each counter and each real half is a table of functions in a file of isa/; a new instruction set is one such
+ * work, and the int8 half. Each of them is a table of functions in a file of isa/; a new instruction set is one such
  * file and one row. All of them give the same bits. */
 #ifndef TIMM_EL_ISA_H
 #define TIMM_EL_ISA_H
@@ -64,7 +64,7 @@ typedef struct {
     int pixels, c0, c1;
     int stride;                 /* int32 or floats from row to row of sums and corrections, which start at channel c0 */
     int bits;                   /* of a string: what a count is subtracted from, twice */
-    const void *sums;           /* counts of differing bits (int32), or dot products (float) */
+    const void *sums;           /* counts of differing bits, dot products of int8 (int32), or dot products (float) */
     const int32_t *corrections; /* what padding adds to the dot products, or NULL */
     const float *k;             /* K of each pixel */
     const float *link, *added;  /* whole pixels, or NULL */
@@ -92,11 +92,14 @@ typedef struct {
     el_epilogue *(*epilogue)(const el_plan *plan, int c0);
 } el_real;
 
+typedef struct el_int8 el_int8; /* real convolutions in 8-bit integers, see int8.h */
+
 typedef struct {
     const char *name;
     uint32_t needs; /* bits of EL_CPU_..., all of them */
     const el_counter *counter;
     const el_real *real;
+    const el_int8 *int8;
     double (*chip_rate)(void); /* see bench.c */
 } el_isa;
 
@@ -106,6 +109,7 @@ extern const el_isa *el_isa_active;
 extern const el_counter el_counter_portable, el_counter_avx2, el_counter_avx512_adders, el_counter_avx512_popcount;
 extern const el_counter el_counter_neon, el_counter_neon_dot;
 extern const el_real el_real_portable, el_real_avx2, el_real_avx512, el_real_neon;
+extern const el_int8 el_int8_portable, el_int8_avx2, el_int8_avx512_vnni, el_int8_neon, el_int8_neon_dot;
 
 /* bench.c: binary multiply-accumulates per second of the instructions of a counter on registers. */
 double el_chip_rate_portable(void), el_chip_rate_avx2(void), el_chip_rate_avx512_adders(void);

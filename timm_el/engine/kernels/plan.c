@@ -36,6 +36,7 @@ int el_is_bad(const el_plan *p) {
     if (p->pad_value < -1 || p->pad_value > 1) return 1;
     if (p->has_k && (p->groups != 1 || p->real)) return 1;
     if (p->real && p->groups > 1 && !is_depthwise(p)) return 1;
+    if (p->int8 && (!p->real || p->is_pool || p->groups > 1 || el_inputs_of(p) > EL_INT8_MOST_INPUTS)) return 1;
     if (p->act < 0 || p->act > EL_ACT_PRELU || p->link < 0 || p->link > EL_LINK_EXPAND) return 1;
     if (p->link_pool < 0 || p->link_pool > EL_POOL_AVG) return 1;
     if (!p->link) return 0;

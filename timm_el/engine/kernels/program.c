@@ -180,6 +180,7 @@ static el_plan plan_of_weights(const el_program_step *s) {
                     .groups = ints[EL_GROUPS],
                     .pad_value = ints[EL_PAD_VALUE],
                     .real = s->real,
+                    .int8 = s->int8,
                     .table_stride = (int32_t)(el_bytes_of_row(ints[EL_C_OUT]) / (int64_t)sizeof(float))};
     memcpy(&plan.conv, ints + EL_WINDOW, sizeof plan.conv);
     return plan;
@@ -196,6 +197,11 @@ static size_t lay_out_step(el_program_step *s, char *to) {
     const el_plan plan = plan_of_weights(s);
     size_t bytes = 0;
     s->weight = s->tensors[0];
+    if (plan.int8) {
+        if (to) el_lay_out(&plan, s->tensors[0], to);
+        s->weight = to;
+        return aligned(el_weight_size(&plan));
+    }
     if (plan.real) {
         if (to) el_advise(s->weight, (size_t)s->bytes[0]);
         return 0;

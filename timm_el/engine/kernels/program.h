@@ -40,7 +40,7 @@ typedef struct {
     const int32_t *wires;            /* record->n_wires values, or -1 */
     const void *tensors[EL_TENSORS]; /* NULL: none */
     int64_t bytes[EL_TENSORS];
-    int real;       /* CONV: its weight is */
+    int real, int8; /* CONV: its weight is, or is int8 */
     el_span *spans; /* CHANNELS */
     int n_spans, n_channels, last_channel;
     const void *weight;      /* CONV: as the instruction set in use needs it, from the first el_make_ready on */

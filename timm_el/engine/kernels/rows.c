@@ -15,6 +15,7 @@
  * For a band:  take_rows   packs the signs (or copies the floats) of its input rows
  *              locate      finds where each output pixel's inputs start, and its K, and pools its link
  * For a tile:  take_tile   packs the signs of its input pixels instead, where a window is one pixel
+ *              quantize    rounds its inputs to int8, where the layer is int8, for its first channels
  *              accumulate  counts bits that differ, or takes dot products
  *              correct     finds what padding adds
  *              prefetch    asks for a part of the next layer's weights
@@ -218,14 +219,22 @@ static void take_tile(const stage *s, const tile *t) {
     }
 }
 
+/* Return the bytes of the weights of a channel of a full real convolution, and where those of one start, at a multiple
+ * of EL_REAL_BLOCK. */
+static size_t channel_bytes(const layer *l) {
+    const el_plan *p = l->p;
+    return (p->int8 ? el_int8_block_bytes((int)el_inputs_of(p)) / EL_REAL_BLOCK : (size_t)l->taps * l->tap);
+}
+
+static const char *weight_of(const layer *l, int c) { return (const char *)l->p->weight + (size_t)c * channel_bytes(l); }
+
 /* Return the weights that the next chunk of channels needs, of them the part that falls to this tile. */
 static el_prefetch next_chunk(const layer *l, const band *b, const tile *t, int pixels) {
     const el_plan *p = l->p;
     const int from = t->c + t->n, n = b->c1 - from < l->chunk ? b->c1 - from : l->chunk;
     if (n <= 0) return (el_prefetch){p->weight, 0};
-    const size_t channel = (size_t)l->taps * l->tap, bytes = (size_t)n * channel;
-    const size_t start = bytes * (size_t)t->first / (size_t)pixels;
-    return (el_prefetch){(const char *)p->weight + (size_t)from * channel + start,
+    const size_t bytes = (size_t)n * channel_bytes(l), start = bytes * (size_t)t->first / (size_t)pixels;
+    return (el_prefetch){weight_of(l, from) + start,
                          bytes * (size_t)(t->first + t->count) / (size_t)pixels - start};
 }
 
@@ -247,6 +256,15 @@ static void accumulate_real_depthwise(const stage *s, const tile *t) {
         el_isa_active->real->dot_depthwise(taps, n, p->weight, round_up(p->c_out, 16), p->c_out,
                                            (float *)(void *)s->s.sums + (size_t)q * (size_t)t->stride);
     }
+}
+
+static void accumulate_int8(const stage *s, const el_strings *in, const band *b, const tile *t, int pixels) {
+    const layer *l = s->l;
+    const el_int8 *int8 = el_isa_active->int8;
+    uint8_t *q = s->s.quantized + (size_t)t->first * l->quantized;
+    if (t->c == b->c0) int8->quantize(in, t->count, q, l->quantized, s->s.k + t->first);
+    int8->dot(q, l->quantized, t->count, (int)el_inputs_of(l->p), weight_of(l, t->c), t->n,
+              (int32_t *)(void *)s->s.sums, t->stride, next_chunk(l, b, t, pixels));
 }
 
 static void count_full(const stage *s, const tile *t) {
@@ -271,10 +289,10 @@ static void accumulate(const stage *s, const band *b, const tile *t, int pixels)
     if (l->depthwise && p->real) accumulate_real_depthwise(s, t);
     else if (l->depthwise)
         el_isa_active->counter->count_depthwise(&in, t->count, s->s.expanded, (int32_t *)(void *)s->s.sums, t->stride);
+    else if (p->int8) accumulate_int8(s, &in, b, t, pixels);
     else if (p->real)
-        el_isa_active->real->dot(&in, t->count,
-                                 (const float *)p->weight + (size_t)t->c * (size_t)l->taps * (l->tap / sizeof(float)),
-                                 t->n, (float *)(void *)s->s.sums, t->stride, next_chunk(l, b, t, pixels));
+        el_isa_active->real->dot(&in, t->count, (const float *)(const void *)weight_of(l, t->c), t->n,
+                                 (float *)(void *)s->s.sums, t->stride, next_chunk(l, b, t, pixels));
     else count_full(s, t);
 }
 
@@ -341,7 +359,9 @@ static void run_band(const stage *s, const band *b) {
     const layer *l = s->l;
     const el_plan *p = l->p;
     const int pixels = (b->oy1 - b->oy0) * p->ow, og = l->depthwise ? p->c_out : p->c_out / p->groups;
-    const int most = p->real ? el_isa_active->real->tile_pixels : el_isa_active->counter->tile_pixels;
+    const int most = p->int8   ? el_isa_active->int8->tile_pixels
+                     : p->real ? el_isa_active->real->tile_pixels
+                               : el_isa_active->counter->tile_pixels;
     locate(s, b);
     for (int c = b->c0, n; c < b->c1; c += n) {
         const int group = c / og, end = (group + 1) * og < b->c1 ? (group + 1) * og : b->c1;
@@ -417,6 +437,7 @@ static size_t divide(const layer *l, char *memory, scratch *s) {
     s->pooled = part_of(memory, &at, p->link_pool ? pixels * (size_t)p->link_c * sizeof(float) : 0);
     s->zeros = part_of(memory, &at, (size_t)round_up(p->c_in, 16) * sizeof(float));
     s->expanded = part_of(memory, &at, l->depthwise && !p->real ? (size_t)l->taps * l->tap : 0);
+    s->quantized = part_of(memory, &at, p->int8 ? pixels * l->quantized + 16 : 0);
     s->sums = part_of(memory, &at, tile);
     s->corrections = part_of(memory, &at, p->tap_sums ? tile : 0);
     return at + 64;
@@ -453,8 +474,9 @@ void el_set_up(layer *l, const el_plan *p) {
     l->width = l->left + (l->copied && last >= p->w ? last + 1 : p->w);
     set_runs(l);
     l->chunk = l->depthwise ? round_up(p->c_out, EL_REAL_BLOCK) : CHUNK;
+    l->quantized = p->int8 ? (size_t)round_up((int)el_inputs_of(p), 4) * (size_t)el_isa_active->int8->input_bytes : 0;
     if (p->real && !l->depthwise) {
-        const size_t fit = REAL_CHUNK_BYTES / ((size_t)l->taps * l->tap) / EL_REAL_BLOCK;
+        const size_t fit = REAL_CHUNK_BYTES / channel_bytes(l) / EL_REAL_BLOCK;
         l->chunk = (int)(fit < 1 ? 1 : fit > 8 ? 8 : fit) * EL_REAL_BLOCK;
     }
     const int band_rows = (BAND_PIXELS + p->ow - 1) / p->ow;

@@ -2,7 +2,7 @@
 #ifndef TIMM_EL_ROWS_H
 #define TIMM_EL_ROWS_H
 
-#include "isa.h"
+#include "int8.h"
 
 static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
@@ -20,6 +20,9 @@ static inline int words_for(int bits) { return (bits + 63) / 64; }
 static inline int tap_words(const el_plan *p) {
     return is_depthwise(p) ? words_for(p->c_in) : words_for(p->c_in / p->groups);
 }
+
+/* Return the inputs of an output pixel of a full convolution. */
+static inline int64_t el_inputs_of(const el_plan *p) { return (int64_t)p->conv.kh * p->conv.kw * p->c_in; }
 
 /* plan.c: return whether a plan is invalid. Nothing is computed with such a plan. */
 int el_is_bad(const el_plan *p);
@@ -50,6 +53,7 @@ typedef struct {
     int segments, length;   /* runs of an output pixel's inputs, bytes of a run */
     int left, width;        /* columns of zeros before a row, and columns of a row with its padding */
     int band_rows, in_rows; /* output and input rows of a band */
+    size_t quantized;       /* bytes of an output pixel's quantized inputs */
     int chunk;              /* output channels at a time */
     size_t bytes;           /* of scratch */
     size_t offsets[EL_MAX_TAPS];
@@ -65,6 +69,7 @@ typedef struct {
     float *pooled;        /* the pooled link of a band */
     float *zeros;         /* an input pixel outside of the image */
     char *expanded;       /* binary depthwise weights, a byte each */
+    uint8_t *quantized;   /* int8: of each output pixel of a band, its inputs */
     char *sums;           /* of a tile: counts, or dot products */
     int32_t *corrections; /* of a tile: what padding adds */
 } scratch;

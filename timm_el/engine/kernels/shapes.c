@@ -91,7 +91,7 @@ static int plan_conv(const el_program_step *s, const el_shape *values, el_shape 
     *out = (el_shape){x->n, 0, 0, ints[EL_C_OUT]};
     if (window_sizes(x, &p->conv, ints + EL_PAD_END, 0, out, e) || check_size(out, e)) return EL_BAD_PLAN;
     fill(p, x, out);
-    p->real = s->real, p->groups = ints[EL_GROUPS], p->pad_value = ints[EL_PAD_VALUE], p->has_k = ints[EL_HAS_K],
+    p->real = s->real, p->int8 = s->int8, p->groups = ints[EL_GROUPS], p->pad_value = ints[EL_PAD_VALUE], p->has_k = ints[EL_HAS_K],
     p->act = ints[EL_ACT];
     p->has_affine = ints[EL_HAS_AFFINE], p->has_post = ints[EL_HAS_POST];
     p->table_stride = (int32_t)(el_bytes_of_row(p->c_out) / (int64_t)sizeof(float));

@@ -49,6 +49,7 @@ void el_copy_to_layout(el_layout layout, const uint64_t *stored, int words, int 
 
 size_t el_weight_size(const el_plan *p) {
     const int taps = p->conv.kh * p->conv.kw;
+    if (p->int8) return el_int8_bytes((int)el_inputs_of(p), p->c_out);
     if (p->real) {
         if (is_depthwise(p)) return (size_t)taps * (size_t)round_up(p->c_out, 16) * sizeof(float);
         return (size_t)round_up(p->c_out, EL_REAL_BLOCK) * (size_t)taps * (size_t)p->c_in * sizeof(float);
@@ -63,6 +64,10 @@ int el_own_layout(void) { return el_isa_active->counter->layout != EL_WORDS_OF_8
 void el_lay_out(const el_plan *p, const void *stored, void *weight) {
     const el_layout layout = el_isa_active->counter->layout;
     const int words = p->conv.kh * p->conv.kw * tap_words(p), og = p->c_out / p->groups;
+    if (p->int8) {
+        el_int8_lay_out(stored, (int)el_inputs_of(p), p->c_out, weight);
+        return;
+    }
     if (p->real || is_depthwise(p)) {
         memcpy(weight, stored, el_weight_size(p));
         return;

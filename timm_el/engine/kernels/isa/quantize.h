@@ -17,6 +17,12 @@ INLINE vi larger(vi a, vi b) {
 #endif
 }
 
+/* Return LANES floats from i on of a run of n: the last vector ends with the run, over some of those before it, or is
+ * filled up with zeros where a run is shorter than a vector. */
+INLINE vf some_of_run(const float *x, int i, int n) {
+    return n < LANES ? load_some(x, n) : load_floats(x + (i + LANES <= n ? i : n - LANES));
+}
+
 /* Return the largest magnitude of a string. As integers, the bits of floats are in the order of magnitudes, NaN last.
  */
 INLINE float largest_magnitude(const el_strings *in, int pixel) {
@@ -28,12 +34,15 @@ INLINE float largest_magnitude(const el_strings *in, int pixel) {
         int i = 0;
         for (; i + 2 * LANES <= n; i += 2 * LANES)
             for (int j = 0; j < 2; j++) most[j] = larger(most[j], load_ints(x + i + j * LANES) & magnitude);
-        for (; i < n; i += LANES)
-            most[0] = larger(most[0], (vi)load_some(x + i, n - i < LANES ? n - i : LANES) & magnitude);
+        for (; i < n; i += LANES) most[i / LANES % 2] = larger(most[i / LANES % 2], (vi)some_of_run(x, i, n) & magnitude);
     }
     most[0] = larger(most[0], most[1]);
+#if LANES == 16
+    const int32_t bits = _mm512_reduce_max_epi32((__m512i)most[0]);
+#else
     int32_t bits = 0;
     for (int i = 0; i < LANES; i++) bits = most[0][i] > bits ? most[0][i] : bits;
+#endif
     float m;
     memcpy(&m, &bits, 4);
     return m;
@@ -58,12 +67,10 @@ INLINE void quantize_pixel(const el_strings *in, int pixel, uint8_t *q, float *k
     }
     for (int s = 0; s < in->segments; s++, q += n) {
         const float *x = (const float *)(const void *)(in->base[pixel] + in->offsets[s]);
-        int i = 0;
-        for (; i + LANES <= n; i += LANES)
-            *(quarter_loose *)(void *)(q + i) = quantized(load_floats(x + i), inverse, zero);
-        if (i == n) continue;
-        const quarter last = quantized(load_some(x + i, n - i), inverse, zero);
-        memcpy(q + i, &last, (size_t)(n - i));
+        for (int i = 0; i < n; i += LANES) {
+            const int at = n < LANES || i + LANES <= n ? i : n - LANES;
+            *(quarter_loose *)(void *)(q + at) = quantized(some_of_run(x, i, n), inverse, zero);
+        }
     }
     memset(q, zero, (size_t)(-inputs & 3));
 }

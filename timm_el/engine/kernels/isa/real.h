@@ -60,7 +60,9 @@ static void pool(const float *const *pixels, int n, int mode, int c, float *out)
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* The epilogue. From the sums of a tile to its outputs:
  *
- *     float(bits - 2 count + correction) * scale, or the dot product     [real]
+ *     float(bits - 2 count + correction) * scale                         [SUMS_COUNTS]
+ *     float(sum) * scale                                                 [SUMS_INT8]
+ *     sum                                                                [SUMS_FLOATS]
  *     * K                                                                [has_k]
  *     + shift
  *     clip to lo .. hi, or PReLU                                         [act]
@@ -75,8 +77,10 @@ static void pool(const float *const *pixels, int n, int mode, int c, float *out)
 /* Ways to read a vector of channels of the link: not at all, as it lies, as a sum of runs of c_out, value by value. */
 enum { LINK_OFF, LINK_WHOLE, LINK_SUM, LINK_SLOW };
 
+enum { SUMS_COUNTS, SUMS_INT8, SUMS_FLOATS };
+
 typedef struct {
-    uint8_t real, has_k, act, has_affine, link, has_post;
+    uint8_t sums, has_k, act, has_affine, link, has_post;
 } steps;
 
 static int link_reading(const el_plan *p, int c0) {
@@ -109,7 +113,7 @@ INLINE void compute_epilogue(const el_tile *t, const steps s) {
     size_t link_channel = s.link ? (size_t)t->c0 % ci : 0;
     for (int c = t->c0; c < c1; c += LANES) {
         const float *table = p->table + c; /* rows that are not asked for are not there */
-        const vf scale = s.real ? none : load_floats(table), shift = load_floats(table + row);
+        const vf scale = s.sums == SUMS_FLOATS ? none : load_floats(table), shift = load_floats(table + row);
         const vf slope = s.act == EL_ACT_PRELU ? load_floats(table + (size_t)slope_row * row) : none;
         const vf scale2 = s.has_affine ? load_floats(table + (size_t)affine_row * row) : none;
         const vf shift2 = s.has_affine ? load_floats(table + (size_t)(affine_row + 1) * row) : none;
@@ -124,8 +128,10 @@ INLINE void compute_epilogue(const el_tile *t, const steps s) {
         float *y = t->y + c;
         for (int q = 0; q < pixels; q++, sums += stride, y += c_out) {
             vf v;
-            if (s.real) {
+            if (s.sums == SUMS_FLOATS) {
                 v = load_floats(sums);
+            } else if (s.sums == SUMS_INT8) {
+                v = __builtin_convertvector(load_ints(sums), vf) * scale;
             } else {
                 const vu n = (vu)load_ints(sums);
                 vu dot = (vu)bits - (n + n);
@@ -173,10 +179,13 @@ INLINE void compute_epilogue(const el_tile *t, const steps s) {
     EPILOGUE(k_link_sum, .has_k = 1, .link = LINK_SUM)                                                  \
     EPILOGUE(link_post, .link = LINK_WHOLE, .has_post = 1)                                              \
     EPILOGUE(clip_affine_link, .act = EL_ACT_CLIP, .has_affine = 1, .link = LINK_WHOLE)                 \
-    EPILOGUE(real_bare, .real = 1)                                                                      \
-    EPILOGUE(real_clip_affine, .real = 1, .act = EL_ACT_CLIP, .has_affine = 1)                          \
-    EPILOGUE(real_clip_affine_link, .real = 1, .act = EL_ACT_CLIP, .has_affine = 1, .link = LINK_WHOLE) \
-    EPILOGUE(real_link_post, .real = 1, .link = LINK_WHOLE, .has_post = 1)
+    EPILOGUE(real_bare, .sums = SUMS_FLOATS)                                                                      \
+    EPILOGUE(real_clip_affine, .sums = SUMS_FLOATS, .act = EL_ACT_CLIP, .has_affine = 1)                          \
+    EPILOGUE(real_clip_affine_link, .sums = SUMS_FLOATS, .act = EL_ACT_CLIP, .has_affine = 1, .link = LINK_WHOLE) \
+    EPILOGUE(real_link_post, .sums = SUMS_FLOATS, .link = LINK_WHOLE, .has_post = 1)                          \
+    EPILOGUE(int8_bare, .sums = SUMS_INT8, .has_k = 1)                                                        \
+    EPILOGUE(int8_clip, .sums = SUMS_INT8, .has_k = 1, .act = EL_ACT_CLIP)                                    \
+    EPILOGUE(int8_clip_affine, .sums = SUMS_INT8, .has_k = 1, .act = EL_ACT_CLIP, .has_affine = 1)
 
 #define AS_FUNCTION(name, ...) \
     static void name(const el_tile *t) { compute_epilogue(t, (steps){__VA_ARGS__}); }
@@ -185,8 +194,8 @@ INLINE void compute_epilogue(const el_tile *t, const steps s) {
 COMMON_EPILOGUES(AS_FUNCTION)
 
 static steps steps_of(const el_plan *p, int c0) {
-    return (steps){.real = p->real != 0,
-                   .has_k = p->has_k != 0,
+    return (steps){.sums = p->int8 ? SUMS_INT8 : p->real ? SUMS_FLOATS : SUMS_COUNTS,
+                   .has_k = p->has_k || p->int8,
                    .act = (uint8_t)p->act,
                    .has_affine = p->has_affine != 0,
                    .link = (uint8_t)link_reading(p, c0),

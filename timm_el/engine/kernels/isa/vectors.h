@@ -84,6 +84,8 @@ INLINE vf prelu(vf v, vf slope) {
 INLINE vf load_some(const float *p, int n) {
 #if LANES == 16
     return (vf)_mm512_maskz_loadu_ps((__mmask16)(0xffffu >> (16 - n)), p);
+#elif LANES == 8
+    return (vf)_mm256_maskload_ps(p, (__m256i)((vi){0, 1, 2, 3, 4, 5, 6, 7} < n));
 #else
     vf v = {0};
     for (int i = 0; i < LANES; i++)
