@@ -22,7 +22,7 @@ from .models.converted import CONVERTED
 from .recipes import Recipe
 from .summary import summarize
 from .weights.loading import load_packed
-from .weights.packed import FORMAT_VERSION, pack_state_dict, read_packed, save_packed
+from .weights.packed import pack_state_dict, read_packed, save_packed
 
 WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
 FOLDER_VERSION = 2  # of folders of converted nets; in the first one the architecture was the host's
@@ -113,7 +113,7 @@ def _config(model: nn.Module, model_args: dict[str, Any], pretrained_cfg: dict[s
     args = {k: v.to_dict() if isinstance(v, Recipe) else v
             for k, v in {**getattr(model, '_model_args', {}), **model_args}.items()}
     registered, report = _is_registered(model), getattr(model, 'binarize_report', None)
-    facts: dict[str, Any] = {'format_version': FORMAT_VERSION, 'converted': not registered}
+    facts: dict[str, Any] = {'format_version': 1, 'converted': not registered}
     cfg = dict(pretrained_cfg)
     if not registered:
         facts['format_version'], cfg['architecture'] = FOLDER_VERSION, CONVERTED

@@ -11,20 +11,24 @@ from timm_el.engine.steps import Binary, Form, Kind, Pool, Step, Unary, pool_ste
 
 CHANNELS, SIZE = 8, 9  # of its input
 CONVS = {
-    'plain': (ConvSpec(8, 8, Window((3, 3), (1, 1), (1, 1)), (1, 1)), False),
+    'plain': (ConvSpec(8, 8, Window((3, 3), (1, 1), (1, 1)), (1, 1)), torch.uint8),
     'threshold and flip, K, clip': (
-        ConvSpec(8, 8, Window((3, 3), (1, 1), SAME), has_k=True, act='clip', has_affine=True), False),
+        ConvSpec(8, 8, Window((3, 3), (1, 1), SAME), has_k=True, act='clip', has_affine=True), torch.uint8),
     'padded with +1, squeezed link, post': (
         ConvSpec(8, 6, Window((3, 3), (2, 2), (1, 1)), (1, 1), pad_value=1, act='prelu', has_post=True, link='squeeze',
-                 link_c=8, link_pool='max', pool=Window((3, 3), (2, 2), (1, 1))), False),
+                 link_c=8, link_pool='max', pool=Window((3, 3), (2, 2), (1, 1))), torch.uint8),
     'padded with -1, expanded link': (
         ConvSpec(8, 20, Window((2, 3), (2, 1), (0, 1), (1, 1)), (1, 1), pad_value=-1, link='expand', link_c=8,
-                 link_pool='avg', pool=Window((2, 1), (2, 1))), False),
-    'groups': (ConvSpec(8, 16, groups=2), False),
-    'depthwise': (ConvSpec(8, 8, Window((3, 3), (1, 1), (2, 2), (2, 2)), (2, 2), groups=8), False),
+                 link_pool='avg', pool=Window((2, 1), (2, 1))), torch.uint8),
+    'groups': (ConvSpec(8, 16, groups=2), torch.uint8),
+    'depthwise': (ConvSpec(8, 8, Window((3, 3), (1, 1), (2, 2), (2, 2)), (2, 2), groups=8), torch.uint8),
     'real, identity link': (
-        ConvSpec(8, 8, Window((3, 3), (1, 1), (1, 1)), (1, 1), has_affine=True, link='identity', link_c=8), True),
-    'real depthwise, SAME': (ConvSpec(8, 8, Window((3, 3), (2, 2), SAME), groups=8), True),
+        ConvSpec(8, 8, Window((3, 3), (1, 1), (1, 1)), (1, 1), has_affine=True, link='identity', link_c=8), torch.float32),
+    'int8, squeezed link': (
+        ConvSpec(8, 6, Window((3, 2), (2, 1), (1, 1)), (1, 0), act='clip', link='squeeze', link_c=8, link_pool='max',
+                 pool=Window((3, 2), (2, 1), (1, 1))), torch.int8),
+    'int8': (ConvSpec(8, 9), torch.int8),
+    'real depthwise, SAME': (ConvSpec(8, 8, Window((3, 3), (2, 2), SAME), groups=8), torch.float32),
 }
 
 
@@ -43,8 +47,9 @@ class _Steps:
         return len(self.steps)
 
     def conv(self, name: str, source: int, link: int | None = None, added: int | None = None) -> int:
-        spec, real = CONVS[name]
-        weight = store(self.random(spec.c_out, spec.c_in // spec.groups, *spec.conv.kernel), spec, real)
+        spec, dtype = CONVS[name]
+        weight = self.random(spec.c_out, spec.c_in // spec.groups, *spec.conv.kernel)
+        weight = store((weight * 50).clamp(-127, 127).to(dtype) if dtype == torch.int8 else weight, spec, dtype)
         table = torch.zeros(len(spec.rows), table_stride(spec.c_out))
         table[:, :spec.c_out] = self.random(len(spec.rows), spec.c_out)
         threshold = flip = None
@@ -56,11 +61,13 @@ class _Steps:
             Kind.CONV, (source, link, added), (weight, table, threshold, flip), spec.ints(), (-0.7, 0.9, 0.5), name)
 
 
-def every_step() -> Program:
+def every_step(int8: bool = True) -> Program:
     """Return the program: one image (N, 8, H, W) of 9 x 9 pixels -> an image, and rows of features."""
     s = _Steps()
     x = 0
-    values = [s.conv(name, x, x if spec.link != 'none' else None) for name, (spec, _) in CONVS.items()]
+    values = [
+        s.conv(name, x, x if spec.link != 'none' else None) for name, (spec, dtype) in CONVS.items()
+        if int8 or dtype != torch.int8]
     values.append(s.conv('plain', x, None, values[0]))
     for mode in Pool:
         for ceil in (False, True):

@@ -155,7 +155,8 @@ def test_the_reader_of_the_documentation_lists_what_was_written(file, tmp_path):
         assert ints == (*step.ints, *[0] * (30 - len(step.ints)))
         assert constants == pytest.approx((*step.constants, *[0.] * (4 - len(step.constants))))
     for (dtype, offset, size), tensor in zip(found['tensors'], tensors.all, strict=True):
-        assert dtype == {torch.float32: 'float32', torch.uint8: 'bits', torch.int32: 'int32'}[tensor.dtype]
+        assert dtype == {torch.float32: 'float32', torch.uint8: 'bits', torch.int32: 'int32', torch.int8: 'int8'}[
+            tensor.dtype]
         assert file.read_bytes()[offset:offset + size] == tensor.numpy().tobytes()
     with pytest.raises(AssertionError):
         namespace['read'](rewritten(file, tmp_path, put('<B', len(file.read_bytes()) - 1, 0)))

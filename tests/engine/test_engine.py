@@ -75,8 +75,11 @@ def cases(draw):
     def pair(low, high):
         return draw(st.integers(low, high)), draw(st.integers(low, high))
 
-    real = draw(st.integers(0, 3)) == 0
+    dtype = draw(st.sampled_from([torch.uint8, torch.uint8, torch.float32, torch.int8]))
+    real = dtype != torch.uint8
     kind = draw(st.sampled_from(['full', 'full', 'depthwise', 'grouped']))
+    if dtype == torch.int8:
+        kind = 'full'
     if kind == 'full' or (kind == 'grouped' and real):
         groups, c_in, c_out = 1, draw(st.integers(1, 130)), draw(st.integers(1, 130))
     elif kind == 'depthwise':
@@ -105,12 +108,18 @@ def cases(draw):
             padding = draw(st.integers(0, kernel[0] // 2)), draw(st.integers(0, kernel[1] // 2))
             spec = replace(spec, link_pool=draw(st.sampled_from(['max', 'avg'])), pool=Window(kernel, stride, padding))
             link = (n, channels, *((size - 1) * s + 1 + draw(st.integers(0, 2)) for size, s in zip((oh, ow), stride)))
-    return real, spec, (n, c_in, h, w), link, draw(st.integers(0, 2 ** 31)), draw(st.sampled_from(range(3)))
+    return dtype, spec, (n, c_in, h, w), link, draw(st.integers(0, 2 ** 31)), draw(st.sampled_from(range(3)))
+
+
+def random_weight(spec: ConvSpec, dtype: torch.dtype, g: torch.Generator | None = None) -> torch.Tensor:
+    """A weight (O, I, kH, kW): floats, or int8."""
+    weight = torch.randn(spec.c_out, spec.c_in // spec.groups, *spec.conv.kernel, generator=g)
+    return (weight * 50).clamp(-127, 127).to(torch.int8) if dtype == torch.int8 else weight
 
 
 def tensors_of(case):
     """Everything that the operators take, and a function that calls the right one."""
-    real, spec, shape, link_shape, seed, layout = case
+    dtype, spec, shape, link_shape, seed, layout = case
     g = torch.Generator().manual_seed(seed)
     x = plant(torch.randn(shape, generator=g), g)
     if layout == 1:
@@ -118,10 +127,10 @@ def tensors_of(case):
     elif layout == 2:
         x = torch.stack([x, x], -1)[..., 0]  # strides of its own
     link = None if link_shape is None else plant(torch.randn(link_shape, generator=g), g)
-    weight = store(torch.randn(spec.c_out, spec.c_in // spec.groups, *spec.conv.kernel, generator=g), spec, real)
+    weight = store(random_weight(spec, dtype, g), spec, dtype)
     table = torch.randn(len(spec.rows), table_stride(spec.c_out), generator=g)
     constants = [-.5, 1.5, .3]
-    if real:
+    if dtype != torch.uint8:
         return real_conv2d, reference.real_conv2d, (x, weight, table, link), spec, constants
     threshold = torch.randn(spec.c_in, generator=g) if seed % 2 else None
     flip = torch.randint(0, 2, (spec.c_in,), generator=g).to(torch.int32) * -2 ** 31 if seed % 3 == 0 else None
@@ -178,7 +187,7 @@ def test_the_reference_counts_as_a_float_convolution_of_signs_does():
         table[1] = .25
         signs = F.pad(torch.where(x >= 0, 1., -1.), (1, 1, 1, 1), value=value)
         expected = F.conv2d(signs, torch.where(weight >= 0, .5, -.5), stride=(2, 1)) + .25
-        found = reference.binary_conv2d(x, store(weight, spec, False), table, None, None, None, spec, [0., 0., 1.])
+        found = reference.binary_conv2d(x, store(weight, spec, torch.uint8), table, None, None, None, spec, [0., 0., 1.])
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
 
 
@@ -203,7 +212,7 @@ def test_fma_rounds_once():
 # As torch operators
 
 def example(real: bool = False, seed: int = 0):
-    case = (real, ConvSpec(
+    case = (torch.float32 if real else torch.uint8, ConvSpec(
         40, 24, Window((3, 3), (1, 1), (1, 1)), (1, 1), act='prelu', link='squeeze', link_c=40), (2, 40, 6, 5),
         (2, 40, 6, 5), seed, 1)
     operator, _, arguments, spec, constants = tensors_of(case)
@@ -215,7 +224,7 @@ def conv_step(g, c_in, c_out, k=1, stride=1, real=False, sources=(0, None, None)
     """A convolution with random weights and constants as a step."""
     window = Window((k, k), (stride, stride), (k // 2, k // 2))
     spec = ConvSpec(c_in, c_out, window, (k // 2, k // 2), link=link, link_c=c_in if link != 'none' else 0)
-    weight = store(torch.randn(c_out, c_in, k, k, generator=g), spec, real)
+    weight = store(torch.randn(c_out, c_in, k, k, generator=g), spec, torch.float32 if real else torch.uint8)
     table = torch.randn(2, table_stride(c_out), generator=g) / c_in
     return Step(Kind.CONV, sources, (weight, table, None, None), spec.ints(), constants, 'here')
 
@@ -431,7 +440,7 @@ def test_weights_that_are_written_to_are_noticed():
     operator, arguments = example()
     before = operator(*arguments)
     spec = ConvSpec.of(arguments[6])
-    arguments[1].copy_(store(-restore(arguments[1], spec, torch.float32), spec, False))
+    arguments[1].copy_(store(-restore(arguments[1], spec, torch.float32), spec, torch.uint8))
     engine.use_isa('reference')
     expected = operator(*arguments)
     engine.use_isa(None)
@@ -554,10 +563,10 @@ def test_rates_are_those_of_a_processor_and_need_the_library():
 @settings(max_examples=60, **_SETTINGS)
 @given(cases())
 def test_a_stored_weight_is_restored(case):
-    real, spec, *_ = case
-    weight = torch.randn(spec.c_out, spec.c_in // spec.groups, *spec.conv.kernel)
-    expected = weight if real else torch.where(weight >= 0, 1., -1.)
-    assert torch.equal(restore(store(weight, spec, real), spec, torch.float32), expected)
+    dtype, spec, *_ = case
+    weight = random_weight(spec, dtype)
+    expected = torch.where(weight >= 0, 1., -1.) if dtype == torch.uint8 else weight.float()
+    assert torch.equal(restore(store(weight, spec, dtype), spec, torch.float32), expected)
 
 
 def test_a_link_whose_pool_misses_the_image_is_refused():
@@ -586,6 +595,6 @@ def test_a_weight_that_is_another_one_at_the_same_address_is_noticed():
 @given(cases())
 def test_a_stored_weight_is_no_image_for_torch(case):
     """`Module.to(memory_format=...)` rearranges tensors of four axes and refuses some of five."""
-    real, spec, *_ = case
-    stored = store(torch.randn(spec.c_out, spec.c_in // spec.groups, *spec.conv.kernel), spec, real)
+    dtype, spec, *_ = case
+    stored = store(random_weight(spec, dtype), spec, dtype)
     assert stored.dim() in (2, 3) and stored.is_contiguous()

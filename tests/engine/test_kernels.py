@@ -75,7 +75,7 @@ def test_depthwise_kernels_of_any_size_are_counted(kernel):
         for body in engine.info()['available']:
             engine.use_isa(body)
             found = binary_conv2d(
-                x, store(weight, spec, False), table, None, None, None, spec.ints(), [0., 0., 1.])
+                x, store(weight, spec, torch.uint8), table, None, None, None, spec.ints(), [0., 0., 1.])
             assert torch.equal(found, expected), body
     finally:
         engine.use_isa(None)
@@ -118,7 +118,7 @@ def test_the_planted_sums_are_hard_to_round():
 def convolve_by_every_body(image: torch.Tensor, weight: torch.Tensor, spec: ConvSpec):
     """Yield the name of each body and the float convolution (N, C_out, H', W') that it gives."""
     table = torch.zeros(2, table_stride(spec.c_out))
-    arguments = (image, store(weight, spec, True), table, None)
+    arguments = (image, store(weight, spec, torch.float32), table, None)
     yield 'reference', reference.real_conv2d(*arguments, spec, [0., 0., 1.])
     try:
         for body in engine.info()['available']:

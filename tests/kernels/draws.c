@@ -18,10 +18,16 @@ static int float_tensor(net *n, int64_t count) {
 }
 
 /* Stored as layout.py does: what is missing to a full word, block or vector is zero. */
-static int draw_weight(net *n, const int32_t *ints, int is_real) {
+static int draw_weight(net *n, const int32_t *ints, int is_real, int is_int8) {
     const int64_t c_in = ints[EL_C_IN], c_out = ints[EL_C_OUT], groups = ints[EL_GROUPS], taps = ints[2] * ints[3];
     const int64_t cg = c_in / groups, og = c_out / groups;
     const int depthwise = groups > 1 && groups == c_in && c_in == c_out;
+    if (is_int8) {
+        const size_t count = (size_t)(c_out * taps * c_in);
+        int8_t *stored = malloc(count);
+        for (size_t i = 0; i < count; i++) stored[i] = (int8_t)pick(-127, 127);
+        return net_tensor(n, EL_INT8, stored, count);
+    }
     if (is_real) {
         const size_t count = depthwise ? (size_t)taps * up(c_out, 16) : up(c_out, 64) * (size_t)(taps * cg);
         float *stored = calloc(count, sizeof *stored);
@@ -88,7 +94,7 @@ static void draw_conv(net *n, const image *values, const int32_t *wires) {
     el_step_record *s = net_step(n, EL_CONV, 3, wires);
     memcpy(s->ints, ints, sizeof ints);
     s->constants[0] = -.5f, s->constants[1] = 1.25f, s->constants[2] = .37f;
-    s->tensors[0] = draw_weight(n, ints, is_real);
+    s->tensors[0] = draw_weight(n, ints, is_real, is_real && ints[EL_GROUPS] == 1 && pick(0, 1));
     s->tensors[1] = draw_table(n, ints);
     if (!is_real && pick(0, 1)) s->tensors[2] = float_tensor(n, c);
     if (is_real || pick(0, 2)) return;

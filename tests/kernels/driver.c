@@ -46,6 +46,7 @@ static float *reals(size_t n) {
 typedef struct {
     el_plan plan;
     uint8_t *bits;
+    int8_t *int8; /* c_out, taps, c_in */
     void *stored; /* see layout.py */
     float *weight, *table, *threshold;
     uint32_t *flip;
@@ -64,6 +65,7 @@ static int make(subject *s, int n, int h, int w, int c, int in_chain) {
     p->groups = 1, p->c_out = pick(0, 2) ? pick(1, 80) : c;
     if (kind == 0 && c > 1) p->groups = p->c_out = c;
     if (kind == 1 && !p->real && c % 2 == 0) p->groups = 2, p->c_out = 2 * pick(1, 40);
+    p->int8 = p->real && p->groups == 1 && pick(0, 1);
     el_window *k = &p->conv;
     k->kh = pick(0, 1) ? 1 : pick(1, 5), k->kw = pick(0, 1) ? 1 : pick(1, 5);
     k->sh = pick(1, 2), k->sw = pick(1, 2), k->ph = pick(0, 2), k->pw = pick(0, 2), k->dh = pick(1, 2), k->dw = pick(1, 2);
@@ -102,7 +104,11 @@ static int make(subject *s, int n, int h, int w, int c, int in_chain) {
         p->flip = s->flip;
     }
     s->padded = !p->real && p->pad_value != -1 && (k->ph || k->pw || end_h || end_w);
-    if (p->real) {
+    if (p->int8) {
+        const size_t bytes = (size_t)p->c_out * (size_t)cg * (size_t)taps;
+        s->int8 = malloc(bytes);
+        for (size_t i = 0; i < bytes; i++) s->int8[i] = (int8_t)pick(-127, 127);
+    } else if (p->real) {
         s->weight = reals((size_t)p->c_out * (size_t)cg * (size_t)taps);
     } else {
         const size_t bytes = (size_t)p->c_out * (size_t)taps * (size_t)((cg + 7) / 8);
@@ -121,6 +127,12 @@ static void lay_out(subject *s) {
     const int depthwise = p->groups > 1 && p->groups == p->c_in && p->c_in == p->c_out, words = (cg + 63) / 64;
     el_aligned_free((void *)p->weight), free((void *)p->tap_sums), free(s->stored);
     p->weight = p->tap_sums = s->stored = NULL;
+    if (p->int8) {
+        void *weight = el_aligned_alloc(64, el_weight_size(p));
+        el_lay_out(p, s->int8, weight);
+        p->weight = weight;
+        return;
+    }
     if (p->real) {
         float *stored = el_aligned_alloc(64, el_weight_size(p));
         memset(stored, 0, el_weight_size(p));
@@ -154,7 +166,7 @@ static void lay_out(subject *s) {
 static void discard(subject *s) {
     el_aligned_free((void *)s->plan.weight);
     free((void *)s->plan.tap_sums);
-    free(s->stored), free(s->bits), free(s->weight), free(s->table), free(s->threshold), free(s->flip);
+    free(s->stored), free(s->bits), free(s->int8), free(s->weight), free(s->table), free(s->threshold), free(s->flip);
 }
 
 static float abs_mean(const float *x, int c) {
@@ -183,6 +195,24 @@ static float link_of(const subject *s, const float *link, int image, int oy, int
     return p->link_pool == EL_POOL_AVG ? best / (float)count : best;
 }
 
+/* 127 / m for the inputs that share a scale with output pixel (oy, ox), or 0 if they are taken for zeros; the scale. */
+static float inverse_of(const el_plan *p, const float *x, int oy, int ox, float *k) {
+    const el_window *w = &p->conv;
+    const int one = w->kh * w->kw == 1, left = ox * w->sw - w->pw;
+    float m = 0.f;
+    for (int ky = 0; ky < w->kh; ky++) {
+        const int y = oy * w->sh - w->ph + ky * w->dh;
+        for (int c = one ? left : 0; y >= 0 && y < p->h && c >= 0 && c < (one ? left + 1 : p->w) && c < p->w; c++)
+            for (int i = 0; i < p->c_in; i++) {
+                const float a = fabsf(x[((size_t)y * (size_t)p->w + (size_t)c) * (size_t)p->c_in + (size_t)i]);
+                if (a > m || isnan(a)) m = a;
+                if (isnan(m)) return *k = NAN, 0.f;
+            }
+    }
+    if (isinf(m)) return *k = NAN, 0.f;
+    return isinf(127.f / m) ? (*k = 0.f, 0.f) : (*k = m / 127.f, 127.f / m);
+}
+
 /* From the formula, one value at a time. */
 static void expect(const subject *s, const float *x, const float *link, const float *added, float *y) {
     const el_plan *p = &s->plan;
@@ -193,7 +223,9 @@ static void expect(const subject *s, const float *x, const float *link, const fl
             for (int ox = 0; ox < p->ow; ox++)
                 for (int c = 0; c < p->c_out; c++, y++) {
                     int dot = 0;
-                    float v = 0.f, scale = 0.f;
+                    float v = 0.f, scale = 0.f, k8 = 0.f;
+                    const float inverse =
+                        p->int8 ? inverse_of(p, x + (size_t)image * size_of(1, p->h, p->w, p->c_in), oy, ox, &k8) : 0.f;
                     for (int t = 0; t < taps; t++) {
                         const int iy = oy * k->sh - k->ph + t / k->kw * k->dh, ix = ox * k->sw - k->pw + t % k->kw * k->dw;
                         const int inside = iy >= 0 && iy < p->h && ix >= 0 && ix < p->w;
@@ -201,6 +233,11 @@ static void expect(const subject *s, const float *x, const float *link, const fl
                         if (p->has_k && inside) scale += abs_mean(pixel, p->c_in);
                         for (int i = 0; i < cg; i++) {
                             const int from = c / og * cg + i;
+                            if (p->int8) {
+                                const float q = inside && inverse > 0.f ? nearbyintf(pixel[from] * inverse) : 0.f;
+                                dot += (int)q * s->int8[(c * taps + t) * cg + i];
+                                continue;
+                            }
                             if (p->real) {
                                 v = fmaf(inside ? pixel[from] : 0.f, s->weight[((size_t)c * (size_t)cg + (size_t)i) * (size_t)taps + (size_t)t], v);
                                 continue;
@@ -217,7 +254,8 @@ static void expect(const subject *s, const float *x, const float *link, const fl
                     }
 #define ROW(r) p->table[(r) * p->table_stride + c]
                     const int slope = 2, affine = slope + (p->act == EL_ACT_PRELU), post = affine + 2 * p->has_affine;
-                    if (!p->real) v = (float)dot * ROW(0);
+                    if (!p->real || p->int8) v = (float)dot * ROW(0);
+                    if (p->int8) v = v * k8;
                     if (p->has_k) v = v * (scale / (float)taps);
                     v = v + ROW(1);
                     if (p->act == EL_ACT_CLIP) v = v < p->lo ? p->lo : v, v = v > p->hi ? p->hi : v;

@@ -195,11 +195,30 @@ static float link_of(const image *l, int kind, int64_t b, int64_t oy, int64_t ox
     return v;
 }
 
+/* 127 / m for the inputs that share a scale with an output pixel, or 0 if they are taken for zeros; the scale. */
+static float int8_inverse(const image *x, const window *w, int64_t b, int64_t oy, int64_t ox, float *k) {
+    const int one = w->k[0] * w->k[1] == 1;
+    const int64_t column = ox * w->s[1] - w->p[1], first = one ? column : 0, last = one ? column : x->w - 1;
+    float m = 0;
+    for (int64_t t = 0; t < w->k[0]; t++) {
+        const int64_t iy = oy * w->s[0] - w->p[0] + t * w->d[0];
+        for (int64_t ix = first; iy >= 0 && iy < x->h && ix >= 0 && ix < x->w && ix <= last; ix++)
+            for (int64_t i = 0; i < x->c; i++) {
+                const float a = fabsf(pixel(x, b, iy, ix)[i]);
+                if (isnan(a)) return *k = NAN, 0;
+                if (a > m) m = a;
+            }
+    }
+    const float inverse = 127.f / m;
+    *k = isinf(m) ? NAN : isinf(inverse) ? 0 : m / 127.f;
+    return isinf(m) || isinf(inverse) ? 0 : inverse;
+}
+
 static float finish(const el_step_record *s, const float *table, float v, float k, float link, int64_t c) {
     const int64_t stride = (s->ints[EL_C_OUT] + 30) / 16 * 16;
     const float *row = table + c + stride;
 #define NEXT (row += stride, row[-stride])
-    if (s->ints[EL_HAS_K]) v = v * k;
+    v = v * k;
     v = v + NEXT;
     if (s->ints[EL_ACT] == EL_ACT_CLIP)
         v = v < s->constants[0] ? s->constants[0] : v, v = v > s->constants[1] ? s->constants[1] : v;
@@ -221,7 +240,10 @@ static float finish(const el_step_record *s, const float *table, float v, float 
 
 /* The dot product of one output, before its scale. */
 static float dot_of(const net *n, const el_step_record *s, const image *x, const window *w, int64_t b, int64_t oy,
-                    int64_t ox, int64_t o) {
+                    int64_t ox, int64_t o, float *k) {
+    const int int8 = n->tensors[s->tensors[0]].dtype == EL_INT8;
+    const float inverse = int8 ? int8_inverse(x, w, b, oy, ox, k) : 0;
+    int64_t sum = 0;
     const int real = n->tensors[s->tensors[0]].dtype == EL_FLOAT32;
     const void *weight = n->data[s->tensors[0]];
     const float *threshold = s->tensors[2] < 0 ? NULL : n->data[s->tensors[2]];
@@ -235,6 +257,11 @@ static float dot_of(const net *n, const el_step_record *s, const image *x, const
         const int is_in = iy >= 0 && iy < x->h && ix >= 0 && ix < x->w;
         for (int64_t i = 0; i < cg; i++) {
             float value = is_in ? pixel(x, b, iy, ix)[first + i] : 0;
+            if (int8) {
+                const int8_t by = ((const int8_t *)weight)[(o * w->k[0] * w->k[1] + t) * cg + i];
+                sum += inverse > 0 ? (int64_t)nearbyintf(value * inverse) * by : 0;
+                continue;
+            }
             if (real) {
                 v = fmaf(value, weight_at(s, weight, 1, o, t, i), v);
                 continue;
@@ -246,7 +273,7 @@ static float dot_of(const net *n, const el_step_record *s, const image *x, const
             v = v + sign * weight_at(s, weight, 0, o, t, i);
         }
     }
-    return v;
+    return int8 ? (float)sum : v;
 }
 
 static image naive_conv(const net *n, const el_step_record *s, const image *values) {
@@ -267,8 +294,8 @@ static image naive_conv(const net *n, const el_step_record *s, const image *valu
     fits = fits && (!added || (added->n == y.n && added->h == y.h && added->w == y.w && added->c == y.c));
     if (!fits) free(y.at), y.at = NULL;
     if (fits) PIXELS(&y) for (int64_t c = 0; c < y.c; c++) {
-            const float dot = dot_of(n, s, x, &w, b, oy, ox, c),
-                        k = s->ints[EL_HAS_K] ? input_scale(x, &w, b, oy, ox, 0, x->c) : 0;
+            float k = s->ints[EL_HAS_K] ? input_scale(x, &w, b, oy, ox, 0, x->c) : 1;
+            const float dot = dot_of(n, s, x, &w, b, oy, ox, c, &k);
             const float l = link ? link_of(link, s->ints[EL_LINK], b, oy, ox, c, y.c) : 0;
             float v = finish(s, table, real ? dot : dot * table[c], k, l, c);
             if (added) v = v + pixel(added, b, oy, ox)[c];

@@ -43,7 +43,8 @@ static void wire_range(void) { conv->first_wire = 1 << 30; }
 static void no_source(void) { wires[3] = -1; }
 static void no_table(void) { conv->tensors[1] = -1; }
 static void extra_tensor(void) { concat->tensors[2] = 0; }
-static void dtype(void) { tensors[0].dtype = EL_INT8; }
+static void dtype(void) { tensors[0].dtype = EL_INT32; }
+static void int8_bytes(void) { tensors[0].dtype = EL_INT8; }
 static void weight_bytes(void) { tensors[0].bytes -= 64; }
 static void stride(void) { conv->ints[EL_WINDOW + 2] = 0; }
 static void taps(void) { conv->ints[EL_WINDOW] = 1000, conv->ints[EL_WINDOW + 1] = 1000; }
@@ -75,7 +76,8 @@ static const struct {
     {no_source, "step 1 (norm): wire 0 is -1, expected a value"},
     {no_table, "step 0 (conv): there is no table"},
     {extra_tensor, "step 3 (concat): there is a tensor 2, expected -1"},
-    {dtype, "step 0 (conv): weight has dtype 3"},
+    {dtype, "step 0 (conv): weight has dtype 2"},
+    {int8_bytes, "step 0 (conv): weight has 2304 bytes, expected 4608"},
     {weight_bytes, "step 0 (conv): weight has 2240 bytes, expected 2304"},
     {stride, "step 0 (conv): stride is 0, expected 1 to 32768"},
     {taps, "step 0 (conv): kernel is 1000 x 1000, expected at most 1024 taps"},

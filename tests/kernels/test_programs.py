@@ -165,7 +165,8 @@ def test_the_runner_names_the_file_and_what_it_expected(written, tmp_path):
     bad = tmp_path / 'bad.program'
     bad.write_bytes(whole[:-64])
     assert f'bad.program: found a file of {len(whole) - 64} bytes, expected {len(whole)}' in refused(str(bad), image)
-    bad.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    at = len(whole.rstrip(b'\0')) - 1  # behind it is what fills up the file
+    bad.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
     assert 'checksum' in refused('--verify', str(bad))
     np.save(tmp_path / 'doubles.npy', np.load(image).astype('f8'))
     assert "doubles.npy: found the type '<f8'" in refused(net, str(tmp_path / 'doubles.npy'))

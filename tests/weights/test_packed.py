@@ -104,7 +104,8 @@ def test_the_file_can_be_read_by_the_docstring_alone(packed):
         assert weight == (conv.quantized_weight()[o, i, y, x]).item()
 
 
-@pytest.mark.parametrize('float_dtype, limit', [(None, 22.5e6), (torch.float16, 12.6e6)])
+@pytest.mark.parametrize('float_dtype, limit', [
+    (None, 22.5e6), (torch.float16, 12.6e6), (torch.int8, 8.5e6)])
 def test_size_of_el_resnet50(tmp_path, float_dtype, limit):
     model = timm.create_model('el_resnet50')
     path = tmp_path / 'm.safetensors'
@@ -278,7 +279,7 @@ FIRST = 'layer1.0.conv1.conv'
     (lambda t: t.update({f'{FIRST}.weight_bits': torch.zeros(3)}), f'{FIRST}.weight_bits: found torch.float32'),
     (lambda t: t.update({f'{FIRST}.weight_pad': torch.tensor(1, dtype=torch.int8)}), f'{FIRST}.weight_pad: found 1'),
     (lambda t: t.pop('packed_version'), 'packed_version: .* found nothing'),
-    (lambda t: t['packed_version'].fill_(2), 'packed_version: found format version 2, expected at most 1'),
+    (lambda t: t['packed_version'].fill_(3), 'packed_version: found format version 3, expected at most 2'),
 ])
 def test_files_that_do_not_fit_are_refused_by_key_at_every_door(packed, change, message):
     model = small(seed=1)
@@ -328,7 +329,7 @@ def test_what_cannot_be_packed_is_refused_and_leaves_the_old_file(packed, tmp_pa
             (broken, {}, f'{FIRST}.weight: found a value that is not finite'),
             (timm.create_model('resnet18'), {}, 'has no binary weight'),
             (small(real_weights=True), {}, 'stage one has real weights'),
-            (model, dict(float_dtype=torch.int8), 'float_dtype: found torch.int8')):
+            (model, dict(float_dtype=torch.int16), 'float_dtype: found torch.int16')):
         with pytest.raises(ValueError, match=message):
             timm_el.save_packed(bad, path, **kwargs)
     monkeypatch.setattr(os, 'replace', lambda *args: (_ for _ in ()).throw(OSError('disk full')))

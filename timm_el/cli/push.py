@@ -8,7 +8,7 @@ import torch
 from ..hub import file_facts, push_to_hub, save_for_hub
 from ._arguments import parser_of
 
-FLOATS = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
+FLOATS = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
 
 
 def metric(text: str) -> dict[str, float]:
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--model-kwargs', type=json.loads, default={}, metavar='JSON', help='e.g. {"num_classes": 10}')
     parser.add_argument('--pretrained-cfg', type=json.loads, default={}, metavar='JSON',
                         help="changes to timm's config: input_size, mean, std, crop_pct, ...")
-    parser.add_argument('--float-dtype', choices=FLOATS, help='dtype of all float tensors; their own if not given')
+    parser.add_argument('--float-dtype', choices=FLOATS, help='dtype of all float tensors (int8: of real weights); their own if not given')
     parser.add_argument('--metric', type=metric, action='append', default=[], metavar='NAME=NUMBER', help='for a card')
     parser.add_argument('--dataset', help='for the card')
     parser.add_argument('--details', type=Path, metavar='FILE', help='Markdown for the card: how it was trained')

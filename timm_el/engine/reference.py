@@ -74,17 +74,25 @@ def _int8_conv2d(
         spec: ConvSpec,
         constants: Sequence[float],
 ) -> torch.Tensor:
-    """Return a convolution of int8 inputs, with a scale for those of each output pixel, and int8 weights."""
+    """Return a convolution of int8 weights, and int8 inputs with a scale for each pixel, or row, of the output."""
+    (kernel, _), (stride, _), (dilation, _) = spec.conv.kernel, spec.conv.stride, spec.conv.dilation
     size = spec.output_size(*x.shape[2:])
-    strings = F.unfold(_pad(x, spec, 0.), spec.conv.kernel, spec.conv.dilation, 0, spec.conv.stride)
-    largest = strings.abs().amax(1, keepdim=True)
+    padded = _pad(x, spec, 0.)
+    if spec.taps == 1:
+        largest = padded[:, :, ::stride, ::spec.conv.stride[1]].abs().amax(1, keepdim=True)
+    else:
+        of_rows = padded.abs().amax((1, 3))
+        largest = torch.stack([
+            of_rows[:, y * stride:y * stride + (kernel - 1) * dilation + 1:dilation].amax(1)
+            for y in range(size[0])], 1)[:, None, :, None].expand(-1, 1, *size)
     inverse = _float(127., x) / largest
     finite, fits = largest.isfinite(), inverse.isfinite()
+    strings = F.unfold(padded, spec.conv.kernel, spec.conv.dilation, 0, spec.conv.stride).unflatten(2, size)
     q = torch.where(finite & fits, strings * inverse, 0.).round()
     k = torch.where(finite, torch.where(fits, largest / _float(127., x), 0.), torch.nan)
-    sums = restore(weight, spec, torch.float64).flatten(1) @ q.double()
+    sums = (restore(weight, spec, torch.float64).flatten(1) @ q.double().flatten(2)).unflatten(2, size)
     rows = _rows(table, spec)
-    v = sums.float().unflatten(2, size) * rows['scale'] * k.unflatten(2, size)
+    v = sums.float() * rows['scale'] * k
     return _finish(v, rows, link, spec, constants)
 
 

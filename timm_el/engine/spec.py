@@ -56,7 +56,7 @@ class ConvSpec:
 
         v = float(T - 2 n + Z) * scale[c]          (a real convolution: its dot product; int8: float(sum) * scale[c])
         v = v * K                                  if has_k, K = mean of abs(x) over channels and taps; in int8 always,
-                                                   K = the scale of the pixel's inputs
+                                                   K = the scale of the inputs
         v = v + shift[c]
         v = min(max(v, lo), hi)                    if act = 'clip', or v >= 0 ? v : v * slope[c] if 'prelu'
         v = v * scale2[c] + shift2[c]              if has_affine

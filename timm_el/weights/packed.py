@@ -1,4 +1,4 @@
-"""Packed file: one bit per binary weight, in safetensors. Format version 1.
+"""Packed file: one bit per binary weight, in safetensors. Format version 1, or 2 where real weights are int8.
 
 The file holds the tensors of the model's state dict under their own names, except that a layer with a binary weight (a
 `BinaryConv2d` or `BinaryLinear` with a weight quantizer) at path P has, in place of `P.weight`,
@@ -9,7 +9,13 @@ The file holds the tensors of the model's state dict under their own names, exce
     P.weight_alpha  float (O,): alpha = mean abs(W) per output channel, not negative. Absent if the layer has no alpha.
     P.weight_pad    int8 (): the value of a padded tap after the sign, -1 or +1. Absent if it is 0, or a linear layer.
 
-so that the weight in use is alpha[o] * (+1 or -1). All other float tensors (biases, norms, gammas, float layers) stay
+so that the weight in use is alpha[o] * (+1 or -1). Version 2 has, in place of the weight of each real linear layer and
+convolution of one group,
+
+    P.weight_int8   int8, the weight's shape (int8.py)
+    P.weight_scale  float32 (O,), so that the weight in use is scale[o] * q. Not negative.
+
+All other float tensors (biases, norms, gammas, float layers) stay
 float, in their own dtype or all in the one that was asked for, which then is alpha's too; integer tensors stay as they
 are. One more tensor,
 
@@ -43,12 +49,14 @@ import torch.nn as nn
 from ..layers import BinaryConv2d, BinaryLinear, check_own_tensors, check_tensors
 from ..version import __version__
 from .bits import pack_signs, pack_weight, packed_size, unpack_signs
+from .int8 import dequantize, quantize
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 VERSION_KEY = 'packed_version'
 METADATA_KEY = 'timm_el'
 BITS, ALPHA, PAD = 'weight_bits', 'weight_alpha', 'weight_pad'
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INT8, SCALE = 'weight_int8', 'weight_scale'
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 DTYPE_NAMES = {
     torch.float64: 'F64', torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.int64: 'I64',
     torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8', torch.bool: 'BOOL'}
@@ -85,6 +93,15 @@ def fit_counters(state_dict: dict[str, Any], own: dict[str, torch.Tensor], prefi
             state_dict.setdefault(prefix + key, torch.zeros_like(counter, device='cpu') if counter.is_meta else counter)
 
 
+def full_real_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the full convolutions and linear layers with a real weight by the prefix of their tensors."""
+    binary = binary_weight_layers(model)
+    named = {f'{path}.' if path else '': module for path, module in model.named_modules()}
+    return {
+        prefix: module for prefix, module in named.items() if prefix not in binary
+        and (isinstance(module, nn.Linear) or isinstance(module, nn.Conv2d) and module.groups == 1)}
+
+
 def require_binary_weights(model: nn.Module) -> dict[str, nn.Module]:
     """Return `binary_weight_layers` of a model; raise ValueError if it has none."""
     layers = binary_weight_layers(model)
@@ -103,7 +120,7 @@ def require_binary_weights(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_packed(state_dict: dict[str, Any]) -> bool:
     """Return whether these are the tensors of a packed file."""
-    return VERSION_KEY in state_dict or any(key.endswith(f'.{BITS}') or key == BITS for key in state_dict)
+    return VERSION_KEY in state_dict or any(_is_named(key, BITS) for key in state_dict)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,7 +131,8 @@ def pack_state_dict(model: nn.Module, float_dtype: torch.dtype | None = None) ->
 
     Args:
         model: A binarized model.
-        float_dtype: torch.float32, float16 or bfloat16 for all float tensors, their own dtype if None.
+        float_dtype: torch.float32, float16 or bfloat16 for all float tensors; torch.int8 for the weights of real
+            linear layers and convolutions of one group; their own dtype if None.
 
     Returns:
         Tensors on the CPU by name; parameters of the model are not shared.
@@ -131,7 +149,10 @@ def pack_state_dict(model: nn.Module, float_dtype: torch.dtype | None = None) ->
     for path, module in model.named_modules():
         check_tensors(module, path or 'model')
         check_own_tensors(module, path or 'model')
+    floats = None if float_dtype == torch.int8 else float_dtype
     packed = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    for prefix in full_real_layers(model) if float_dtype == torch.int8 else ():
+        _quantize(packed, prefix)
     for prefix, layer in layers.items():
         weight = packed.pop(f'{prefix}weight')
         if weight.device.type == 'meta':
@@ -146,15 +167,23 @@ def pack_state_dict(model: nn.Module, float_dtype: torch.dtype | None = None) ->
         signed = layer.latent_weight().detach()
         packed[prefix + BITS] = pack_weight(signed) if weight.dim() == 4 else pack_signs(signed)
         if layer.scale_weight:
-            packed[prefix + ALPHA] = _alpha(layer.alpha().detach(), signed, float_dtype)
+            packed[prefix + ALPHA] = _alpha(layer.alpha().detach(), signed, floats)
         if getattr(layer, 'pad_value', 0):
             packed[prefix + PAD] = torch.tensor(layer.pad_value, dtype=torch.int8)
     for key, tensor in packed.items():
-        if float_dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(float_dtype)
+        if floats is not None and tensor.is_floating_point():
+            tensor = tensor.to(floats)
         packed[key] = tensor.to('cpu', copy=True).contiguous()
     packed[VERSION_KEY] = _version(packed)
     return packed
+
+
+def _quantize(packed: dict[str, torch.Tensor], prefix: str) -> None:
+    """Put int8 values and scales in the place of a real weight."""
+    weight = packed.pop(f'{prefix}weight')
+    if not torch.isfinite(weight).all():
+        raise ValueError(f'{prefix}weight: found a value that is not finite, expected finite weights')
+    packed[prefix + INT8], packed[prefix + SCALE] = quantize(weight)
 
 
 def _alpha(alpha: torch.Tensor, signed: torch.Tensor, float_dtype: torch.dtype | None) -> torch.Tensor:
@@ -175,7 +204,12 @@ def _version(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         digest.update(f'{key}\0{name}{",".join(map(str, tensor.shape))}\0'.encode())
         data = tensor.detach().to('cpu').contiguous().reshape(-1)
         digest.update(memoryview(data.view(torch.uint8).numpy()) if data.numel() else b'')
-    return torch.tensor([FORMAT_VERSION, *digest.digest()], dtype=torch.uint8)
+    version = FORMAT_VERSION if any(_is_named(key, INT8) for key in tensors) else 1
+    return torch.tensor([version, *digest.digest()], dtype=torch.uint8)
+
+
+def _is_named(key: str, name: str) -> bool:
+    return key == name or key.endswith(f'.{name}')
 
 
 def check_damage(
@@ -214,6 +248,9 @@ def check_damage(
 def _missing(packed: dict[str, torch.Tensor], model: nn.Module) -> list[str]:
     """Return the names that a packed file of the model has and `packed` has not."""
     names = dict.fromkeys(key for key in model.state_dict() if not key.endswith('num_batches_tracked'))
+    for prefix in full_real_layers(model) if any(_is_named(key, INT8) for key in packed) else ():
+        del names[f'{prefix}weight']
+        names.update(dict.fromkeys([prefix + INT8, prefix + SCALE]))
     for prefix, layer in binary_weight_layers(model).items():
         del names[f'{prefix}weight']
         names.update(dict.fromkeys([prefix + BITS, *[prefix + ALPHA] * layer.scale_weight]))
@@ -260,10 +297,13 @@ def take_signs(
     layers = binary_weight_layers(model)
     signs = {f'{prefix}weight': _take(state_dict, prefix, layer, where) for prefix, layer in layers.items()
              if prefix + BITS in state_dict}
-    stray = next((key for key in state_dict if key.endswith((f'.{BITS}', f'.{ALPHA}', f'.{PAD}'))), None)
+    for prefix, layer in full_real_layers(model).items():
+        if prefix + INT8 in state_dict:
+            state_dict[f'{prefix}weight'] = _take_int8(state_dict, prefix, layer, where)
+    stray = next((key for key in state_dict for name in (BITS, ALPHA, PAD, INT8, SCALE) if key.endswith(f'.{name}')), None)
     if stray is not None:
         raise CheckpointError(
-            f'{where}: {stray}: the model has no binary weight there; this is a packed file of another model or recipe')
+            f'{where}: {stray}: the model has no such weight there; this is a packed file of another model or recipe')
     return state_dict, signs
 
 
@@ -307,6 +347,21 @@ def _take(state_dict: dict[str, torch.Tensor], prefix: str, layer: nn.Module, wh
     return bits, alpha, layer.weight
 
 
+def _take_int8(state_dict: dict[str, torch.Tensor], prefix: str, layer: nn.Module, where: str) -> torch.Tensor:
+    q, scale = state_dict.pop(prefix + INT8), state_dict.pop(prefix + SCALE, None)
+    shape = tuple(layer.weight.shape)
+    if q.dtype != torch.int8 or tuple(q.shape) != shape:
+        raise CheckpointError(
+            f'{where}: {prefix}{INT8}: found {q.dtype} {tuple(q.shape)}, expected torch.int8 {shape}; this is a packed '
+            f'file of another model')
+    if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != shape[:1]:
+        found = 'none' if scale is None else f'{scale.dtype} {tuple(scale.shape)}'
+        raise CheckpointError(f'{where}: {prefix}{SCALE}: found {found}, expected torch.float32 {shape[:1]}')
+    if not (torch.isfinite(scale) & (scale >= 0)).all():
+        raise CheckpointError(f'{where}: {prefix}{SCALE}: found a negative or infinite value, expected scales >= 0')
+    return dequantize(q, scale)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
@@ -327,7 +382,7 @@ def save_packed(
     tensors = pack_state_dict(model, float_dtype)
     report = getattr(model, 'binarize_report', None)
     facts = {
-        'format_version': FORMAT_VERSION, 'timm_el': __version__,
+        'format_version': int(tensors[VERSION_KEY][0]), 'timm_el': __version__,
         'recipe': report.recipe.to_dict() if report is not None else None}
     # One entry only: their order in the file is not fixed, and equal models shall give equal bytes.
     data = save(tensors, metadata={METADATA_KEY: json.dumps(facts, sort_keys=True)})

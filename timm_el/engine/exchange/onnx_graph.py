@@ -139,6 +139,10 @@ def _conv(g: Graph, step: Step, values: Sequence[tuple[str | None, Size | None]]
     spec = conv_spec(step).at((n, c, h, w))
     geometry, out = _geometry(spec), spec.output_size(h, w)
     rows = {row: step.tensors[1][i, :spec.c_out] for i, row in enumerate(spec.rows)}
+    if step.tensors[0].dtype == torch.int8:
+        raise ValueError(
+            f'{step.path}: found an int8 convolution, whose inputs have scales of their own, for which ONNX has no '
+            f'operator; export the network that is deployed with float_dtype=torch.float32')
     weight = restore(step.tensors[0], spec, torch.float32)
     if step.is_binary_conv:
         weight = weight * rows['scale'].reshape(-1, 1, 1, 1)

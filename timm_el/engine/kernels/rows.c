@@ -14,8 +14,8 @@
  *
  * For a band:  take_rows   packs the signs (or copies the floats) of its input rows
  *              locate      finds where each output pixel's inputs start, and its K, and pools its link
+ *              quantize    rounds inputs to int8, where the layer is int8
  * For a tile:  take_tile   packs the signs of its input pixels instead, where a window is one pixel
- *              quantize    rounds its inputs to int8, where the layer is int8, for its first channels
  *              accumulate  counts bits that differ, or takes dot products
  *              correct     finds what padding adds
  *              prefetch    asks for a part of the next layer's weights
@@ -258,13 +258,11 @@ static void accumulate_real_depthwise(const stage *s, const tile *t) {
     }
 }
 
-static void accumulate_int8(const stage *s, const el_strings *in, const band *b, const tile *t, int pixels) {
+static void accumulate_int8(const stage *s, const band *b, const tile *t, int pixels) {
     const layer *l = s->l;
-    const el_int8 *int8 = el_isa_active->int8;
-    uint8_t *q = s->s.quantized + (size_t)t->first * l->quantized;
-    if (t->c == b->c0) int8->quantize(in, t->count, q, l->quantized, s->s.k + t->first);
-    int8->dot(q, l->quantized, t->count, (int)el_inputs_of(l->p), weight_of(l, t->c), t->n,
-              (int32_t *)(void *)s->s.sums, t->stride, next_chunk(l, b, t, pixels));
+    el_isa_active->int8->dot(s->s.quantized + (size_t)t->first * l->quantized, l->quantized, t->count,
+                             (int)el_inputs_of(l->p), weight_of(l, t->c), t->n, (int32_t *)(void *)s->s.sums, t->stride,
+                             next_chunk(l, b, t, pixels));
 }
 
 static void count_full(const stage *s, const tile *t) {
@@ -289,7 +287,7 @@ static void accumulate(const stage *s, const band *b, const tile *t, int pixels)
     if (l->depthwise && p->real) accumulate_real_depthwise(s, t);
     else if (l->depthwise)
         el_isa_active->counter->count_depthwise(&in, t->count, s->s.expanded, (int32_t *)(void *)s->s.sums, t->stride);
-    else if (p->int8) accumulate_int8(s, &in, b, t, pixels);
+    else if (p->int8) accumulate_int8(s, b, t, pixels);
     else if (p->real)
         el_isa_active->real->dot(&in, t->count, (const float *)(const void *)weight_of(l, t->c), t->n,
                                  (float *)(void *)s->s.sums, t->stride, next_chunk(l, b, t, pixels));
@@ -363,6 +361,7 @@ static void run_band(const stage *s, const band *b) {
                      : p->real ? el_isa_active->real->tile_pixels
                                : el_isa_active->counter->tile_pixels;
     locate(s, b);
+    if (p->int8) el_quantize(s, b->oy0, b->oy1);
     for (int c = b->c0, n; c < b->c1; c += n) {
         const int group = c / og, end = (group + 1) * og < b->c1 ? (group + 1) * og : b->c1;
         n = end - c < l->chunk ? end - c : l->chunk;
@@ -437,7 +436,8 @@ static size_t divide(const layer *l, char *memory, scratch *s) {
     s->pooled = part_of(memory, &at, p->link_pool ? pixels * (size_t)p->link_c * sizeof(float) : 0);
     s->zeros = part_of(memory, &at, (size_t)round_up(p->c_in, 16) * sizeof(float));
     s->expanded = part_of(memory, &at, l->depthwise && !p->real ? (size_t)l->taps * l->tap : 0);
-    s->quantized = part_of(memory, &at, p->int8 ? pixels * l->quantized + 16 : 0);
+    s->quantized = part_of(memory, &at, p->int8 ? pixels * l->quantized + EL_INT8_SLACK : 0);
+    s->quantized_rows = part_of(memory, &at, p->int8 && l->taps > 1 ? (size_t)p->conv.kh * l->quantized_row : 0);
     s->sums = part_of(memory, &at, tile);
     s->corrections = part_of(memory, &at, p->tap_sums ? tile : 0);
     return at + 64;
@@ -467,14 +467,18 @@ void el_set_up(layer *l, const el_plan *p) {
     const int last = (p->ow - 1) * w->sw - w->pw + (w->kw - 1) * w->dw; /* column of the last tap */
     const int last_row = (p->oh - 1) * w->sh - w->ph + (w->kh - 1) * w->dh;
     const int padded = w->ph || w->pw || last >= p->w || last_row >= p->h;
-    l->copied = !p->real || (!p->is_pool && !l->depthwise && (padded || w->kh > 1));
+    l->copied = !p->real || (!p->is_pool && !l->depthwise && (padded || w->kh > 1 || (p->int8 && l->taps > 1)));
     l->by_tile = !p->real && l->taps == 1 && p->groups == 1 && w->sh == 1 && w->sw == 1 && p->oh == p->h &&
                  p->ow == p->w && !w->ph && !w->pw;
     l->left = l->copied ? w->pw : 0;
     l->width = l->left + (l->copied && last >= p->w ? last + 1 : p->w);
     set_runs(l);
     l->chunk = l->depthwise ? round_up(p->c_out, EL_REAL_BLOCK) : CHUNK;
-    l->quantized = p->int8 ? (size_t)round_up((int)el_inputs_of(p), 4) * (size_t)el_isa_active->int8->input_bytes : 0;
+    if (p->int8) {
+        const size_t bytes = (size_t)el_isa_active->int8->input_bytes;
+        l->quantized = (size_t)round_up((int)el_inputs_of(p), 4) * bytes;
+        l->quantized_row = (size_t)l->width * (size_t)p->c_in * bytes + EL_INT8_SLACK;
+    }
     if (p->real && !l->depthwise) {
         const size_t fit = REAL_CHUNK_BYTES / channel_bytes(l) / EL_REAL_BLOCK;
         l->chunk = (int)(fit < 1 ? 1 : fit > 8 ? 8 : fit) * EL_REAL_BLOCK;

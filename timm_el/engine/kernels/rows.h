@@ -54,6 +54,7 @@ typedef struct {
     int left, width;        /* columns of zeros before a row, and columns of a row with its padding */
     int band_rows, in_rows; /* output and input rows of a band */
     size_t quantized;       /* bytes of an output pixel's quantized inputs */
+    size_t quantized_row;   /* and of a row of the input */
     int chunk;              /* output channels at a time */
     size_t bytes;           /* of scratch */
     size_t offsets[EL_MAX_TAPS];
@@ -70,6 +71,7 @@ typedef struct {
     float *zeros;         /* an input pixel outside of the image */
     char *expanded;       /* binary depthwise weights, a byte each */
     uint8_t *quantized;   /* int8: of each output pixel of a band, its inputs */
+    uint8_t *quantized_rows; /* int8, more than one tap: the rows of a window */
     char *sums;           /* of a tile: counts, or dot products */
     int32_t *corrections; /* of a tile: what padding adds */
 } scratch;
@@ -89,6 +91,9 @@ void el_set_up(layer *l, const el_plan *p);
 void el_prepare(stage *s, const layer *l, char *memory);
 /* Make output rows from .. to of channels c0 .. c1. */
 void el_run_rows(stage *s, int from, int to, int c0, int c1);
+
+/* int8.c: quantize the inputs of output rows oy0 .. oy1, those of a band, which are located. */
+void el_quantize(const stage *s, int oy0, int oy1);
 
 /* conv.c: run a convolution or a pool on all threads; `next` is what runs after it, or NULL. The first trusts the
  * layer. */

@@ -159,25 +159,12 @@ const el_real el_real_avx2 = {
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
+/* Inputs are stored in 16 bits, for vpmaddwd. */
+#define INPUT int16_t
+#define ZERO 0
 #include "quantize.h"
 
 #define INT8_TILE 6
-
-/* Inputs are widened to 16 bits, for vpmaddwd. */
-static void quantize(const el_strings *in, int tile, uint8_t *q, size_t step, float *k) {
-    for (int p = 0; p < tile; p++, q += step) {
-        const int inputs = in->segments * (in->length / 4), filled = (inputs + 3) / 4 * 4;
-        quantize_pixel(in, p, q + filled, k + p, 0); /* to the second half, from where they are widened to the whole */
-        int i = 0;
-        for (; i + 16 <= filled; i += 16)
-            _mm256_storeu_si256((__m256i *)(q + 2 * i),
-                                _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(q + filled + i))));
-        for (; i < filled; i++) {
-            const int16_t wide = (int8_t)q[filled + i];
-            memcpy(q + 2 * i, &wide, 2);
-        }
-    }
-}
 
 /* Add the products of 16 pairs. In two steps gcc takes all products first, and has no registers left for the sums. */
 INLINE __m256i add_products(__m256i sum, __m256i w, __m256i x) {
@@ -217,7 +204,8 @@ static void dot_int8(const uint8_t *q, size_t step, int tile, int inputs, const 
     }
 }
 
-const el_int8 el_int8_avx2 = {.tile_pixels = INT8_TILE, .input_bytes = 2, .quantize = quantize, .dot = dot_int8};
+const el_int8 el_int8_avx2 = {
+    .tile_pixels = INT8_TILE, .input_bytes = sizeof(INPUT), .largest = largest, .quantize = quantize, .dot = dot_int8};
 
 EL_END_TARGET
 #endif

@@ -11,13 +11,11 @@ EL_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,popcnt")
 #define LANES 16
 #include "vectors.h"
 
+#define INPUT int8_t
+#define ZERO 128
 #include "quantize.h"
 
 #define TILE 6
-
-static void quantize(const el_strings *in, int tile, uint8_t *q, size_t step, float *k) {
-    quantize_tile(in, tile, q, step, k, 128);
-}
 
 /* _mm512_dpbusd_epi32, around which gcc 12 copies all sums of a tile from register to register. */
 INLINE __m512i add_products(__m512i sum, __m512i x, __m512i w) {
@@ -58,7 +56,12 @@ static void dot(const uint8_t *q, size_t step, int tile, int inputs, const void 
         WITH_PIXELS(tile, TILE, dot_tile(q, step, fours, w, sums + c, stride, next.at, next_step, P))
 }
 
-const el_int8 el_int8_avx512_vnni = {.tile_pixels = TILE, .input_bytes = 1, .quantize = quantize, .dot = dot};
+const el_int8 el_int8_avx512_vnni = {.tile_pixels = TILE,
+                                     .input_bytes = sizeof(INPUT),
+                                     .zero = ZERO,
+                                     .largest = largest,
+                                     .quantize = quantize,
+                                     .dot = dot};
 
 EL_END_TARGET
 #endif

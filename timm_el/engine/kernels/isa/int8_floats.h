@@ -1,13 +1,11 @@
 /* An int8 half without instructions of its own. Products of bytes and sums of 1,024 of them are integers below 2^24,
  * which floats hold exactly, so that floats do the work. */
+#define INPUT int8_t
+#define ZERO 0
 #include "quantize.h"
 
 #define EXACT_INPUTS 1024 /* 127 * 127 * 1,024 is below 2^24 */
 #define INT8_TILE 4
-
-static void quantize(const el_strings *in, int tile, uint8_t *q, size_t step, float *k) {
-    quantize_tile(in, tile, q, step, k, 0);
-}
 
 /* P pixels by 2 vectors of channels, `fours` times 4 inputs. */
 INLINE void dot_some(const uint8_t *q, size_t step, int fours, const int8_t *weight, int first, int32_t *sums,

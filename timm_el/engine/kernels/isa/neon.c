@@ -138,5 +138,6 @@ const el_real el_real_neon = {
 
 #include "int8_floats.h"
 
-const el_int8 el_int8_neon = {.tile_pixels = INT8_TILE, .input_bytes = 1, .quantize = quantize, .dot = dot_int8};
+const el_int8 el_int8_neon = {
+    .tile_pixels = INT8_TILE, .input_bytes = sizeof(INPUT), .largest = largest, .quantize = quantize, .dot = dot_int8};
 #endif

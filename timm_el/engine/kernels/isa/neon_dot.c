@@ -66,13 +66,11 @@ const el_counter el_counter_neon_dot = {
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
+#define INPUT int8_t
+#define ZERO 0
 #include "quantize.h"
 
 #define INT8_TILE 4
-
-static void quantize(const el_strings *in, int tile, uint8_t *q, size_t step, float *k) {
-    quantize_tile(in, tile, q, step, k, 0);
-}
 
 /* vdotq_s32 of four channels' weights and the same four inputs. */
 INLINE int32x4_t add_products(int32x4_t sum, int8x16_t w, int8x16_t x) {
@@ -110,7 +108,8 @@ static void dot_int8(const uint8_t *q, size_t step, int tile, int inputs, const 
     }
 }
 
-const el_int8 el_int8_neon_dot = {.tile_pixels = INT8_TILE, .input_bytes = 1, .quantize = quantize, .dot = dot_int8};
+const el_int8 el_int8_neon_dot = {
+    .tile_pixels = INT8_TILE, .input_bytes = sizeof(INPUT), .largest = largest, .quantize = quantize, .dot = dot_int8};
 
 EL_END_TARGET
 #endif

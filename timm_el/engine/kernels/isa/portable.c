@@ -275,4 +275,5 @@ const el_real el_real_portable = {
 
 #include "int8_floats.h"
 
-const el_int8 el_int8_portable = {.tile_pixels = INT8_TILE, .input_bytes = 1, .quantize = quantize, .dot = dot_int8};
+const el_int8 el_int8_portable = {
+    .tile_pixels = INT8_TILE, .input_bytes = sizeof(INPUT), .largest = largest, .quantize = quantize, .dot = dot_int8};
