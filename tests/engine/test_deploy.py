@@ -581,7 +581,7 @@ def test_one_module_in_training_mode_is_named():
 
 def test_an_unknown_float_dtype_is_refused():
     with pytest.raises(ValueError, match='float_dtype'):
-        timm_el.deploy(net('el_resnet26'), float_dtype=torch.int8)
+        timm_el.deploy(net('el_resnet26'), float_dtype=torch.int16)
 
 
 def test_inputs_that_do_not_fit_are_refused_by_name():

@@ -6,8 +6,14 @@
 import argparse
 from pathlib import Path
 
+import torch
+
+from ..engine import deploy
 from ..experiments.nets import NET_HELP, PRETRAINED, Net
 from ._arguments import parser_of, positive
+
+
+FLOATS = {'float32': torch.float32, 'int8': torch.int8}
 
 
 def main(argv: list[str]) -> None:
@@ -21,6 +27,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--python', type=Path, metavar='DIR', help='write a folder: net.py and what it needs')
     parser.add_argument('--web', type=Path, metavar='DIR', help='write a page')
     parser.add_argument('--to', choices=['onnx', 'openvino'], help='write a file for this engine in place of a program')
+    parser.add_argument(
+        '--float-dtype', choices=FLOATS, default='float32',
+        help='in which real convolutions and the classifier compute (default: %(default)s)')
     args = parser.parse_args(argv)
     if not (args.output or args.python or args.web):
         raise ValueError('found no place to write to, expected -o FILE, --python DIR or --web DIR')
@@ -29,6 +38,8 @@ def main(argv: list[str]) -> None:
     if args.output and not args.output.parent.is_dir():
         raise ValueError(f'-o {args.output}: found no folder {args.output.parent}, expected one that is there')
     model, size = _net(args).build(), args.size and tuple(args.size)
+    if args.float_dtype != 'float32':
+        model = deploy(model, float_dtype=FLOATS[args.float_dtype])
     if args.output:
         print(_write_file(model, args.output, args.to, size))
     if args.python:
