@@ -58,7 +58,7 @@ FAULTS = {  # file: what stands there, and what a slip would have made of it
         ('row - ints[2]', 'row'),
         ('x >= 0 && x < p->w)', 'x >= 0 && x < p->w - 1)'),
     ],
-    'unary.c': [('2. * e, y', '3. * e, y'), ('x > 20.', 'x > 1.'), ('1. / 24.', '1. / 25.')],
+    'isa/unary.h': [('2. * e, y', '3. * e, y'), ('x > 20.', 'x > 1.'), ('1. / 24.', '1. / 25.')],
     'over_images.c': [
         ('half = 4; half', 'half = 2; half'), ('double sums[BLOCK]', 'float sums[BLOCK]')],
     'ready.c': [

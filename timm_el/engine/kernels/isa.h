@@ -88,6 +88,8 @@ typedef struct {
                           float *out);
     /* Set out[c] to the largest of n pixels, or to their mean, by mode. */
     void (*pool)(const float *const *pixels, int n, int mode, int c, float *out);
+    /* Set y to a function of each of n numbers; op is one of EL_CLIP ... of table.h, a and b are its constants. */
+    void (*unary)(int op, float a, float b, const float *x, size_t n, float *y);
     /* Return the function that computes the epilogue of the plan for channels from c0 on. */
     el_epilogue *(*epilogue)(const el_plan *plan, int c0);
 } el_real;

@@ -169,9 +169,6 @@ void el_run_units(const el_call *call, const el_node *node, int64_t from, int64_
 void el_norm(const float *x, size_t pixels, size_t step, int n, const float *scale, const float *shift, float eps,
              float *y);
 
-/* unary.c */
-void el_unary(int op, float a, float b, const float *x, size_t n, float *y);
-
 /* ready.c: of the images from which on a few rows at a time are made */
 extern size_t el_large_image_bytes;
 

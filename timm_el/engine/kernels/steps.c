@@ -69,7 +69,8 @@ static void binary_row(const row_job *j, int64_t row, float *y) {
 static void unary_row(const row_job *j, int64_t row, float *y) {
     const el_step_record *s = j->node->step->record;
     const el_shape *shape;
-    el_unary(s->ints[0], s->constants[0], s->constants[1], source_row(j, 0, row, &shape), j->w * j->c, y);
+    el_isa_active->real->unary(s->ints[0], s->constants[0], s->constants[1], source_row(j, 0, row, &shape), j->w * j->c,
+                               y);
 }
 
 static void affine_row(const row_job *j, int64_t row, float *y) {

@@ -17,6 +17,7 @@ EL_TARGET("avx2,fma,popcnt")
 #include "depthwise_real.h"
 #include "real.h"
 #include "signs.h"
+#include "unary.h"
 
 INLINE uint64_t signs_of_word(const float *x, const float *threshold, const uint32_t *flip, int n) {
     uint64_t word = 0;
@@ -154,6 +155,7 @@ const el_real el_real_avx2 = {
     .dot = dot,
     .dot_depthwise = dot_depthwise,
     .pool = pool,
+    .unary = unary,
     .epilogue = epilogue,
 };
 

@@ -15,6 +15,7 @@ EL_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,popcnt")
 #include "depthwise_real.h"
 #include "real.h"
 #include "signs.h"
+#include "unary.h"
 
 INLINE __mmask16 first_lanes(int n) { return n < 16 ? (__mmask16)((1u << n) - 1) : 0xffff; }
 
@@ -80,6 +81,7 @@ const el_real el_real_avx512 = {
     .dot = dot,
     .dot_depthwise = dot_depthwise,
     .pool = pool,
+    .unary = unary,
     .epilogue = epilogue,
 };
 

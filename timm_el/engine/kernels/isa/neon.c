@@ -13,6 +13,7 @@
 #include "depthwise_real.h"
 #include "real.h"
 #include "signs.h"
+#include "unary.h"
 
 #define TILE 4
 #define ROOM 31 /* words whose counts, of 8 at most a byte, a byte can hold */
@@ -131,6 +132,7 @@ const el_real el_real_neon = {
     .dot = dot,
     .dot_depthwise = dot_depthwise,
     .pool = pool,
+    .unary = unary,
     .epilogue = epilogue,
 };
 

@@ -5,6 +5,7 @@
 #include "depthwise.h"
 #include "real.h"
 #include "signs.h"
+#include "unary.h"
 
 #define BLOCK 16
 #define TILE 4
@@ -268,6 +269,7 @@ const el_real el_real_portable = {
     .dot = dot,
     .dot_depthwise = dot_depthwise,
     .pool = pool,
+    .unary = unary,
     .epilogue = epilogue,
 };
 
