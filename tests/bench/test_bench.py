@@ -10,9 +10,15 @@ from timm_el.__main__ import main
 from timm_el.bench import peers
 from timm_el.bench.hosts import settle_norms
 from timm_el.bench.layer_times import layer_table, layer_times
+from timm_el.bench.machine import cpu_features
+from timm_el.bench.processor_classes import class_of
 from timm_el.bench.turns import Spread, ratios, take_turns
 
 SMALL = ['el_resnet18', '--size', '32', '--pairs', '3', '--warmup', '0']
+
+
+def own_class():
+    return class_of(cpu_features())
 
 
 @pytest.fixture
@@ -29,12 +35,20 @@ def bench(capsys, *argv: str) -> dict:
 
 
 def test_inference_report(engine, capsys):
-    r = bench(capsys, *SMALL, '--peers', 'none', '--also', 'bireal', '--float-dtype', 'bfloat16', '--batch', '2')
+    r = bench(capsys, *SMALL, '--peers', 'none', '--also', 'bireal', '--float-dtype', 'bfloat16', '--float-dtype',
+              'float16', '--batch', '2')
     rows = {row['name']: row for row in r['contestants']}
     assert list(rows) == [
-        'host', 'host channels_last', 'latent', 'deployed', 'deployed bfloat16', 'deployed bireal']
+        'host', 'host channels_last', 'latent', 'deployed', 'deployed bfloat16', 'deployed float16', 'deployed bireal']
     assert rows['host']['of'] == 'resnet18' and rows['deployed bireal']['of'] == 'el_resnet18, bireal'
-    assert rows['deployed']['ratio'] == {'median': 1, 'min': 1, 'max': 1}
+    bases = ['deployed', 'deployed bfloat16', 'deployed float16']
+    assert all(list(row['ratios']) == bases for row in rows.values())
+    assert all(rows[base]['ratios'][base] == {'median': 1, 'min': 1, 'max': 1} for base in bases)
+    assert all(row['images_per_s'] == pytest.approx(2e3 / row['ms']['median']) for row in rows.values())
+    assert {row['kernels'] for name, row in rows.items() if name in bases} == {engine.info()['body']}
+    assert torch.backends.cpu.get_cpu_capability() in rows['host']['kernels']
+    assert r['machine']['class'] == own_class().name and r['emulated'] is None
+    assert {row['capped'] for row in rows.values()} == {None}
     assert all(row['ms']['min'] <= row['ms']['median'] <= row['ms']['max'] for row in rows.values())
     exact = [row for name, row in rows.items() if not name.startswith('deployed')]  # a flipped sign avalanches
     assert all(row['difference'] < 1e-5 and row['top1_agreement'] == 1 for row in exact)
@@ -49,12 +63,12 @@ def test_inference_report(engine, capsys):
 
 
 def test_inference_prints_a_table(engine, capsys, monkeypatch):
-    monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', 'AVX2')
+    monkeypatch.setenv('OMP_WAIT_POLICY', 'passive')
     assert main(['bench', 'infer', 'resnet18', '--recipe', 'el', *SMALL[1:], '--peers', 'none']) == 0
     out = capsys.readouterr().out
     body = engine.info()['body']
-    for text in (f'backend {body} (native)', 'AMX', 'ONEDNN_MAX_CPU_ISA=AVX2', 'resnet18, el', 'layer4.1.conv2',
-                 'binary conv', 'T binary MAC/s', 'host channels_last'):
+    for text in (f'backend {body} (native)', f'class {own_class().name}, ', 'OMP_WAIT_POLICY=passive', 'resnet18, el',
+                 'layer4.1.conv2', 'binary conv', 'T binary MAC/s', 'host channels_last', 'eager: ATen'):
         assert text in out, text
 
 
@@ -82,7 +96,7 @@ def test_errors_are_one_line(engine, argv, message, capsys):
 
 
 @pytest.mark.parametrize('argv, message', [
-    ([], 'the following arguments are required: infer | train'),
+    ([], 'the following arguments are required: infer | train | table'),
     (['infer', 'el_resnet18', '--compile'], 'unrecognized arguments: --compile'),
     (['train', 'el_resnet18', '--peers', 'all'], 'unrecognized arguments: --peers all'),
     (['infer', 'el_resnet18', '--pairs', '0'], "argument --pairs: found '0', expected a positive integer"),
@@ -124,14 +138,20 @@ def test_layer_times_add_up_calls():
     assert 0 < sum(ms.values()) < whole
 
 
+def failing_deeply(setting):
+    raise RuntimeError('Exception from src/a.cpp:1:\nException from src/b.cpp:2:\nno such kernel\n')
+
+
 def test_missing_peers_are_listed(engine, capsys, monkeypatch):
     monkeypatch.setattr(
         peers, 'PEERS', {'p-int8': peers.Peer(('json', 'no_such_engine'), build=None),
-                         'p-bad': peers.Peer(('json',), build=lambda setting: 1 // 0)})
+                         'p-bad': peers.Peer(('json',), build=lambda setting: 1 // 0),
+                         'p-deep': peers.Peer(('json',), build=failing_deeply)})
     r = bench(capsys, *SMALL)
     assert r['absent'] == {
         'p-int8': 'not installed: no_such_engine; pip install "timm-el[bench]"',
-        'p-bad': 'failed: ZeroDivisionError: integer division or modulo by zero'}
+        'p-bad': 'failed: ZeroDivisionError: integer division or modulo by zero',
+        'p-deep': 'failed: RuntimeError: no such kernel'}
     assert not [row for row in r['contestants'] if row['name'].startswith('p-')]
     assert main(['bench', 'infer', *SMALL]) == 0
     assert 'no_such_engine' in capsys.readouterr().out
@@ -150,7 +170,8 @@ def setting(tmp_path):
 
 
 @pytest.mark.parametrize('name, tolerance, kernel', [
-    ('onnxruntime-f32', 1e-4, ''), ('onnxruntime-int8', 0.1, ''), ('openvino-f32', 1e-4, 'f32'),
+    ('torch-compiled', 1e-4, 'compiled: aten'), ('torch-frozen', 1e-4, 'frozen: aten'),
+    ('onnxruntime-f32', 1e-4, 'cpu'), ('onnxruntime-int8', 0.1, 'cpu'), ('openvino-f32', 1e-4, 'f32'),
     ('openvino-bf16', 0.1, ''), ('openvino-int8', 0.1, 'i8'), ('openvino-binary', None, 'u1'),
 ])
 def test_peer_computes_the_net(setting, name, tolerance, kernel):
@@ -162,6 +183,6 @@ def test_peer_computes_the_net(setting, name, tolerance, kernel):
     y = torch.as_tensor(built[name].run())
     with torch.inference_mode():
         original = (setting.latent if peer.binary else setting.host)(setting.x)
-    assert y.shape == original.shape and y.isfinite().all() and kernel in built[name].note.lower()
+    assert y.shape == original.shape and y.isfinite().all() and kernel in built[name].kernels.lower()
     if tolerance is not None:  # flipped signs avalanche in the whole net: see the tests of its units
         assert (y - original).abs().max() < tolerance * original.abs().max()

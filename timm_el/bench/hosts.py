@@ -1,4 +1,6 @@
 """Nets of a comparison: a binarized model and the float net that it stands for."""
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 
@@ -24,6 +26,15 @@ def host_name(model: str, host: str | None, recipe: str | None) -> str:
     if name == model and not recipe:
         raise ValueError(f'host: no float host of {model} is known, name one (--host) or a recipe (--recipe)')
     return name
+
+
+def runner(net: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Return a function that runs a net once on images (N, C, H, W), without gradients."""
+    @torch.inference_mode()
+    def run() -> torch.Tensor:
+        return net(x)
+
+    return run
 
 
 @torch.no_grad()

@@ -15,10 +15,11 @@ from .. import engine
 from ..dry_run import own_input_size, run_layers
 from ..engine import deploy
 from ..models.factory import create
-from .hosts import host_name, settle_norms
+from .hosts import host_name, runner, settle_norms
 from .layer_times import layer_table
-from .machine import describe
-from .peers import PACKAGES, PEERS, Setting, build_all, choose
+from .machine import describe, emulated_class
+from .peers import PACKAGES, PEERS, Setting, build_all, choose, torch_kernels
+from .processor_classes import ProcessorClass
 from .turns import Spread, ratios, take_turns
 
 
@@ -30,11 +31,13 @@ class Contestant:
         run: One inference; returns the logits.
         of: Name of the model that it computes, with a recipe if one is given.
         original: Logits of the same net in torch.
+        kernels: Kernels or instruction sets that it uses.
         note: Remark for the table.
     """
     run: Callable[[], Any]
     of: str
     original: torch.Tensor
+    kernels: str
     note: str = ''
 
     def difference(self) -> tuple[float, float]:
@@ -60,15 +63,6 @@ def check_engine(allow_reference: bool) -> None:
             f'reference says nothing about a deployed model; make the native path work, or pass --allow-reference')
 
 
-def runner(net: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Return a function that runs a net once on images (N, C, H, W), without gradients."""
-    @torch.inference_mode()
-    def run() -> torch.Tensor:
-        return net(x)
-
-    return run
-
-
 def measure_inference(
         model: str,
         host: str | None = None,
@@ -79,7 +73,8 @@ def measure_inference(
         warmup: int = 2,
         peers: str = 'all',
         also: Sequence[str] = (),
-        float_dtype: str | None = None,
+        float_dtypes: Sequence[str] = (),
+        processor_class: str | None = None,
         allow_reference: bool = False,
 ) -> dict[str, Any]:
     """Measure all contestants in turns, and the layers of the deployed model, and return the result as plain data.
@@ -94,14 +89,16 @@ def measure_inference(
         warmup: Rounds before them.
         peers: 'all', 'none', or names separated by commas.
         also: Recipes to deploy the net with too.
-        float_dtype: Name of a torch dtype: deploy once more with float parts of it.
+        float_dtypes: Names of torch dtypes: deploy once more with float parts of each.
+        processor_class: Name of the class of processors that this one runs as, as for `emulated_class`.
         allow_reference: Report times of the plain torch reference as deployed.
 
     Raises:
         RuntimeError: The native path of the engine is not active, and that is not allowed.
-        ValueError: No float host is known, or a name of a recipe or peer is not.
+        ValueError: No float host is known, or a name of a recipe or peer is not, or `emulated_class` raises it.
     """
     host_of, chosen = host_name(model, host, recipe), choose(peers)
+    emulated = emulated_class(processor_class)
     check_engine(allow_reference)
     torch.manual_seed(0)
     latent = create(model, recipe)
@@ -113,17 +110,18 @@ def measure_inference(
     float_host = _Net.settled(timm.create_model(host_of), host_of, x, norm_batch)
     others = {other: _Net.settled(create(model, other), f'{model}, {other}', x, norm_batch) for other in also}
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(float_host.net, latent, x, torch.get_num_threads(), Path(folder))
+        setting = Setting(float_host.net, latent, x, torch.get_num_threads(), Path(folder), emulated)
         built, absent = build_all(chosen, setting)
-        contestants = _own_contestants(float_host, binarized, others, x, float_dtype)
-        for peer, (run, note) in built.items():
-            contestants[peer] = (binarized if PEERS[peer].binary else float_host).contestant(run, note)
-        rows = _race(contestants, pairs, warmup)
+        contestants = _own_contestants(float_host, binarized, others, x, float_dtypes)
+        for peer, ready in built.items():
+            contestants[peer] = (binarized if PEERS[peer].binary else float_host).contestant(*ready)
+        bases = ['deployed', *(f'deployed {dtype}' for dtype in float_dtypes)]
+        rows = _race(contestants, bases, pairs, warmup, emulated)
     alone = deploy(copy.deepcopy(latent), fuse_blocks=False)  # each unit an operator of its own
     table = layer_table(alone, latent, x, pairs)
     return {
         'model': model, 'recipe': recipe, 'host': host_of, 'batch': batch, 'size': list(pixels),
-        'pairs': pairs, 'machine': describe(PACKAGES), 'engine': engine.info(),
+        'pairs': pairs, 'machine': describe(PACKAGES), 'emulated': emulated and emulated.name, 'engine': engine.info(),
         'contestants': rows, 'absent': absent, **table,
         'binary': _binary_rates(table['kinds'], alone, latent, x),
     }
@@ -142,43 +140,54 @@ class _Net:
         net = settle_norms(net, norm_batch)
         return cls(net, name, runner(net, x)().clone())
 
-    def contestant(self, run: Callable[[], Any], note: str = '') -> Contestant:
-        """Return a contestant that computes this net."""
-        return Contestant(run, self.name, self.logits, note)
+    def contestant(self, run: Callable[[], Any], kernels: str, note: str = '') -> Contestant:
+        """Return a contestant that computes this net with kernels of these names."""
+        return Contestant(run, self.name, self.logits, kernels, note)
 
 
 def _own_contestants(
-        host: _Net, latent: _Net, others: dict[str, _Net], x: torch.Tensor, float_dtype: str | None,
+        host: _Net, latent: _Net, others: dict[str, _Net], x: torch.Tensor, float_dtypes: Sequence[str],
 ) -> dict[str, Contestant]:
     """Return the contestants that run in torch and in this package's engine on images (N, C, H, W), by name."""
-    def deployed(net: nn.Module, **options: Any) -> Callable[[], torch.Tensor]:
-        return runner(deploy(copy.deepcopy(net), **options), x)
+    def deployed(net: _Net, **options: Any) -> Contestant:
+        return net.contestant(runner(deploy(copy.deepcopy(net.net), **options), x), engine.info()['body'])
 
+    eager = torch_kernels('eager')
     channels_last = copy.deepcopy(host.net).to(memory_format=torch.channels_last)
     contestants = {
-        'host': host.contestant(runner(host.net, x)),
-        'host channels_last': host.contestant(runner(channels_last, x)),
-        'latent': latent.contestant(runner(latent.net, x)),
-        'deployed': latent.contestant(deployed(latent.net)),
+        'host': host.contestant(runner(host.net, x), eager),
+        'host channels_last': host.contestant(runner(channels_last, x), eager),
+        'latent': latent.contestant(runner(latent.net, x), eager),
+        'deployed': deployed(latent),
     }
-    if float_dtype:
-        run = deployed(latent.net, float_dtype=getattr(torch, float_dtype))
-        contestants[f'deployed {float_dtype}'] = latent.contestant(run)
+    for dtype in float_dtypes:
+        contestants[f'deployed {dtype}'] = deployed(latent, float_dtype=getattr(torch, dtype))
     for name, net in others.items():
-        contestants[f'deployed {name}'] = net.contestant(deployed(net.net))
+        contestants[f'deployed {name}'] = deployed(net)
     return contestants
 
 
-def _race(contestants: dict[str, Contestant], rounds: int, warmup: int) -> list[dict[str, Any]]:
+def _race(
+        contestants: dict[str, Contestant], bases: Sequence[str], rounds: int, warmup: int,
+        emulated: ProcessorClass | None,
+) -> list[dict[str, Any]]:
+    """Return a row for each contestant, with the ratios of its times to those of each base within a round.
+
+    'capped' says whether the emulated class can run its kernels; None if no class is emulated.
+    """
     differences = {name: contestant.difference() for name, contestant in contestants.items()}
     seconds = take_turns({name: c.run for name, c in contestants.items()}, rounds, warmup, settle=True)
-    ratio = ratios(seconds, 'deployed')
+    to_base = {base: ratios(seconds, base) for base in bases}
     rows = []
     for name, contestant in contestants.items():
         ms = Spread.of([1e3 * s for s in seconds[name]])
         rows.append({
-            'name': name, 'of': contestant.of, 'ms': ms._asdict(), 'ratio': ratio[name]._asdict(),
-            'difference': differences[name][0], 'top1_agreement': differences[name][1], 'note': contestant.note})
+            'name': name, 'of': contestant.of, 'ms': ms._asdict(),
+            'images_per_s': 1e3 * len(contestant.original) / ms.median,
+            'ratios': {base: ratio[name]._asdict() for base, ratio in to_base.items()},
+            'difference': differences[name][0], 'top1_agreement': differences[name][1],
+            'kernels': contestant.kernels, 'capped': emulated and emulated.can_run(contestant.kernels),
+            'note': contestant.note})
     return rows
 
 

@@ -3,6 +3,7 @@
 They are an extra, `pip install "timm-el[bench]"`; nothing else in this package needs them. Every peer gets the images,
 the batch and the number of threads of the deployed model.
 """
+import copy
 import importlib.util
 import logging
 import warnings
@@ -18,6 +19,8 @@ import torch.nn as nn
 from ..engine.exchange.onnx_graph import whole_model
 from ..engine.exchange.openvino_graph import openvino_model
 from ..engine.export import program_of
+from .hosts import runner
+from .processor_classes import ProcessorClass
 
 INSTALL = 'pip install "timm-el[bench]"'
 CALIBRATION_BATCHES = 4
@@ -33,12 +36,14 @@ class Setting:
         x: Images (N, C, H, W), contiguous.
         threads: Threads that one inference may use.
         folder: Place of exported files, each of which is written once.
+        emulated: The lower class of processors that this one emulates; None: it runs as it is.
     """
     host: nn.Module
     latent: nn.Module
     x: torch.Tensor
     threads: int
     folder: Path
+    emulated: ProcessorClass | None = None
 
 
 class Built(NamedTuple):
@@ -46,10 +51,12 @@ class Built(NamedTuple):
 
     Args:
         run: One inference of the setting's images; returns the logits.
-        note: Kernels that it uses, or changes that were made to the net.
+        kernels: Kernels or instruction sets that it uses.
+        note: Changes that were made to the net.
     """
-    run: Callable[[], np.ndarray]
-    note: str
+    run: Callable[[], Any]
+    kernels: str
+    note: str = ''
 
 
 @dataclass(frozen=True)
@@ -60,14 +67,46 @@ class Peer:
         packages: Names of packages that it imports.
         build: Function that makes it ready to run.
         binary: It runs the binarized net, not its float host.
+        can_be_capped: The caps of a lower class of processors hold it.
     """
     packages: tuple[str, ...]
     build: Callable[[Setting], Built]
     binary: bool = False
+    can_be_capped: bool = True
 
     def missing(self) -> list[str]:
         """Return the names of packages that are not installed."""
         return [name for name in self.packages if importlib.util.find_spec(name) is None]
+
+
+def torch_kernels(form: str) -> str:
+    """Return which kernels torch uses for a net in some form: its own instruction set, and oneDNN where it has that."""
+    onednn = ', oneDNN' if torch.backends.mkldnn.is_available() else ''
+    return f'{form}: ATen {torch.backends.cpu.get_cpu_capability()}{onednn}'
+
+
+def torch_peer(
+        form: str, make: Callable[[nn.Module, torch.Tensor], Callable[..., torch.Tensor]],
+) -> Callable[[Setting], Built]:
+    """Return a builder of the float host in another form that torch has for a net, `make`, and the form's name."""
+    def build(setting: Setting) -> Built:
+        with torch.inference_mode():
+            run = runner(make(copy.deepcopy(setting.host), setting.x), setting.x)
+        for _ in range(3):  # the first ones compile
+            run()
+        return Built(run, torch_kernels(form))
+
+    return build
+
+
+def compiled(net: nn.Module, x: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Return a net compiled by torch.compile with constant weights; no cache, which may hold code for other caps."""
+    return torch.compile(net, options={'freezing': True, 'fx_graph_cache': False})
+
+
+def frozen(net: nn.Module, x: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Return a net traced on images (N, C, H, W): norms folded, activations fused, weights in the layouts of oneDNN."""
+    return torch.jit.optimize_for_inference(torch.jit.trace(net, x))
 
 
 def export_float(setting: Setting) -> Path:
@@ -114,7 +153,7 @@ def onnxruntime(export: Callable[[Setting], Path]) -> Callable[[Setting], Built]
         options.add_session_config_entry('session.force_spinning_stop', '1')  # or it would slow the next contestant
         session = ort.InferenceSession(str(export(setting)), options, providers=['CPUExecutionProvider'])
         inputs = {'x': setting.x.numpy()}
-        return Built(lambda: session.run(None, inputs)[0], '')
+        return Built(lambda: session.run(None, inputs)[0], ', '.join(session.get_providers()))
 
     return build
 
@@ -135,8 +174,8 @@ def openvino(export: Callable[[Setting], Any], precision: str) -> Callable[[Sett
             'INFERENCE_NUM_THREADS': setting.threads})
         request = compiled.create_infer_request()
         inputs = {0: setting.x.numpy()}
-        note = ', '.join(filter(None, [note, convolution_kernels(compiled)]))
-        return Built(lambda: request.infer(inputs, share_inputs=True, share_outputs=True)[0], note)
+        kernels = convolution_kernels(compiled)
+        return Built(lambda: request.infer(inputs, share_inputs=True, share_outputs=True)[0], kernels, note)
 
     return build
 
@@ -162,8 +201,10 @@ def _binary_model(setting: Setting) -> tuple[Any, str]:
 
 ONNX = ('onnx', 'onnxscript')
 PEERS: dict[str, Peer] = {
-    'onnxruntime-f32': Peer((*ONNX, 'onnxruntime'), onnxruntime(export_float)),
-    'onnxruntime-int8': Peer((*ONNX, 'onnxruntime'), onnxruntime(export_int8)),
+    'torch-compiled': Peer((), torch_peer('compiled', compiled)),
+    'torch-frozen': Peer((), torch_peer('frozen', frozen)),
+    'onnxruntime-f32': Peer((*ONNX, 'onnxruntime'), onnxruntime(export_float), can_be_capped=False),
+    'onnxruntime-int8': Peer((*ONNX, 'onnxruntime'), onnxruntime(export_int8), can_be_capped=False),
     'openvino-f32': Peer((*ONNX, 'openvino'), openvino(export_float, 'f32')),
     'openvino-bf16': Peer((*ONNX, 'openvino'), openvino(export_float, 'bf16')),
     'openvino-int8': Peer((*ONNX, 'onnxruntime', 'openvino'), openvino(export_int8, 'f32')),
@@ -200,13 +241,22 @@ def build_all(peers: dict[str, Peer], setting: Setting) -> tuple[dict[str, Built
         if missing:
             absent[name] = f'not installed: {", ".join(missing)}; {INSTALL}'
             continue
+        if setting.emulated and not peer.can_be_capped:
+            absent[name] = f'left out: nothing caps it to the class {setting.emulated.name}'
+            continue
         try:
             with warnings.catch_warnings():  # exporters and converters warn of their own inner affairs
                 warnings.simplefilter('ignore')
                 logging.disable(logging.WARNING)
                 built[name] = peer.build(setting)
         except Exception as e:  # whatever goes wrong in another engine is a line in the report, not its end
-            absent[name] = f'failed: {type(e).__name__}: {(str(e).strip() or "no message").splitlines()[0]}'
+            absent[name] = f'failed: {type(e).__name__}: {_first_line(str(e))}'
         finally:
             logging.disable(logging.NOTSET)
     return built, absent
+
+
+def _first_line(message: str) -> str:
+    """Return the first line of a message, but none that names a place in OpenVINO's own sources."""
+    lines = [line.strip() for line in message.splitlines() if not line.startswith('Exception from ')]
+    return next(filter(None, lines), 'no message')

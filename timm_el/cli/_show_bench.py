@@ -18,23 +18,32 @@ def show_training(r: dict[str, Any]) -> Iterator[str]:
 def show_inference(r: dict[str, Any]) -> Iterator[str]:
     """Yield lines for a result of `measure_inference`."""
     machine, engine = r['machine'], r['engine']
-    amx = {True: 'AMX', False: 'no AMX', None: 'AMX unknown'}[machine['amx']]
     forced = ''.join(f', {name}={value}' for name, value in machine['settings'].items())
     native = 'native' if engine['native'] else f'NOT native: {engine["reason"]}'
-    yield f'{machine["cpu"]}, {amx}, {machine["threads"]} threads{forced}'
+    emulated = f', emulates {r["emulated"]}' if r['emulated'] else ''
+    yield f'{machine["cpu"]}, class {machine["class"]}{emulated}, {machine["threads"]} threads{forced}'
     yield ', '.join(f'{name} {version}' for name, version in machine['versions'].items())
     yield (f'deployed: backend {engine["body"]} ({native}); batch {r["batch"]}, {"x".join(map(str, r["size"]))} px, '
            f'medians of {r["pairs"]} rounds')
     yield ''
-    yield table(('', 'net', 'ms', 'min..max', '/ deployed', 'min..max', 'difference', ''), [
-        (row['name'], row['of'], f'{row["ms"]["median"]:.2f}', _span(row['ms']), f'{row["ratio"]["median"]:.2f}',
-         _span(row['ratio']), f'{row["difference"]:.1e}', row['note']) for row in r['contestants']], '<<>>>>><')
+    bases = list(r['contestants'][0]['ratios'])
+    head = ('', 'net', 'ms', 'min..max', 'images/s', *(text for base in bases for text in (f'/ {base}', 'min..max')),
+            'difference', 'kernels', '')
+    yield table(head, map(_contestant, r['contestants']), f'<<>>>{">>" * len(bases)}><')
     for name, why in r['absent'].items():
         yield f'{name:20} {why}'
     yield 'difference: largest one of a logit from the same net in torch, relative to the largest logit. One flipped'
     yield 'sign avalanches through an untrained binarized net.'
     yield ''
     yield from _show_layers(r)
+
+
+def _contestant(row: dict[str, Any]) -> tuple[str, ...]:
+    ratios = (text for ratio in row['ratios'].values() for text in (f'{ratio["median"]:.2f}', _span(ratio)))
+    remarks = ('NOT CAPPED' * (row['capped'] is False), row['note'])
+    return (
+        row['name'], row['of'], f'{row["ms"]["median"]:.2f}', _span(row['ms']), f'{row["images_per_s"]:.1f}', *ratios,
+        f'{row["difference"]:.1e}', row['kernels'], ', '.join(filter(None, remarks)))
 
 
 def _show_layers(r: dict[str, Any]) -> Iterator[str]:
