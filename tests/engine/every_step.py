@@ -23,7 +23,8 @@ CONVS = {
     'groups': (ConvSpec(8, 16, groups=2), torch.uint8),
     'depthwise': (ConvSpec(8, 8, Window((3, 3), (1, 1), (2, 2), (2, 2)), (2, 2), groups=8), torch.uint8),
     'real, identity link': (
-        ConvSpec(8, 8, Window((3, 3), (1, 1), (1, 1)), (1, 1), has_affine=True, link='identity', link_c=8), torch.float32),
+        ConvSpec(8, 8, Window((3, 3), (1, 1), (1, 1)), (1, 1), has_affine=True, link='identity', link_c=8),
+        torch.float32),
     'int8, squeezed link': (
         ConvSpec(8, 6, Window((3, 2), (2, 1), (1, 1)), (1, 0), act='clip', link='squeeze', link_c=8, link_pool='max',
                  pool=Window((3, 2), (2, 1), (1, 1))), torch.int8),

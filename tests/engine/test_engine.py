@@ -187,7 +187,8 @@ def test_the_reference_counts_as_a_float_convolution_of_signs_does():
         table[1] = .25
         signs = F.pad(torch.where(x >= 0, 1., -1.), (1, 1, 1, 1), value=value)
         expected = F.conv2d(signs, torch.where(weight >= 0, .5, -.5), stride=(2, 1)) + .25
-        found = reference.binary_conv2d(x, store(weight, spec, torch.uint8), table, None, None, None, spec, [0., 0., 1.])
+        stored = store(weight, spec, torch.uint8)
+        found = reference.binary_conv2d(x, stored, table, None, None, None, spec, [0., 0., 1.])
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
 
 

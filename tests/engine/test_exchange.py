@@ -65,7 +65,8 @@ def test_every_kind_of_step_is_computed(to):
 
 
 WITH_TENSORS = [  # a constant is its own expectation
-    i for i, s in enumerate(every_step(int8=False).steps) if s.kind != Kind.CONST and any(t is not None for t in s.tensors)]
+    i for i, s in enumerate(every_step(int8=False).steps)
+    if s.kind != Kind.CONST and any(t is not None for t in s.tensors)]
 
 
 @pytest.mark.parametrize('step', WITH_TENSORS)

@@ -1,4 +1,4 @@
-"""Networks that are deployed with float_dtype=torch.int8: what is int8, how far from float32, bad inputs, every body."""
+"""Networks that are deployed with float_dtype=torch.int8: what is int8, how exact, bad inputs, every body."""
 import math
 
 import pytest

@@ -95,8 +95,10 @@ FIRST = 'conv1'
     (lambda t: t.pop(f'{FIRST}.weight_scale'), f'{FIRST}.weight_scale: found none'),
     (lambda t: t[f'{FIRST}.weight_scale'].neg_(), f'{FIRST}.weight_scale: found a negative'),
     (lambda t: t.update({f'{FIRST}.weight_scale': torch.ones(3)}), f'{FIRST}.weight_scale: found torch.float32 '),
-    (lambda t: t.update({f'{FIRST}.weight_int8': t['fc.weight_int8'].clone()}), rf'{FIRST}.weight_int8: found torch.int8 \(10,'),
-    (lambda t: t.update({'bn1.weight_int8': t['fc.weight_int8'].clone()}), 'bn1.weight_int8: the model has no such weight'),
+    (lambda t: t.update({f'{FIRST}.weight_int8': t['fc.weight_int8'].clone()}),
+     rf'{FIRST}.weight_int8: found torch.int8 \(10,'),
+    (lambda t: t.update({'bn1.weight_int8': t['fc.weight_int8'].clone()}),
+     'bn1.weight_int8: the model has no such weight'),
     (lambda t: t.pop('fc.weight_int8'), 'fc.weight'),
 ])
 def test_files_that_do_not_fit_are_refused_by_key(file, tmp_path, change, message):

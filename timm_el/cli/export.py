@@ -12,7 +12,6 @@ from ..engine import deploy
 from ..experiments.nets import NET_HELP, PRETRAINED, Net
 from ._arguments import parser_of, positive
 
-
 FLOATS = {'float32': torch.float32, 'int8': torch.int8}
 
 

@@ -28,7 +28,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--model-kwargs', type=json.loads, default={}, metavar='JSON', help='e.g. {"num_classes": 10}')
     parser.add_argument('--pretrained-cfg', type=json.loads, default={}, metavar='JSON',
                         help="changes to timm's config: input_size, mean, std, crop_pct, ...")
-    parser.add_argument('--float-dtype', choices=FLOATS, help='dtype of all float tensors (int8: of real weights); their own if not given')
+    parser.add_argument(
+        '--float-dtype', choices=FLOATS,
+        help='dtype of all float tensors (int8: of real weights); their own if not given')
     parser.add_argument('--metric', type=metric, action='append', default=[], metavar='NAME=NUMBER', help='for a card')
     parser.add_argument('--dataset', help='for the card')
     parser.add_argument('--details', type=Path, metavar='FILE', help='Markdown for the card: how it was trained')

@@ -110,9 +110,9 @@ def deploy(
     Args:
         model: A latent network in eval mode, float32, on the CPU. It is not changed.
         float_dtype: Dtype in which float convolutions and the classifier compute; activations between layers stay
-            float32. torch.int8 needs no calibration: weights have a scale per output channel, and inputs one per output pixel
-            (kernels of one tap) or row of output pixels, max(abs(x)) / 127. Depthwise and grouped convolutions stay
-            float32. Where an input that shares a scale, or a weight of a channel, is not finite, the outputs are NaN.
+            float32. torch.int8 needs no calibration: weights have a scale per output channel, and inputs one per output
+            pixel (kernels of one tap) or row of output pixels, max(abs(x)) / 127. Depthwise and grouped convolutions
+            stay float32. Where an input that shares a scale, or a weight of a channel, is not finite, outputs are NaN.
         fuse_blocks: Run the whole network as one program, recorded at its first call. It goes module by module where a
             hook, or a forward, is put on an instance inside. Without it every module runs by itself.
 

@@ -3,9 +3,9 @@
 Binary, full or grouped: (blocks, words, 64) bytes, the blocks of one group after the other's. In a block are 8 output
 channels side by side, word by word; a word is 8 bytes, 64 input channels of one tap, taps in rows, bit order as in
 `bits`. Binary, depthwise: (taps, bytes), channels along the bits. Real, full: (blocks, taps * channels, 64) floats, 64
-output channels side by side. Real, depthwise: (taps, channels). int8, full: (output channels, taps * channels). What is missing to a full word, block or vector is
-zero. Words are little-endian. None has four or five axes, because torch takes those for images, whose memory format
-`model.to(memory_format=...)` changes.
+output channels side by side. Real, depthwise: (taps, channels). int8, full: (output channels, taps * channels). What
+is missing to a full word, block or vector is zero. Words are little-endian. None has four or five axes, because torch
+takes those for images, whose memory format `model.to(memory_format=...)` changes.
 """
 
 import torch

@@ -44,7 +44,7 @@ def real_conv2d(
         spec: ConvSpec,
         constants: Sequence[float],
 ) -> torch.Tensor:
-    """Return a convolution of real values: a chain of fused multiply-adds over taps, then channels; int8: exact sums."""
+    """Return a convolution of real values: a chain of fused multiply-adds over taps, then channels. int8: exact."""
     if weight.dtype == torch.int8:
         return _int8_conv2d(x, weight, table, link, spec, constants)
     weight = restore(weight, spec, torch.float32)

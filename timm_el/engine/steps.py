@@ -10,8 +10,8 @@ from .layout import stored_shape
 from .spec import ConvSpec, Window, has_empty_window, table_stride
 
 __all__ = [
-    'MOST_INT8_INPUTS', 'Binary', 'Form', 'Kind', 'Pool', 'Size', 'Step', 'Unary', 'check_sizes', 'conv_spec', 'input_scale_spec',
-    'is_pixelwise', 'output_size', 'pool_step']
+    'MOST_INT8_INPUTS', 'Binary', 'Form', 'Kind', 'Pool', 'Size', 'Step', 'Unary', 'check_sizes', 'conv_spec',
+    'input_scale_spec', 'is_pixelwise', 'output_size', 'pool_step']
 
 Size = tuple[int, int, int, int]  # n, h, w, c of a value
 

@@ -1,4 +1,4 @@
-"""int8 weights: symmetric, with a scale per output channel. Packed files hold them so, and the engine computes with them.
+"""int8 weights: symmetric, with a scale per output channel. Files hold them so, and the engine computes with them.
 
 A weight w of channel o is q * scale[o], q in -127 .. 127. A scale has 16 significant bits, so that these products are
 exact in float32 and quantizing them again gives the same q and scale.

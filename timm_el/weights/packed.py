@@ -300,7 +300,8 @@ def take_signs(
     for prefix, layer in full_real_layers(model).items():
         if prefix + INT8 in state_dict:
             state_dict[f'{prefix}weight'] = _take_int8(state_dict, prefix, layer, where)
-    stray = next((key for key in state_dict for name in (BITS, ALPHA, PAD, INT8, SCALE) if key.endswith(f'.{name}')), None)
+    names = tuple(f'.{name}' for name in (BITS, ALPHA, PAD, INT8, SCALE))
+    stray = next((key for key in state_dict if key.endswith(names)), None)
     if stray is not None:
         raise CheckpointError(
             f'{where}: {stray}: the model has no such weight there; this is a packed file of another model or recipe')
