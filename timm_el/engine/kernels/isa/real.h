@@ -185,6 +185,7 @@ INLINE void compute_epilogue(const el_tile *t, const steps s) {
     EPILOGUE(real_link_post, .sums = SUMS_FLOATS, .link = LINK_WHOLE, .has_post = 1)                          \
     EPILOGUE(int8_bare, .sums = SUMS_INT8, .has_k = 1)                                                        \
     EPILOGUE(int8_clip, .sums = SUMS_INT8, .has_k = 1, .act = EL_ACT_CLIP)                                    \
+    EPILOGUE(int8_link_post, .sums = SUMS_INT8, .has_k = 1, .link = LINK_WHOLE, .has_post = 1)                \
     EPILOGUE(int8_clip_affine, .sums = SUMS_INT8, .has_k = 1, .act = EL_ACT_CLIP, .has_affine = 1)
 
 #define AS_FUNCTION(name, ...) \
