@@ -3,6 +3,7 @@ import dataclasses
 import json
 import pathlib
 import statistics
+from functools import partial
 
 import numpy as np
 import pytest
@@ -46,9 +47,10 @@ def same(a, b):
 
 @pytest.mark.parametrize('changes', [
     dict(pad_crop=4, model_ema=True, model_ema_decay=0.9, telemetry_interval=3, warmup_epochs=1),
+    dict(images='memory', memory_size=40, scale=[0.35, 1.0], hflip=0.3, val_interval=1),
     dict(scale=[0.6, 1.0], opt='sgd', sched='multistep', decay_milestones=[1, 2], clip_latent=0.05,
          model_kwargs=dict(TINY['model_kwargs'], drop_path_rate=0.2)),
-], ids=['tensor', 'loader'])
+], ids=['pad_crop', 'memory', 'loader'])
 def test_a_resumed_run_equals_an_uninterrupted_one(folder, tmp_path, changes):
     config = FitConfig.from_dict({**TINY, **changes})
     whole = fit(config, str(tmp_path / 'whole'), str(folder), workers=0)
@@ -90,7 +92,7 @@ def test_a_run_learns_and_its_checkpoint_is_timms(folder, tmp_path):
         'el_resnet18', num_classes=3, checkpoint_path=str(tmp_path / 'last.pth.tar'), **TINY['model_kwargs'])
     task = create_task(config, torch.device('cpu'))
     task.trainable_module = net
-    images, labels = decode(str(folder), 'validation', 32, str(tmp_path))
+    images, labels = decode(str(folder), 'validation', 32, str(tmp_path), classes=3)
     val = TensorImages(images, labels, 8, config.mean, config.std)
     assert evaluate(task, val, torch.device('cpu'))['top1'] == pytest.approx(result['top1'])
 
@@ -128,9 +130,12 @@ def test_rows_of_a_seed_start_equal_and_see_the_same_images(folder, tmp_path):
         assert len(shared) > 10 and all(torch.equal(net.state_dict()[k], first[k]) for k in shared)
     other = create_network(FitConfig.from_dict({**TINY, 'model': 'el_resnet26', 'seed': 4}))
     assert not torch.equal(other.conv1.weight, nets[0].conv1.weight)
-    images, labels = decode(str(folder), 'train', 32, str(tmp_path))
+    images, labels = decode(str(folder), 'train', 32, str(tmp_path), classes=3)
     config = FitConfig.from_dict(TINY)
-    make = lambda seed: TensorImages(images, labels, 8, config.mean, config.std, seed, pad=4)  # noqa: E731
+
+    def make(seed):
+        return TensorImages(images, labels, 8, config.mean, config.std, seed, partial(crop_and_flip, pad=4))
+
     batches = list(make(0).epoch(1))
     torch.rand(5)
     assert all(torch.equal(a, b) for p, q in zip(batches, make(0).epoch(1)) for a, b in zip(p, q))
@@ -230,7 +235,7 @@ def test_the_tables_of_the_paper_are_whole():
 
 def test_crops_and_mirrors_are_those_of_the_padded_image():
     images = torch.arange(2 * 3 * 5 * 4, dtype=torch.uint8).reshape(2, 3, 5, 4).repeat(20, 1, 1, 1) + 1
-    out = crop_and_flip(images, 2, torch.Generator().manual_seed(0))
+    out = crop_and_flip(images, torch.Generator().manual_seed(0), 2)
     padded = torch.nn.functional.pad(images, [2] * 4)
     seen = set()
     for image, result in zip(padded, out):
@@ -253,17 +258,17 @@ def _views(image):
 
 
 def test_images_are_decoded_once_and_normalised(folder, tmp_path):
-    images, labels = decode(str(folder), 'validation', 32, str(tmp_path))
+    images, labels = decode(str(folder), 'validation', 32, str(tmp_path), classes=3)
     assert images.dtype == torch.uint8 and images.shape == (15, 3, 32, 32) and labels.tolist() == sorted(labels)
     file = next(tmp_path.glob('*.pt'))
-    torch.save((images, 2 - labels), file)
-    assert torch.equal(decode(str(folder), 'validation', 32, str(tmp_path))[1], 2 - labels)
+    torch.save((images, 2 - labels, []), file)
+    assert torch.equal(decode(str(folder), 'validation', 32, str(tmp_path), classes=3)[1], 2 - labels)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     x, y = next(TensorImages(images, labels, 15, mean, std).epoch(0))
     expected = (images.float() / 255 - torch.tensor(mean).reshape(3, 1, 1)) / torch.tensor(std).reshape(3, 1, 1)
     assert torch.allclose(x, expected, atol=1e-6) and torch.equal(y, labels)
-    assert decode(str(folder), 'validation', 16, str(tmp_path))[0].shape == (15, 3, 16, 16)
-    counts = [len(TensorImages(images, labels, 4, mean, std, pad=pad)) for pad in (None, 2)]
+    assert decode(str(folder), 'validation', 16, str(tmp_path), classes=3)[0].shape == (15, 3, 16, 16)
+    counts = [len(TensorImages(images, labels, 4, mean, std, augment=augment)) for augment in (None, crop_and_flip)]
     assert counts == [4, 3]  # training leaves the incomplete batch out
 
 

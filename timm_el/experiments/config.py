@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from ..fields import check_fields
+from .images import FILTERS
 
 RecipeField = str | dict[str, Any]
 
@@ -19,8 +20,11 @@ class FitConfig:
 
     Args:
         recipe: Name or dict of a recipe; None for the model as it is.
-        pad_crop: Decode the images once into a tensor, and augment by crops out of images padded by so many pixels and
-            by mirrors. None: timm's loader and transforms (`train_crop_mode`, `scale`, `hflip`, ...).
+        images: 'files': timm's loader and transforms read them in every epoch. 'memory': they are decoded once and kept
+            on the device, which cuts random boxes out of them (`scale`, `ratio`), scales and mirrors them (`hflip`).
+            None: 'memory' with `pad_crop`, else 'files'.
+        pad_crop: In memory: crops out of images padded by so many pixels, in place of boxes.
+        memory_size: In memory: pixels of the training images that are kept; None: those of `input_size`.
         teacher: Name of a timm model; with `teacher_recipe`, `teacher_kwargs`, and a `teacher_checkpoint`, without
             which its pretrained weights are used.
         kd_loss_type, attention_loss_weight, match_layers, attention_norm: As for `training.DistillationTask`.
@@ -28,7 +32,10 @@ class FitConfig:
         amp, amp_dtype: Train under autocast, in bfloat16, where gradients need no scaling; validation is in float32.
         torchcompile: Backend of `torch.compile` for training, as 'inductor'; validation runs the model as it is.
         clip_latent: Clip latent weights to +- this after each step, None not to.
-        telemetry_interval: Steps between two records of `training.Telemetry`, beside that at the end of each epoch.
+        share: Of the time of all stages, in a run with a budget of seconds; only its ratio to those of others matters.
+        val_interval: Epochs between two validations; log, telemetry and checkpoint are written with each, and after the
+            last epoch.
+        telemetry_interval: Steps between two records of `training.Telemetry`, beside that of each validation.
 
     Raises:
         ValueError: An unknown field, a value of the wrong type, or a count that is not positive.
@@ -46,9 +53,12 @@ class FitConfig:
     train_split: str = 'train'
     val_split: str = 'validation'
     batch_size: int = 64
+    images: str | None = None
     pad_crop: int | None = None
+    memory_size: int | None = None
     train_crop_mode: str | None = None
     scale: Sequence[float] = (0.08, 1.0)
+    ratio: Sequence[float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     color_jitter: float = 0.0
     crop_pct: float = 1.0
@@ -85,20 +95,26 @@ class FitConfig:
     attention_loss_weight: float = 0.0
     match_layers: Sequence[str] | None = None
     attention_norm: str = 'l2'
+    share: float = 1.0
     # records
+    val_interval: int = 1
     telemetry_interval: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, '; YAML takes 1e-3 for text, write 0.001 or 1.0e-3')
-        for name in ('epochs', 'batch_size', 'num_classes', 'pad_crop', 'telemetry_interval'):
+        for name in (
+                'epochs', 'batch_size', 'num_classes', 'pad_crop', 'memory_size', 'val_interval', 'telemetry_interval'):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f'{name}: found {value}, expected a positive integer')
+        if self.share <= 0:
+            raise ValueError(f'share: found {self.share}, expected a positive number')
         for name in ('teacher_recipe', 'teacher_kwargs', 'teacher_checkpoint'):
             if getattr(self, name) and (self.teacher is None or self.teacher_checkpoint is None):
                 raise ValueError(
                     f'{name}: found {getattr(self, name)!r}, expected teacher and teacher_checkpoint beside it; the '
                     f'name of a pretrained model in teacher stands alone')
+        self._check_images()
         if self.amp_dtype != 'bfloat16':
             raise ValueError(f"amp_dtype: found {self.amp_dtype!r}, expected 'bfloat16'; train.py has float16")
         if self.torchcompile is not None and self.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
@@ -107,6 +123,32 @@ class FitConfig:
                 f'{", ".join(torch.compiler.list_backends())}')
         if self.sched in ('plateau', 'none'):  # it depends on what was measured; there is none
             raise ValueError(f"sched: found {self.sched!r}, expected another of timm's schedulers, such as 'constant'")
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are decoded once."""
+        return self.images == 'memory' or self.pad_crop is not None
+
+    def _check_images(self) -> None:
+        if self.images not in (None, 'files', 'memory'):
+            raise ValueError(f"images: found {self.images!r}, expected 'files' or 'memory'")
+        if not self.in_memory and self.memory_size is not None:
+            raise ValueError(f"memory_size: found {self.memory_size}, expected images: memory beside it")
+        if self.images == 'files' and self.pad_crop is not None:
+            raise ValueError(f"pad_crop: found {self.pad_crop} with images: files, expected images: memory")
+        if self.pad_crop is not None and self.memory_size is not None:
+            raise ValueError(f'memory_size: found {self.memory_size} with pad_crop, which keeps the input_size')
+        if self.in_memory:
+            if self.input_size[1] != self.input_size[2]:
+                raise ValueError(
+                    f'input_size: found {list(self.input_size)} with images in memory, which are square; expected '
+                    f'equal height and width, or images: files')
+            for name, known in (
+                    ('color_jitter', (0,)), ('train_crop_mode', (None, 'rrc')), ('interpolation', tuple(FILTERS))):
+                if getattr(self, name) not in known:
+                    raise ValueError(
+                        f'{name}: found {getattr(self, name)!r} with images in memory, expected '
+                        f'{" or ".join(map(repr, known))}; images: files has others')
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> 'FitConfig':

@@ -1,11 +1,16 @@
 """Trainer of one network, stage by stage, that goes on where it stopped.
 
-A run folder holds args.yaml, timm's checkpoints (last, best), log.jsonl and telemetry.jsonl.
+A run folder holds args.yaml, timm's checkpoints (last, best), log.jsonl, telemetry.jsonl and, of a binarized network,
+packed.safetensors, which is written when training ends.
 """
 import argparse
+import dataclasses
+import itertools
 import math
 import os
+import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +26,11 @@ from ..models.factory import create
 from ..training.distillation import DistillationTask
 from ..training.latent import clip_latent_weights
 from ..training.telemetry import JsonLines, Telemetry
+from ..weights.packed import binary_weight_layers, save_packed
 from .config import FitConfig, plan_stages
-from .images import create_images, epoch_seed
+from .images import Batch, create_images, epoch_seed
+from .lease import FINISHED, UNFINISHED, Lease, LeaseEnded, epochs_within, hand_over
+from .runs import ARGS, LAST, PACKED
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
@@ -70,10 +78,15 @@ def create_task(config: FitConfig, device: torch.device) -> TrainingTask:
     return task
 
 
+def eval_model(task: TrainingTask) -> nn.Module:
+    """Return the network of a task in eval mode, with averaged weights where there are such."""
+    return unwrap_model(task.get_eval_model(ema=task.has_ema())).eval()
+
+
 @torch.inference_mode()
 def evaluate(task: TrainingTask, images, device: torch.device) -> dict[str, float]:
     """Return the validation loss, and top-1 and top-5 in percent, of the averaged weights where there are such."""
-    model = unwrap_model(task.get_eval_model(ema=task.has_ema())).eval()
+    model = eval_model(task)
     evaluator = task.create_evaluator()
     for x, y in images.epoch(0):
         evaluator.update(model(x.to(device)), y.to(device))
@@ -82,7 +95,7 @@ def evaluate(task: TrainingTask, images, device: torch.device) -> dict[str, floa
 
 def check_resumable(config: FitConfig, output: str) -> None:
     """Raise ValueError if there is a run in the folder `output` with other arguments."""
-    path = os.path.join(output, 'args.yaml')
+    path = os.path.join(output, ARGS)
     if not os.path.exists(path):
         return
     with open(path) as f:
@@ -96,7 +109,7 @@ def check_resumable(config: FitConfig, output: str) -> None:
 
 def fit(
         config: FitConfig, output: str, data_dir: str, cache: str | None = None, device: str = 'cpu', workers: int = 2,
-        stop_after: int | None = None) -> dict[str, float]:
+        stop_after: int | None = None, lease: Lease | None = None) -> dict[str, float]:
     """Train one run, or go on with it, and return its last record.
 
     Random numbers of an epoch depend on the seed and the epoch alone, and schedules on the step alone, so that model,
@@ -106,21 +119,74 @@ def fit(
         config: Settings of the run.
         output: The run's folder.
         data_dir: An ImageFolder with the folders `train_split` and `val_split`.
-        cache: Folder for decoded images (`pad_crop`); `output` if None.
+        cache: Folder for decoded images (`images: memory`); `output` if None.
         device: As for torch.
-        workers: Processes of timm's loader.
+        workers: Processes that read images.
         stop_after: Stop as if interrupted, before the epoch of this index.
+        lease: Time for it; None: as much as it takes.
 
     Returns:
         The last line of log.jsonl: epoch, train_loss, loss, top1, top5, lr, and seconds, those of all epochs.
 
     Raises:
         ValueError: The folder holds a run with other arguments, or the config makes no sense.
+        LeaseEnded: The time is over. packed.safetensors is that of the last step, last.pth.tar that of the last
+            validation, from where the run can go on.
     """
     run = _Run(config, output, data_dir, cache or output, torch.device(device), workers)
-    for epoch in range(run.start, run.epochs if stop_after is None else min(stop_after, run.epochs)):
-        run.train_epoch(epoch)
+    try:
+        for epoch in range(run.start, run.epochs if stop_after is None else min(stop_after, run.epochs)):
+            run.train_epoch(epoch, lease or Lease())
+    except LeaseEnded:
+        run.save_weights()
+        raise
+    run.save_weights()
     return JsonLines.read(run.log.path)[-1]
+
+
+def epochs_in_time(
+        config: FitConfig, seconds: float, output: str, data_dir: str, cache: str | None = None, device: str = 'cpu',
+        workers: int = 2) -> int:
+    """Return the number of epochs that a run gets done in some seconds, at most `config.epochs`.
+
+    The pace is that of some steps of a run that is thrown away. A run that has begun keeps its number.
+
+    Args:
+        config, output, data_dir, cache, device, workers: As for `fit`.
+        seconds: Time for the run; that of measuring is subtracted.
+    """
+    path = os.path.join(output, ARGS)
+    if os.path.exists(path):
+        with open(path) as f:
+            return yaml.safe_load(f)['epochs']
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        run = _Run(config, folder, data_dir, cache or output, torch.device(device), workers)
+        of_training, of_validation = run.pace()
+    left = seconds - (time.monotonic() - began)
+    epochs = epochs_within(left, config.epochs, of_training, of_validation, config.val_interval)
+    print(f'{output}: {len(run.images) * config.batch_size / of_training:.0f} images/s, {of_validation:.1f} s for a '
+          f'validation, {left:.0f} s left: {epochs} epochs', flush=True)
+    return epochs
+
+
+def _mean_seconds(images, work: Callable[[Batch], Any], device: torch.device) -> float:
+    """Return the seconds that `work` takes for a batch of images: the mean of those in 3 s, after two others."""
+    began, count = 0.0, -2
+    for batch in itertools.chain.from_iterable(images.epoch(i) for i in itertools.count()):
+        if count == 0:
+            began = _now(device)
+        work(batch)
+        count += 1
+        if count > 0 and _now(device) - began > 3:
+            return (_now(device) - began) / count
+
+
+def _now(device: torch.device) -> float:
+    """Return seconds at a time when the device has done all that it was told to do."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.monotonic()
 
 
 class _Run:
@@ -131,13 +197,18 @@ class _Run:
     ) -> None:
         check_resumable(config, output)
         self.config, self.output, self.device = config, output, device
+        if device.type == 'cuda':
+            torch.backends.cudnn.benchmark = True  # as train.py does
         self.task = create_task(config, device)
         self.model = unwrap_model(self.task.get_trainable_module())
         os.makedirs(output, exist_ok=True)
-        with open(os.path.join(output, 'args.yaml'), 'w') as f:
+        with open(os.path.join(output, ARGS), 'w') as f:
             yaml.safe_dump(config.to_dict(), f, sort_keys=False)
         self.images, self.validation = (
-            create_images(config, data_dir, cache, workers, training) for training in (True, False))
+            create_images(config, data_dir, cache, workers, training, device) for training in (True, False))
+        if not len(self.images):
+            raise ValueError(
+                f'batch_size: found {config.batch_size}, more than there are images in {config.train_split}')
         self.optimizer = create_optimizer_v2(
             self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **config.opt_kwargs)
         if config.model_ema:
@@ -155,10 +226,11 @@ class _Run:
         self.scheduler.step(self.start)
         self.log = JsonLines(os.path.join(output, 'log.jsonl'), self.start)
         self.telemetry = Telemetry(self.model, os.path.join(output, 'telemetry.jsonl'), self.start)
+        self.began, self.before = time.monotonic(), sum(line['seconds'] for line in JsonLines.read(self.log.path)[-1:])
 
     def _resume(self) -> int:
         """Load the last checkpoint, if there is one, and return the epoch to begin with."""
-        last = os.path.join(self.output, 'last.pth.tar')
+        last = os.path.join(self.output, LAST)
         if not os.path.exists(last):
             return 0
         start = resume_task_checkpoint(self.task, last, self.optimizer, log_info=False)
@@ -167,31 +239,60 @@ class _Run:
             load_task_ema_checkpoint(self.task, last)
         return start
 
-    def train_epoch(self, epoch: int) -> None:
-        """Train one epoch, validate, and write the log, the telemetry and a checkpoint."""
+    def save_weights(self) -> None:
+        """Write packed.safetensors, with float16 for what is not binary; nothing of a float network."""
+        model = eval_model(self.task)
+        if binary_weight_layers(model):
+            save_packed(model, os.path.join(self.output, PACKED), torch.float16)
+
+    def pace(self) -> tuple[float, float]:
+        """Take some steps, and return the seconds of an epoch's training, and of a validation with what it writes."""
+        self.task.train()
+        of_step = _mean_seconds(self.images, lambda batch: self._step(*self._placed(batch), 1), self.device)
+        model = eval_model(self.task)
+        with torch.inference_mode():
+            of_batch = _mean_seconds(self.validation, lambda batch: model(self._placed(batch)[0]), self.device)
+        began = _now(self.device)
+        self.saver.save_checkpoint(0, 0.0)
+        return of_step * len(self.images), of_batch * len(self.validation) + _now(self.device) - began
+
+    def _placed(self, batch: Batch) -> Batch:
+        return batch[0].to(self.device, memory_format=torch.channels_last), batch[1].to(self.device)
+
+    def train_epoch(self, epoch: int, lease: Lease) -> None:
+        """Train one epoch; where it ends with a validation, write log, telemetry and a checkpoint.
+
+        Raises:
+            LeaseEnded: The lease ended in its middle; what its steps made of the weights stays.
+        """
         config, steps = self.config, len(self.images)
-        began, total, update = time.perf_counter(), 0.0, epoch * steps
+        update, total = epoch * steps, torch.zeros((), dtype=torch.float64, device=self.device)
         random_seed(epoch_seed(config.seed, epoch))
         self.task.train()
-        for x, y in self.images.epoch(epoch):
-            x, y = x.to(self.device, memory_format=torch.channels_last), y.to(self.device)
+        for batch in self.images.epoch(epoch):
+            lease.check()
+            x, y = self._placed(batch)
             update += 1
             total += self._step(x, y, update)
             if config.telemetry_interval and update % config.telemetry_interval == 0:
                 self.telemetry.record(epoch, update, x)
         lr = self.optimizer.param_groups[0]['lr']
         self.scheduler.step(epoch + 1)
-        self.telemetry.record(epoch, update, x)
+        if (epoch + 1) % config.val_interval == 0 or epoch + 1 == self.epochs:
+            self.telemetry.record(epoch, update, x)
+            self._validate(epoch, train_loss=_rounded(total.item() / steps), lr=lr)
+
+    def _validate(self, epoch: int, **trained: float | None) -> None:
+        """Write a line of the log and a checkpoint; `trained` is what the line says of the training."""
         metrics = evaluate(self.task, self.validation, self.device)
-        before = sum(line['seconds'] for line in JsonLines.read(self.log.path)[-1:])
         row = dict(
-            epoch=epoch, train_loss=_rounded(total / steps), loss=_rounded(metrics['loss']), top1=metrics['top1'],
-            top5=metrics['top5'], lr=lr, seconds=round(before + time.perf_counter() - began, 1))
+            epoch=epoch, train_loss=trained['train_loss'], loss=_rounded(metrics['loss']), top1=metrics['top1'],
+            top5=metrics['top5'], lr=trained['lr'], seconds=round(self.before + time.monotonic() - self.began, 1))
         self.log.write(row)
         print(f'{self.output}: {row}', flush=True)
         self.saver.save_checkpoint(epoch, metrics['top1'])
 
-    def _step(self, x: torch.Tensor, y: torch.Tensor, update: int) -> float:
+    def _step(self, x: torch.Tensor, y: torch.Tensor, update: int) -> torch.Tensor:
         """Take optimizer step number `update` on images (N, C, H, W) and labels (N,), and return the loss."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
             loss = self.task(x, y)['loss']
@@ -202,7 +303,7 @@ class _Run:
             clip_latent_weights(self.model, self.config.clip_latent)
         self.task.update_ema(step=update)
         self.scheduler.step_update(update)
-        return loss.item()
+        return loss.detach()
 
 
 def _rounded(value: float) -> float | None:
@@ -213,9 +314,37 @@ def _rounded(value: float) -> float | None:
 # Stages
 
 
-def fit_stages(data: dict[str, Any], output: str, data_dir: str, **places: Any) -> dict[str, float]:
-    """Run or resume all stages, passing over those that are finished, and return the result of the last one."""
+def fit_stages(
+        data: dict[str, Any], output: str, data_dir: str, lease: Lease | None = None, hand_over_to: str | None = None,
+        **places: Any) -> dict[str, float]:
+    """Run or resume all stages, passing over those that are finished, and return the result of the last one.
+
+    Args:
+        data: Fields of the YAML.
+        output: Folder of a folder for each stage.
+        data_dir, places: As for `fit`.
+        lease: Time for all of them together. Each stage has as many epochs, at most its own number, as there is time
+            for in its `share` of what is left. None: as much time as it takes.
+        hand_over_to: Folder for what each stage made, written when it is done, as `hand_over` says.
+
+    Raises:
+        ValueError: As for `fit`.
+        LeaseEnded: The time was over before all stages were finished; what was made of that one is handed over.
+    """
     result: dict[str, float] = {}
-    for folder, config in plan_stages(data, output):
-        result = fit(config, folder, data_dir, **places)
+    stages = plan_stages(data, output)
+    for i, (folder, config) in enumerate(stages):
+        state = UNFINISHED
+        try:
+            if lease is not None:
+                lease.check()
+                torch.compiler.reset()  # graphs of the stages before
+                share = lease.left() * config.share / sum(other.share for _, other in stages[i:])
+                epochs = epochs_in_time(config, share, folder, data_dir, **places)
+                config = dataclasses.replace(config, epochs=epochs)
+            result = fit(config, folder, data_dir, lease=lease, **places)
+            state = FINISHED
+        finally:
+            if hand_over_to is not None and os.path.exists(os.path.join(folder, ARGS)):
+                hand_over(folder, hand_over_to, state)
     return result

@@ -2,16 +2,26 @@
 
 Both give the same batches for the same seed and epoch, so that a run can be resumed: the tensor by itself, the loader
 if all random numbers are seeded anew with `epoch_seed` before each epoch.
+
+`images: memory` keeps what `decode` gives on the device of the run, where every batch is cut, scaled, mirrored and
+normalised: by `crop_and_flip` with `pad_crop`, else by `resized_crops`, which is timm's RandomResizedCrop.
 """
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-import numpy as np
 import torch
-from timm.data import create_dataset, create_loader
+from PIL import Image
+from timm.data import create_dataset, create_loader, create_transform
+from timm.data.readers import add_img_extensions, get_img_extensions
+from torch.utils.data import Dataset
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 SEED_STEP = 10_000  # epochs between the seeds of two runs
+ATTEMPTS = 10  # of RandomResizedCrop to find a box that lies in the image
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
@@ -19,72 +29,239 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return seed * SEED_STEP + epoch
 
 
-def decode(data_dir: str, split: str, size: int, cache: str) -> Batch:
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+def open_folder(data_dir: str, split: str, classes: int) -> Dataset:
+    """Return timm's dataset of one split of an ImageFolder, WebP files included.
+
+    Raises:
+        ValueError: It has no folder of that name, or not so many classes.
+    """
+    if not os.path.isdir(data_dir):
+        raise ValueError(f'data-dir: found no folder {data_dir!r}, expected one with {split}/ and a folder per class')
+    if '.webp' not in get_img_extensions():
+        add_img_extensions('.webp')
+    data = create_dataset('', data_dir, split)
+    found = len(data.reader.class_to_idx)
+    if found != classes:
+        raise ValueError(
+            f'data-dir: found {found} classes in {split} of {data_dir!r}, expected the {classes} of num_classes')
+    return data
+
+
+def _pixels(data: Dataset, index: int, transform: Callable) -> tuple[torch.Tensor | None, int]:
+    """Return an image of timm's dataset as `transform` makes it, None if it cannot be read, and its label."""
+    file, label = data.reader[index]
+    with file:
+        try:
+            image = Image.open(file).convert('RGB')
+        except (OSError, SyntaxError):  # Pillow's for what is no image, or half of one
+            return None, label
+    return transform(image), label
+
+
+def decode(
+        data_dir: str, split: str, size: int, cache: str, *, classes: int, crop_pct: float = 1.0,
+        interpolation: str = 'bilinear', workers: int = 0) -> Batch:
     """Return all images of a split of an ImageFolder as uint8 (N, 3, size, size), and their labels (N,).
 
-    They are decoded once and kept in the folder `cache`; delete the file there if the images change.
+    They are prepared as timm prepares images to evaluate: the shorter side is scaled, and a square out of the middle
+    is kept. They are decoded once and kept in the folder `cache`; delete the file there if the images change.
+
+    Args:
+        data_dir, split: The folder, and the name of the folder in it.
+        size: Pixels.
+        cache: Where the decoded images are kept.
+        classes: Number of folders that there must be.
+        crop_pct, interpolation: As for timm's transforms.
+        workers: Threads that decode.
+
+    Raises:
+        ValueError: The folder has other classes, or no image can be read.
+
+    Warns:
+        UserWarning: Some images cannot be read, and are left out.
     """
-    path = os.path.join(cache, f'{os.path.basename(os.path.abspath(data_dir))}_{split}_{size}.pt')
+    folder = os.path.basename(os.path.abspath(data_dir))
+    path = os.path.join(cache, f'{folder}_{split}_{size}_{interpolation}_{crop_pct:g}.pt')
     if not os.path.exists(path):
-        images, labels = [], []
-        for image, label in create_dataset('', data_dir, split):
-            if image.size != (size, size):
-                image = image.resize((size, size), resample=2)  # bilinear
-            images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-            labels.append(label)
+        data = open_folder(data_dir, split, classes)
+        transform = create_transform(
+            (3, size, size), crop_pct=crop_pct, interpolation=interpolation, normalize=False)
+        images, labels = torch.empty(len(data), 3, size, size, dtype=torch.uint8), torch.empty(len(data)).long()
+        kept, damaged = 0, []
+        with ThreadPoolExecutor(workers or 1) as pool:  # Pillow decodes outside of the interpreter's lock
+            for i, (image, label) in enumerate(pool.map(partial(_pixels, data, transform=transform), range(len(data)))):
+                if image is None:
+                    damaged.append(data.filename(i))
+                else:
+                    images[kept], labels[kept] = image, label
+                    kept += 1
+        if not kept:
+            raise ValueError(f'data-dir: found no image that can be read in {split} of {data_dir!r}, as {damaged[0]}')
+        if damaged:
+            images, labels = images[:kept].clone(), labels[:kept].clone()  # the whole storage is saved
         os.makedirs(cache, exist_ok=True)
-        torch.save((torch.stack(images), torch.tensor(labels)), path + '.part')
+        torch.save((images, labels, damaged), path + '.part')
         os.replace(path + '.part', path)  # an interrupted run leaves no half file
-    return torch.load(path, weights_only=True)
+    images, labels, damaged = torch.load(path, weights_only=True)
+    if damaged:
+        warnings.warn(
+            f'data-dir: left out {len(damaged)} of {len(labels) + len(damaged)} images of {split}, which cannot be '
+            f'read: {", ".join(damaged[:5])}{", ..." if len(damaged) > 5 else ""}', stacklevel=2)
+    return images, labels
 
 
-def crop_and_flip(images: torch.Tensor, pad: int, generator: torch.Generator) -> torch.Tensor:
-    """Pad each image by `pad` black pixels, cut it to its old size at a random place, and mirror half of the images.
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation, on the device of the images
 
-    Shapes: (N, C, H, W) -> (N, C, H, W).
+def crop_and_flip(images: torch.Tensor, generator: torch.Generator, pad: int, hflip: float = 0.5) -> torch.Tensor:
+    """Pad each image by `pad` black pixels, cut it to its old size at a random place, and mirror some of the images.
+
+    Shapes: (N, C, H, W) -> (N, C, H, W). `hflip` is the share of images that are mirrored.
     """
     n, _, height, width = images.shape
     top, left = torch.randint(2 * pad + 1, (2, n), generator=generator)
-    mirrored = torch.rand(n, generator=generator) < 0.5
+    mirrored = torch.rand(n, generator=generator) < hflip
     rows = top[:, None] + torch.arange(height)
     columns = left[:, None] + torch.arange(width)
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    each, rows, columns = (t.to(images.device) for t in (torch.arange(n), rows, columns))
     padded = torch.nn.functional.pad(images, [pad] * 4)
-    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[each[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
+
+def draw_boxes(
+        n: int, height: int, width: int, scale: Sequence[float], ratio: Sequence[float], generator: torch.Generator,
+) -> torch.Tensor:
+    """Return n boxes as RandomResizedCrop draws them, int64 (4, n): top, left, height, width.
+
+    Of ten areas, uniform between the bounds of `scale` (shares of the image), and ratios of width to height, uniform in
+    their logarithm between those of `ratio`, the first box that lies in the image is taken; else the largest one in
+    its middle whose ratio lies between the bounds.
+    """
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    areas = height * width * uniform(*scale, n, ATTEMPTS)
+    ratios = uniform(*torch.tensor(ratio, dtype=torch.float64).log().tolist(), n, ATTEMPTS).exp()
+    widths, heights = (areas * ratios).sqrt().round().long(), (areas / ratios).sqrt().round().long()
+    fits = (widths <= width) & (heights <= height)
+    first = fits.int().argmax(1, keepdim=True)
+    w, h = widths.gather(1, first)[:, 0], heights.gather(1, first)[:, 0]
+    top, left = (torch.floor(uniform(0, 1, n) * (side - taken + 1)).long() for side, taken in ((height, h), (width, w)))
+    none, (low, high) = ~fits.any(1), ratio
+    w_most, h_most = min(width, round(height * high)), min(height, round(width / low))
+    middle = torch.tensor([(height - h_most) // 2, (width - w_most) // 2, h_most, w_most])
+    return torch.where(none, middle[:, None], torch.stack([top, left, h, w]))
+
+
+def _triangle(x: torch.Tensor) -> torch.Tensor:
+    return (1 - x.abs()).clamp(min=0)
+
+
+def _cubic(x: torch.Tensor) -> torch.Tensor:
+    x = x.abs()  # Keys' kernel with a = -1/2, as Pillow has it
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0))
+
+
+FILTERS = {'bilinear': _triangle, 'bicubic': _cubic}
+
+
+def resampling(start: torch.Tensor, length: torch.Tensor, of: int, to: int, interpolation: str) -> torch.Tensor:
+    """Return matrices that cut pieces out of lines of pixels and scale them, with antialiasing, as Pillow does.
+
+    Args:
+        start, length: First pixel and number of pixels of each piece, (N,).
+        of: Pixels of a line.
+        to: Pixels of a scaled piece.
+        interpolation: One of `FILTERS`.
+
+    Returns:
+        Float tensor (N, to, of), whose rows sum to 1.
+    """
+    start, length = start[:, None, None], length[:, None, None]
+    pixels = torch.arange(of, device=start.device) + 0.5  # centres
+    step = length / to
+    centres = start + (torch.arange(to, device=start.device)[:, None] + 0.5) * step
+    weights = FILTERS[interpolation]((pixels - centres) / step.clamp(min=1))
+    weights = weights * ((pixels > start) & (pixels < start + length))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def cut_and_scale(
+        images: torch.Tensor, boxes: torch.Tensor, mirrored: torch.Tensor, size: Sequence[int], interpolation: str,
+) -> torch.Tensor:
+    """Cut a box out of each image, scale it, and mirror it where asked for.
+
+    Args:
+        images: (N, C, H, W), of any dtype.
+        boxes: (4, N): top, left, height, width.
+        mirrored: bool (N,).
+        size: Height and width of the result.
+        interpolation: One of `FILTERS`.
+
+    Returns:
+        Float tensor (N, C, *size). Bicubic values may lie beyond those of the image, and are cut to [0, 255].
+    """
+    (top, left, h, w), (height, width) = boxes, images.shape[2:]
+    rows = resampling(top, h, height, size[0], interpolation)
+    columns = resampling(left, w, width, size[1], interpolation)
+    columns = torch.where(mirrored[:, None, None], columns.flip(1), columns)
+    return (rows[:, None] @ images.float() @ columns[:, None].mT).clamp(0, 255)
+
+
+def resized_crops(
+        images: torch.Tensor, generator: torch.Generator, size: Sequence[int], scale: Sequence[float],
+        ratio: Sequence[float], hflip: float, interpolation: str) -> torch.Tensor:
+    """Scale a random box of each image to `size`, and mirror some of the images.
+
+    Shapes: (N, C, H, W) -> float (N, C, *size). The others as for `draw_boxes`, `crop_and_flip` and `cut_and_scale`.
+    """
+    n, _, height, width = images.shape
+    boxes = draw_boxes(n, height, width, scale, ratio, generator)
+    mirrored = torch.rand(n, generator=generator) < hflip
+    return cut_and_scale(images, boxes.to(images.device), mirrored.to(images.device), size, interpolation)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
 
 class TensorImages:
-    """Batches out of `decode`'s tensors.
+    """Batches out of `decode`'s tensors, on the device of these.
 
     Args:
         images, labels: uint8 (N, 3, H, W) and (N,).
         batch_size: Images a batch. In training the last, incomplete one is left out.
         mean, std: Per channel, for images in [0, 1].
         seed: Of the run; order, crops and mirrors depend on it and on the epoch alone.
-        pad: For `crop_and_flip`; None for evaluation: every image once, in order.
+        augment: Function of images (N, 3, H, W) and a generator of the CPU; None for evaluation: every image once, in
+            order.
     """
 
     def __init__(
             self, images: torch.Tensor, labels: torch.Tensor, batch_size: int, mean: Sequence[float],
-            std: Sequence[float], seed: int = 0, pad: int = None) -> None:
-        self.images, self.labels, self.batch_size, self.seed, self.pad = images, labels, batch_size, seed, pad
-        self.scale = (1 / (255 * torch.tensor(std))).reshape(-1, 1, 1)
-        self.offset = (torch.tensor(mean) / torch.tensor(std)).reshape(-1, 1, 1)
+            std: Sequence[float], seed: int = 0, augment: Augment | None = None) -> None:
+        self.images, self.labels, self.batch_size, self.seed, self.augment = images, labels, batch_size, seed, augment
+        self.scale = (1 / (255 * torch.tensor(std))).reshape(-1, 1, 1).to(images.device)
+        self.offset = (torch.tensor(mean) / torch.tensor(std)).reshape(-1, 1, 1).to(images.device)
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.labels), self.batch_size)
-        return whole + (rest > 0 and self.pad is None)
+        return whole + (rest > 0 and self.augment is None)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yield the batches of an epoch: normalised images (N, 3, H, W) and labels (N,)."""
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, epoch))
         order = torch.arange(len(self.labels))
-        if self.pad is not None:
+        if self.augment is not None:
             order = torch.randperm(len(self.labels), generator=generator)
-        for chosen in order.split(self.batch_size)[:len(self)]:
+        for chosen in order.to(self.images.device).split(self.batch_size)[:len(self)]:
             images = self.images[chosen]
-            if self.pad is not None:
-                images = crop_and_flip(images, self.pad, generator)
+            if self.augment is not None:
+                images = self.augment(images, generator)
             yield images * self.scale - self.offset, self.labels[chosen]
 
 
@@ -102,17 +279,30 @@ class LoaderImages:
         return iter(self.loader)
 
 
-def create_images(config, data_dir: str, cache: str, workers: int, training: bool):
+def _augment(config) -> Augment:
+    if config.pad_crop is not None:
+        return partial(crop_and_flip, pad=config.pad_crop, hflip=config.hflip)
+    return partial(
+        resized_crops, size=config.input_size[1:], scale=config.scale, ratio=config.ratio, hflip=config.hflip,
+        interpolation=config.interpolation)
+
+
+def create_images(config, data_dir: str, cache: str, workers: int, training: bool, device: torch.device):
     """Return the images of one split, as a `FitConfig` says."""
     split = config.train_split if training else config.val_split
     common = dict(batch_size=config.batch_size, mean=config.mean, std=config.std)
-    if config.pad_crop is not None:
-        images, labels = decode(data_dir, split, config.input_size[-1], cache)
-        return TensorImages(images, labels, seed=config.seed, pad=config.pad_crop if training else None, **common)
+    if config.in_memory:
+        size = config.memory_size if training and config.memory_size else config.input_size[-1]
+        images, labels = decode(
+            data_dir, split, size, cache, classes=config.num_classes, crop_pct=1.0 if training else config.crop_pct,
+            interpolation=config.interpolation, workers=workers)
+        return TensorImages(
+            images.to(device), labels.to(device), seed=config.seed, augment=_augment(config) if training else None,
+            **common)
     # Without a prefetcher and with new workers each epoch, no state of theirs outlives it.
     loader = create_loader(
-        create_dataset('', data_dir, split, is_training=training), tuple(config.input_size), is_training=training,
-        train_crop_mode=config.train_crop_mode, scale=config.scale, hflip=config.hflip,
+        open_folder(data_dir, split, config.num_classes), tuple(config.input_size), is_training=training,
+        train_crop_mode=config.train_crop_mode, scale=config.scale, ratio=config.ratio, hflip=config.hflip,
         color_jitter=config.color_jitter, crop_pct=config.crop_pct, interpolation=config.interpolation,
         num_workers=workers, use_prefetcher=False, persistent_workers=False, **common)
     return LoaderImages(loader)

@@ -12,7 +12,7 @@ from timm.models import load_checkpoint
 from ..models.factory import create
 from ..training.telemetry import JsonLines
 
-ARGS, LAST = 'args.yaml', 'last.pth.tar'
+ARGS, LAST, PACKED = 'args.yaml', 'last.pth.tar', 'packed.safetensors'
 COLUMNS = ('epoch', 'train_loss', 'eval_loss', 'eval_top1')
 # What the columns are called in each log.
 LOGS = {'summary.csv': COLUMNS, 'log.jsonl': ('epoch', 'train_loss', 'loss', 'top1')}
@@ -31,13 +31,16 @@ def read_args(folder: str | Path) -> dict[str, Any]:
 def load_run(folder: str | Path) -> nn.Module:
     """Return the model of a run with the weights of its last epoch; its config says how the run prepared its images.
 
+    They are those of last.pth.tar or, where a run was handed over without it, of packed.safetensors.
+
     The best epoch would not be fair: it was chosen on the validation images, among the epochs since the last resume.
 
     Raises:
         ValueError: There are no weights yet.
     """
-    args, file = read_args(folder), Path(folder) / LAST
-    if not file.is_file():
+    args = read_args(folder)
+    file = next((path for path in (Path(folder) / name for name in (LAST, PACKED)) if path.is_file()), None)
+    if file is None:
         raise ValueError(f'{folder}: found no {LAST}, expected a run of at least one epoch')
     classes = {} if args['num_classes'] is None else {'num_classes': args['num_classes']}
     model = create(args['model'], **classes, **{'recipe': args.get('recipe'), **args['model_kwargs']})
