@@ -114,6 +114,15 @@ def test_training_report(capsys):
     assert (r['host'], r['batch'], r['size'], r['mode'], r['amp']) == ('resnet18', 2, 32, 'eager', True)
     assert r['time_ratio_min'] <= r['time_ratio'] <= r['time_ratio_max']
     assert r['memory_ratio'] == pytest.approx(r['model_saved_mb'] / r['host_saved_mb'])
+    assert r['host_first_ms'] > 0 and r['model_first_ms'] > 0
+
+
+def test_a_step_of_a_net_of_ten_classes_is_measured(capsys):
+    assert main(['bench', 'train', 'el_resnet20', '--host', 'test_resnet', '--batch', '8', '--size', '32',
+                 '--pairs', '1', '--warmup', '0']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ['step,', 'ms', 'first', 'step,', 'ms', 'saved', 'for', 'backward,', 'MB']
+    assert lines[2].startswith('test_resnet ') and lines[3].startswith('el_resnet20 ')
 
 
 def test_everybody_runs_in_every_round():

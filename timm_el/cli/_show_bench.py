@@ -9,9 +9,10 @@ def show_training(r: dict[str, Any]) -> Iterator[str]:
     """Yield lines for a result of `measure_training`."""
     yield (f'{r["device"]}, {r["threads"]} threads, torch {r["torch"]}, {r["mode"]}{", amp" if r["amp"] else ""}, '
            f'batch {r["batch"]}, {r["size"]} px, {r["opt"]}, median of {r["pairs"]} pairs')
-    rows = [(r[name], f'{r[f"{name}_ms"]:.1f}', f'{r[f"{name}_saved_mb"]:.1f}') for name in ('host', 'model')]
-    rows.append(('ratio', f'{r["time_ratio"]:.3f}', f'{r["memory_ratio"]:.3f}'))
-    yield table(('', 'step, ms', 'saved for backward, MB'), rows, '<>')
+    rows = [(r[name], *(f'{r[f"{name}_{what}"]:.1f}' for what in ('ms', 'first_ms', 'saved_mb')))
+            for name in ('host', 'model')]
+    rows.append(('ratio', f'{r["time_ratio"]:.3f}', '', f'{r["memory_ratio"]:.3f}'))
+    yield table(('', 'step, ms', 'first step, ms', 'saved for backward, MB'), rows, '<>')
     yield f'time ratio {r["time_ratio_min"]:.3f} to {r["time_ratio_max"]:.3f}'
 
 
