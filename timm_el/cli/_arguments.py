@@ -43,4 +43,5 @@ def add_places(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 def add_changes(parser: argparse.ArgumentParser) -> None:
     """Add the argument that changes fields of the config."""
-    parser.add_argument('--set', nargs='+', default=[], metavar='FIELD=VALUE', help='fields to change, as YAML')
+    parser.add_argument(
+        '--set', nargs='+', action='extend', default=[], metavar='FIELD=VALUE', help='fields to change, as YAML')

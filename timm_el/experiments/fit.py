@@ -32,6 +32,8 @@ from .images import Batch, create_images, epoch_seed
 from .lease import FINISHED, UNFINISHED, Lease, LeaseEnded, epochs_within, hand_over
 from .runs import ARGS, LAST, PACKED
 
+PACE_SECONDS = 3  # of steps, by which a pace is measured
+
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
 
@@ -145,41 +147,33 @@ def fit(
 
 
 def epochs_in_time(
-        config: FitConfig, seconds: float, output: str, data_dir: str, cache: str | None = None, device: str = 'cpu',
-        workers: int = 2) -> int:
-    """Return the number of epochs that a run gets done in some seconds, at most `config.epochs`.
+        config: FitConfig, share: float, lease: Lease, output: str, data_dir: str, cache: str | None = None,
+        device: str = 'cpu', workers: int = 2) -> int:
+    """Return the number of epochs that a run gets done in its share of a lease, at most `config.epochs`.
 
     The pace is that of some steps of a run that is thrown away. A run that has begun keeps its number.
 
     Args:
         config, output, data_dir, cache, device, workers: As for `fit`.
-        seconds: Time for the run; that of measuring is subtracted.
+        share: Of the time that the lease has left, measuring included.
+        lease: The lease.
+
+    Raises:
+        LeaseEnded: It ended before the pace was known.
     """
     path = os.path.join(output, ARGS)
     if os.path.exists(path):
         with open(path) as f:
             return yaml.safe_load(f)['epochs']
-    began = time.monotonic()
+    at_end = (1 - share) * lease.left()
     with tempfile.TemporaryDirectory() as folder:
         run = _Run(config, folder, data_dir, cache or output, torch.device(device), workers)
-        of_training, of_validation = run.pace()
-    left = seconds - (time.monotonic() - began)
+        of_training, of_validation = run.pace(lease)
+    left = lease.left() - at_end
     epochs = epochs_within(left, config.epochs, of_training, of_validation, config.val_interval)
     print(f'{output}: {len(run.images) * config.batch_size / of_training:.0f} images/s, {of_validation:.1f} s for a '
-          f'validation, {left:.0f} s left: {epochs} epochs', flush=True)
+          f'validation, {left:.0f} s for {epochs} of {config.epochs} epochs', flush=True)
     return epochs
-
-
-def _mean_seconds(images, work: Callable[[Batch], Any], device: torch.device) -> float:
-    """Return the seconds that `work` takes for a batch of images: the mean of those in 3 s, after two others."""
-    began, count = 0.0, -2
-    for batch in itertools.chain.from_iterable(images.epoch(i) for i in itertools.count()):
-        if count == 0:
-            began = _now(device)
-        work(batch)
-        count += 1
-        if count > 0 and _now(device) - began > 3:
-            return (_now(device) - began) / count
 
 
 def _now(device: torch.device) -> float:
@@ -245,13 +239,24 @@ class _Run:
         if binary_weight_layers(model):
             save_packed(model, os.path.join(self.output, PACKED), torch.float16)
 
-    def pace(self) -> tuple[float, float]:
+    def pace(self, lease: Lease) -> tuple[float, float]:
         """Take some steps, and return the seconds of an epoch's training, and of a validation with what it writes."""
+        def mean_seconds(images, work: Callable[[torch.Tensor, torch.Tensor], Any]) -> float:
+            began, count = 0.0, -2  # two that do not count
+            for batch in itertools.chain.from_iterable(images.epoch(i) for i in itertools.count()):
+                lease.check()
+                if count == 0:
+                    began = _now(self.device)
+                work(*self._placed(batch))
+                count += 1
+                if count > 0 and _now(self.device) - began > PACE_SECONDS:
+                    return (_now(self.device) - began) / count
+
         self.task.train()
-        of_step = _mean_seconds(self.images, lambda batch: self._step(*self._placed(batch), 1), self.device)
+        of_step = mean_seconds(self.images, lambda x, y: self._step(x, y, 1))
         model = eval_model(self.task)
         with torch.inference_mode():
-            of_batch = _mean_seconds(self.validation, lambda batch: model(self._placed(batch)[0]), self.device)
+            of_batch = mean_seconds(self.validation, lambda x, y: model(x))
         began = _now(self.device)
         self.saver.save_checkpoint(0, 0.0)
         return of_step * len(self.images), of_batch * len(self.validation) + _now(self.device) - began
@@ -339,8 +344,8 @@ def fit_stages(
             if lease is not None:
                 lease.check()
                 torch.compiler.reset()  # graphs of the stages before
-                share = lease.left() * config.share / sum(other.share for _, other in stages[i:])
-                epochs = epochs_in_time(config, share, folder, data_dir, **places)
+                share = config.share / sum(other.share for _, other in stages[i:])
+                epochs = epochs_in_time(config, share, lease, folder, data_dir, **places)
                 config = dataclasses.replace(config, epochs=epochs)
             result = fit(config, folder, data_dir, lease=lease, **places)
             state = FINISHED

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# All Imagenette networks in one lease of a machine, whose end may come at any time:
+#
+#   train_cfgs/lease.sh IMAGES OUTPUT SECONDS [options of `timm-el fit`]
+#
+# IMAGES is a tar of pack_images.py. Within SECONDS, everything included: what a training step costs, of EL and its float
+# twin, eager and compiled (OUTPUT/step_*.json); then the stages of fit/imagenette.yaml, each with as many epochs as
+# its pace allows. OUTPUT gets a file as soon as it is whole: STAGE.tar.gz, summary.csv, log.txt. Ended by SIGTERM, it hands
+# over what the running stage has. Unpacked in a folder OUTPUT2, a finished stage is one that `imagenette.sh DATA OUTPUT2`
+# evaluates and makes a Hub folder of.
+#
+#   DEVICE=cpu          (default: cuda)
+#   WORK=DIR            checkpoints and decoded images, to go on from if it is run again (default: /tmp/timm_el_lease)
+#   BENCH=el_resnet26   network of the measurement; BENCH_ARGS="--batch 256 --size 128" (default) what is measured of it
+#
+# A rehearsal with a hundred images:
+#   python train_cfgs/pack_images.py imagenette few.tar --limit 5
+#   DEVICE=cpu BENCH_ARGS="--batch 4 --size 32 --pairs 1" train_cfgs/lease.sh few.tar out 90 --set batch_size=16
+set -euo pipefail
+if [ $# -lt 3 ]; then
+    sed -n '2,/^[^#]/{/^[^#]/!s/^#\( \|$\)//p}' "$0" >&2
+    exit 2
+fi
+images=$1 output=$2 budget=$3
+shift 3
+device=${DEVICE:-cuda} work=${WORK:-/tmp/timm_el_lease} root=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+mkdir -p "$output" "$work"
+exec > >(tee -a "$output/log.txt") 2>&1
+
+python - "$device" <<'CHECK'
+import sys
+try:
+    import timm, torch, torchvision
+    import timm_el
+except ImportError as e:
+    sys.exit(f'lease: {e}; the networks need torch, torchvision, huggingface_hub, safetensors, pyyaml and timm 1.0.31')
+if tuple(int(n) for n in timm.__version__.split('.')[:3] if n.isdigit()) < (1, 0, 31):
+    sys.exit(f'lease: found timm {timm.__version__}, expected 1.0.31 or later; put its wheel on PYTHONPATH')
+try:
+    name = torch.cuda.get_device_name(sys.argv[1]) if sys.argv[1].startswith('cuda') else 'CPU'
+except (RuntimeError, AssertionError) as e:
+    sys.exit(f'lease: DEVICE: found {sys.argv[1]!r}, which torch {torch.__version__} cannot use: {e}')
+print(f'{name}, torch {torch.__version__}, timm {timm.__version__}')
+CHECK
+
+# step MODE [option]: what a step costs, within a tenth of the budget.
+step() {
+    # shellcheck disable=SC2086  # BENCH_ARGS are several words
+    timeout "$((budget / 10 + 1))" python -m timm_el bench train "${BENCH:-el_resnet26}" --device "$device" --amp \
+        --channels-last --opt adam ${BENCH_ARGS:---batch 256 --size 128} "${@:2}" --json > "$work/step.json" \
+        && mv "$work/step.json" "$output/step_$1.json" || echo "a step, $1: not measured"
+}
+tar xf "$images" -C "$work"
+data=$work/$(tar tf "$images" | head -1 | cut -d/ -f1)
+step eager
+step compiled --compile
+
+# Compiled if that saves more of a sixth of the budget than compiling takes.
+compile=$(python - "$output" "$budget" <<'PAYS'
+import json, os, sys
+files = [os.path.join(sys.argv[1], f'step_{mode}.json') for mode in ('eager', 'compiled')]
+if all(os.path.exists(file) for file in files):
+    eager, compiled = (json.load(open(file)) for file in files)
+    saved = float(sys.argv[2]) / 6 * (1 - compiled['model_ms'] / eager['model_ms'])
+    print('inductor' if saved > compiled['model_first_ms'] / 1e3 else 'null')
+else:
+    print('null')
+PAYS
+)
+echo "torchcompile: $compile"
+python -m timm_el fit "$root/train_cfgs/fit/imagenette.yaml" --data-dir "$data" --output "$work/runs" --cache "$work" \
+    --device "$device" --workers "$(nproc)" --budget "$((budget - SECONDS - 10))" --hand-over "$output" \
+    --set torchcompile="$compile" "$@" &
+fit=$!
+trap 'kill -TERM $fit' TERM INT
+wait $fit || wait $fit
