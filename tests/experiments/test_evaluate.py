@@ -177,6 +177,27 @@ def test_what_cannot_be_evaluated_is_named(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('labels, folders, message', [
+    (['tench', 'church'], ['n01440764', 'n03028079'], None),      # what ImageNet's synsets stand for
+    (['Gas Pump', 'golf_ball'], ['gas_pump', 'golf ball'], None),
+    (['tench', 'church'], ['0', '1'], None),                      # numbers say nothing
+    ([], ['n02086240', 'n02087394'], None),                       # nor do weights without names
+    (['tench', 'church'], ['n02086240', 'n02087394'], "found 'Shih-Tzu' for class 0 in .*, expected 'tench'"),
+    (['tench', 'church'], ['airplane', 'tench'], "found 'airplane' for class 0 .* expected 'tench', as the weights"),
+    (['tench', 'church'], ['n01440764', 'n99999999'], "found 'n99999999' for class 1 in .*, expected 'church'"),
+])
+def test_a_folder_of_other_classes_than_the_weights_name_is_refused(tmp_path, labels, folders, message):
+    for name in folders:
+        (tmp_path / name).mkdir()
+        Image.new('RGB', (8, 8)).save(tmp_path / name / 'a.png')
+    model = timm.create_model('el_resnet20', num_classes=2, pretrained_cfg_overlay={'label_names': labels})
+    if message is None:
+        assert len(verb.load_images(model, str(tmp_path))) == 1
+        return
+    with pytest.raises(ValueError, match=f'data-dir: {message}'):
+        verb.load_images(model, str(tmp_path))
+
+
 def test_other_classes_and_unknown_forms_are_refused(tmp_path, capsys):
     (tmp_path / 'one').mkdir()
     Image.new('RGB', (8, 8)).save(tmp_path / 'one' / 'a.png')

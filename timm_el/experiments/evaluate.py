@@ -34,6 +34,34 @@ FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
 TOLERANCE = {'latent': 0.1, 'packed': 0.1, 'deployed': 0.3}
 
 
+def _check_classes(indices: dict[str, int], model: nn.Module, data_dir: str) -> None:
+    """Raise ValueError if classes, with their indices, are not as many as a model's, or others than its label names.
+
+    A folder has the name of a label, or that of an ImageNet synset which the label describes; numbers say nothing.
+    """
+    from timm.data import ImageNetInfo
+    if len(indices) != model.num_classes:
+        raise ValueError(
+            f'data-dir: found {len(indices)} classes in {data_dir!r}, expected the {model.num_classes} that the model '
+            f'knows')
+    labels = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ()
+    imagenet = ImageNetInfo()
+    synsets = set(imagenet.label_names())
+    for name, index in indices.items():
+        if name.isdecimal() or len(labels) != len(indices):
+            continue
+        said = imagenet.label_name_to_description(name) if name in synsets else name
+        if not _names(said) & _names(labels[index]):
+            raise ValueError(
+                f'data-dir: found {said!r} for class {index} in {data_dir!r}, expected {labels[index]!r}, as the '
+                f'weights name it; pass images of their classes, or give the folders the names of the labels')
+
+
+def _names(text: str) -> set[str]:
+    """Return the names in a description such as 'gas pump, petrol_pump', in one spelling."""
+    return {name.strip() for name in text.lower().replace('_', ' ').replace('-', ' ').split(',')}
+
+
 def load_images(
         model: nn.Module, data_dir: str, split: str = 'validation', img_size: int | None = None,
         limit: int | None = None, batch_size: int = 64, workers: int = 0, dataset: str = '', download: bool = False,
@@ -52,7 +80,7 @@ def load_images(
         download: Fetch it first, where timm can.
 
     Raises:
-        ValueError: There is no such folder, there are no images, or their classes are not as many as the model's.
+        ValueError: There is no such folder, there are no images, or their classes are not those of the model.
     """
     from timm.data import create_dataset, create_transform, resolve_data_config
     if not download and not Path(data_dir).is_dir():
@@ -60,10 +88,7 @@ def load_images(
     config = resolve_data_config({'img_size': img_size}, model=model)
     data = create_dataset(
         dataset, root=data_dir, split=split, download=download, transform=create_transform(**config))
-    classes = len(getattr(data, 'reader', data).class_to_idx)
-    if classes != model.num_classes:
-        raise ValueError(
-            f'data-dir: found {classes} classes in {data_dir!r}, expected the {model.num_classes} that the model knows')
+    _check_classes(getattr(data, 'reader', data).class_to_idx, model, data_dir)
     chosen = range(len(data)) if limit is None else [i * len(data) // limit for i in range(min(limit, len(data)))]
     return DataLoader(Subset(data, chosen), batch_size, num_workers=workers)
 
