@@ -3,10 +3,11 @@
 #
 #   train_cfgs/imagenette.sh DATA OUTPUT [options of train.py]
 #
-# DATA is an ImageFolder with train/ and validation/ of Imagenette's ten classes. TIMM_SCRIPTS names the folder of timm's
-# scripts. Stopped and started again, it goes on behind the last finished epoch. Each run ends with its top-1 at three
-# sizes, and at the best one as it is, packed and deployed (OUTPUT/NAME/eval.json), and for the nets that are shipped
-# with a folder that `timm-el push` could upload (OUTPUT/hub/NAME.imagenette).
+# DATA is an ImageFolder with train/ and validation/ of Imagenette's ten classes. TIMM_SCRIPTS names the folder of
+# timm's scripts. Stopped and started again, it goes on behind the last finished epoch. Each run ends with its top-1 at
+# three sizes, and at the best one as it is, packed and deployed (OUTPUT/NAME/eval.json), and for the nets that are
+# shipped with a folder that `timm-el push` could upload (OUTPUT/hub/NAME.imagenette). A finished stage of lease.sh that
+# is unpacked in OUTPUT counts as trained.
 #
 #   NETS="el_resnet26 el_resnet26-bireal"    some of the runs below (default: all)
 #   LAUNCH="torchrun --nproc_per_node 8"     several GPUs; then divide the batch: -b 8

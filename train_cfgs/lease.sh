@@ -3,11 +3,11 @@
 #
 #   train_cfgs/lease.sh IMAGES OUTPUT SECONDS [options of `timm-el fit`]
 #
-# IMAGES is a tar of pack_images.py. Within SECONDS, everything included: what a training step costs, of EL and its float
-# twin, eager and compiled (OUTPUT/step_*.json); then the stages of fit/imagenette.yaml, each with as many epochs as
-# its pace allows. OUTPUT gets a file as soon as it is whole: STAGE.tar.gz, summary.csv, log.txt. Ended by SIGTERM, it hands
-# over what the running stage has. Unpacked in a folder OUTPUT2, a finished stage is one that `imagenette.sh DATA OUTPUT2`
-# evaluates and makes a Hub folder of.
+# IMAGES is a tar of pack_images.py. Within SECONDS, everything included: the cost of a training step, of EL and its
+# float twin, eager and compiled (OUTPUT/step_*.json); then the stages of fit/imagenette.yaml, each with as many epochs
+# as its pace allows. OUTPUT gets STAGE.tar.gz and a line in summary.csv as soon as a stage is done. Ended by SIGTERM,
+# the running stage hands over what it has. A finished stage, unpacked in a folder, is one that imagenette.sh evaluates
+# and makes a Hub folder of.
 #
 #   DEVICE=cpu          (default: cuda)
 #   WORK=DIR            checkpoints and decoded images, to go on from if it is run again (default: /tmp/timm_el_lease)
@@ -51,8 +51,9 @@ step() {
         --channels-last --opt adam ${BENCH_ARGS:---batch 256 --size 128} "${@:2}" --json > "$work/step.json" \
         && mv "$work/step.json" "$output/step_$1.json" || echo "a step, $1: not measured"
 }
-tar xf "$images" -C "$work"
-data=$work/$(tar tf "$images" | head -1 | cut -d/ -f1)
+data=$work/$(basename "$images" .tar)
+mkdir -p "$data"
+tar xf "$images" -C "$data" --strip-components 1
 step eager
 step compiled --compile
 

@@ -1,15 +1,21 @@
 """The trainer: resumed equals uninterrupted, stages follow each other, tables resume, statistics are what they say."""
 import dataclasses
+import itertools
 import json
+import os
 import pathlib
 import statistics
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+import timm_el
 from timm_el.__main__ import main
 from timm_el.experiments import ablation as ablate
 from timm_el.experiments.config import FitConfig, load_config, plan_stages
@@ -328,6 +334,31 @@ def test_the_tables_of_the_cifar_nets_take_their_steps(net, folder, tmp_path, ca
     lines = JsonLines.read(tmp_path / 'results.jsonl')
     assert [line['row'] for line in lines] == ['el', 'bireal', 'reactnet', 'el_r2b_rprelu', 'host']
     assert all(line['train_loss'] > 0 for line in lines) and '| AdaBin |' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_job_of_the_cifar_nets_trains_evaluates_and_writes_hub_folders(tmp_path):
+    """Two recipes of el_resnet20 on noise of ten classes; run again, there is nothing left to do."""
+    names = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+    noise = np.random.RandomState(0)
+    for split, name in itertools.product(('train', 'validation'), names):
+        (tmp_path / 'data' / split / name).mkdir(parents=True)
+        for i in range(4):
+            image = Image.fromarray(noise.randint(0, 255, (32, 32, 3), dtype=np.uint8))
+            image.save(tmp_path / 'data' / split / name / f'{i}.png')
+    env = {**os.environ, 'NETS': 'resnet20', 'ROWS': 'el host',
+           'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    command = ['bash', ROOT / 'train_cfgs/cifar10_32px.sh', tmp_path / 'data', tmp_path / 'out', '--set', 'epochs=2',
+               'batch_size=16', 'torchcompile=null', 'warmup_epochs=1', 'val_interval=2']
+    for _ in range(2):
+        subprocess.run(command, env=env, check=True)
+        lines = JsonLines.read(tmp_path / 'out' / 'resnet20' / 'results.jsonl')
+        assert [(line['row'], line['epochs']) for line in lines] == [('el', 2), ('host', 2)]
+    found = json.loads((tmp_path / 'out' / 'resnet20' / 'el' / 'eval.json').read_text())
+    assert list(found['forms']) == ['latent', 'packed', 'deployed'] and found['images'] == 40
+    model = timm_el.from_hub(tmp_path / 'out' / 'hub' / 'el_resnet20-el.cifar10')
+    assert list(model.pretrained_cfg['label_names']) == names and model.pretrained_cfg['input_size'][-1] == 32
+    assert not list(tmp_path.glob('out/hub/*host*')) and not list(tmp_path.glob('out/**/*.tar'))
 
 
 def test_published_figures_stand_under_the_table_as_recalled():

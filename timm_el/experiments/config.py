@@ -126,7 +126,7 @@ class FitConfig:
 
     @property
     def in_memory(self) -> bool:
-        """Whether the images are decoded once."""
+        """Return whether the images are decoded once."""
         return self.images == 'memory' or self.pad_crop is not None
 
     def _check_images(self) -> None:

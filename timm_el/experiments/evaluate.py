@@ -14,6 +14,7 @@ from ..bench.machine import describe
 from ..engine import deploy, info
 from ..weights.loading import load_packed
 from ..weights.packed import binary_weight_layers, save_packed
+from .images import read_webp
 from .nets import PRETRAINED, Net
 
 
@@ -85,6 +86,7 @@ def load_images(
     from timm.data import create_dataset, create_transform, resolve_data_config
     if not download and not Path(data_dir).is_dir():
         raise ValueError(f'data-dir: found no folder {data_dir!r}, expected one with a folder of images per class')
+    read_webp()
     config = resolve_data_config({'img_size': img_size}, model=model)
     data = create_dataset(
         dataset, root=data_dir, split=split, download=download, transform=create_transform(**config))

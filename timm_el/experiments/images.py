@@ -32,6 +32,12 @@ def epoch_seed(seed: int, epoch: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding
 
+def read_webp() -> None:
+    """Add WebP to the endings of images in folders that timm reads."""
+    if '.webp' not in get_img_extensions():
+        add_img_extensions('.webp')
+
+
 def open_folder(data_dir: str, split: str, classes: int) -> Dataset:
     """Return timm's dataset of one split of an ImageFolder, WebP files included.
 
@@ -40,8 +46,7 @@ def open_folder(data_dir: str, split: str, classes: int) -> Dataset:
     """
     if not os.path.isdir(data_dir):
         raise ValueError(f'data-dir: found no folder {data_dir!r}, expected one with {split}/ and a folder per class')
-    if '.webp' not in get_img_extensions():
-        add_img_extensions('.webp')
+    read_webp()
     data = create_dataset('', data_dir, split)
     found = len(data.reader.class_to_idx)
     if found != classes:
