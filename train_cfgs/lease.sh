@@ -3,7 +3,7 @@
 #
 #   train_cfgs/lease.sh IMAGES OUTPUT SECONDS [options of `timm-el fit`]
 #
-# IMAGES is a tar of pack_images.py. Within SECONDS, everything included: the cost of a training step, of EL and its
+# IMAGES is an archive of pack_images.py. Within SECONDS, everything included: the cost of a training step, of EL and its
 # float twin, eager and compiled (OUTPUT/step_*.json); then the stages of fit/imagenette.yaml, each with as many epochs
 # as its pace allows. OUTPUT gets STAGE.tar.gz and a line in summary.csv as soon as a stage is done. Ended by SIGTERM,
 # the running stage hands over what it has. A finished stage, unpacked in a folder, is one that imagenette.sh evaluates
@@ -14,8 +14,8 @@
 #   BENCH=el_resnet26   network of the measurement; BENCH_ARGS="--batch 256 --size 128" (default) what is measured of it
 #
 # A rehearsal with a hundred images:
-#   python train_cfgs/pack_images.py imagenette few.tar --limit 5
-#   DEVICE=cpu BENCH_ARGS="--batch 4 --size 32 --pairs 1" train_cfgs/lease.sh few.tar out 90 --set batch_size=16
+#   python train_cfgs/pack_images.py imagenette few.tar.gz --limit 5
+#   DEVICE=cpu BENCH_ARGS="--batch 4 --size 32 --pairs 1" train_cfgs/lease.sh few.tar.gz out 90 --set batch_size=16
 set -euo pipefail
 if [ $# -lt 3 ]; then
     sed -n '2,/^[^#]/{/^[^#]/!s/^#\( \|$\)//p}' "$0" >&2
@@ -51,7 +51,7 @@ step() {
         --channels-last --opt adam ${BENCH_ARGS:---batch 256 --size 128} "${@:2}" --json > "$work/step.json" \
         && mv "$work/step.json" "$output/step_$1.json" || echo "a step, $1: not measured"
 }
-data=$work/$(basename "$images" .tar)
+data=$work/$(basename "$images" .tar.gz)
 mkdir -p "$data"
 tar xf "$images" -C "$data" --strip-components 1
 step eager

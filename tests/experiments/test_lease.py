@@ -172,7 +172,7 @@ def test_fewer_images_than_a_batch_are_named(colours, tmp_path):
 @pytest.mark.slow
 def test_the_script_of_a_lease_ends_by_a_signal_and_goes_on(colours, tmp_path):
     """The command of the GPU, on a CPU with three classes: ended in a stage, run again, and ended by its budget."""
-    tar, out = tmp_path / 'images.tar', tmp_path / 'out'
+    tar, out = tmp_path / 'images.tar.gz', tmp_path / 'out'
     subprocess.run([sys.executable, ROOT / 'train_cfgs/pack_images.py', colours, tar, '--size', '32'], check=True)
     env = {**os.environ, 'DEVICE': 'cpu', 'WORK': str(tmp_path / 'work'), 'BENCH': 'el_resnet18',
            'BENCH_ARGS': '--batch 2 --size 32 --pairs 1 --warmup 0',
@@ -195,6 +195,6 @@ def test_the_script_of_a_lease_ends_by_a_signal_and_goes_on(colours, tmp_path):
 def test_the_script_of_a_lease_refuses_early_a_device_that_is_not_there(tmp_path):
     env = {**os.environ, 'DEVICE': 'cuda:99', 'WORK': str(tmp_path / 'work'),
            'PATH': f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'}
-    run = subprocess.run(['bash', ROOT / 'train_cfgs/lease.sh', 'none.tar', tmp_path / 'out', '10'], env=env,
+    run = subprocess.run(['bash', ROOT / 'train_cfgs/lease.sh', 'none.tar.gz', tmp_path / 'out', '10'], env=env,
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert run.returncode == 1 and "lease: DEVICE: found 'cuda:99'" in run.stdout
