@@ -4,7 +4,7 @@
 #   train_cfgs/lease.sh IMAGES OUTPUT SECONDS [options of `timm-el fit`]
 #
 # IMAGES is an archive of pack_images.py. Within SECONDS, everything included: the cost of a training step, of EL and its
-# float twin, eager and compiled (OUTPUT/step_*.json); then the stages of fit/imagenette.yaml, each with as many epochs
+# float twin, eager and compiled (OUTPUT/steps.json); then the stages of fit/imagenette.yaml, each with as many epochs
 # as its pace allows. OUTPUT gets STAGE.tar.gz and a line in summary.csv as soon as a stage is done. Ended by SIGTERM,
 # the running stage hands over what it has. A finished stage, unpacked in a folder, is one that imagenette.sh evaluates
 # and makes a Hub folder of.
@@ -26,7 +26,6 @@ shift 3
 device=${DEVICE:-cuda} work=${WORK:-/tmp/timm_el_lease} root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$output" "$work"
-exec > >(tee -a "$output/log.txt") 2>&1
 
 python - "$device" <<'CHECK'
 import sys
@@ -48,8 +47,8 @@ CHECK
 step() {
     # shellcheck disable=SC2086  # BENCH_ARGS are several words
     timeout "$((budget / 10 + 1))" python -m timm_el bench train "${BENCH:-el_resnet26}" --device "$device" --amp \
-        --channels-last --opt adam ${BENCH_ARGS:---batch 256 --size 128} "${@:2}" --json > "$work/step.json" \
-        && mv "$work/step.json" "$output/step_$1.json" || echo "a step, $1: not measured"
+        --channels-last --opt adam ${BENCH_ARGS:---batch 256 --size 128} "${@:2}" --json > "$work/step.part" \
+        && mv "$work/step.part" "$work/step_$1.json" || echo "a step, $1: not measured"
 }
 data=$work/$(basename "$images" .tar.gz)
 mkdir -p "$data"
@@ -58,15 +57,17 @@ step eager
 step compiled --compile
 
 # Compiled if that saves more of a sixth of the budget than compiling takes.
-compile=$(python - "$output" "$budget" <<'PAYS'
+compile=$(python - "$work" "$output" "$budget" <<'PAYS'
 import json, os, sys
-files = [os.path.join(sys.argv[1], f'step_{mode}.json') for mode in ('eager', 'compiled')]
-if all(os.path.exists(file) for file in files):
-    eager, compiled = (json.load(open(file)) for file in files)
-    saved = float(sys.argv[2]) / 6 * (1 - compiled['model_ms'] / eager['model_ms'])
-    print('inductor' if saved > compiled['model_first_ms'] / 1e3 else 'null')
-else:
-    print('null')
+work, output, budget = sys.argv[1:]
+paths = {mode: os.path.join(work, f'step_{mode}.json') for mode in ('eager', 'compiled')}
+steps = {mode: json.load(open(path)) for mode, path in paths.items() if os.path.exists(path)}
+json.dump(steps, open(os.path.join(output, 'steps.json'), 'w'), indent=2)
+pays = False
+if len(steps) == 2:
+    saved = float(budget) / 6 * (1 - steps['compiled']['model_ms'] / steps['eager']['model_ms'])
+    pays = saved > steps['compiled']['model_first_ms'] / 1e3
+print('inductor' if pays else 'null')
 PAYS
 )
 echo "torchcompile: $compile"

@@ -2,8 +2,8 @@
 
     python train_cfgs/pack_images.py imagenette imagenette-128.tar.gz --size 128
 
-The shorter side is scaled to --size and a square out of the middle is kept. The archive holds one folder, named as DATA,
-with the same splits, classes and files. `timm-el fit` reads it when it is unpacked.
+The shorter side is scaled to --size and a square out of the middle is kept. The archive holds one folder, named as
+DATA, with the same splits, classes and files. `timm-el fit` reads it when it is unpacked.
 """
 import argparse
 import io
