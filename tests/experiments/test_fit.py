@@ -355,7 +355,7 @@ def test_the_job_of_the_cifar_nets_trains_evaluates_and_writes_hub_folders(tmp_p
         lines = JsonLines.read(tmp_path / 'out' / 'resnet20' / 'results.jsonl')
         assert [(line['row'], line['epochs']) for line in lines] == [('el', 2), ('host', 2)]
     found = json.loads((tmp_path / 'out' / 'resnet20' / 'el' / 'eval.json').read_text())
-    assert list(found['forms']) == ['latent', 'packed', 'deployed'] and found['images'] == 40
+    assert list(found['forms']) == ['latent', 'packed', 'deployed', 'int8'] and found['images'] == 40
     model = timm_el.from_hub(tmp_path / 'out' / 'hub' / 'el_resnet20-el.cifar10')
     assert list(model.pretrained_cfg['label_names']) == names and model.pretrained_cfg['input_size'][-1] == 32
     assert not list(tmp_path.glob('out/hub/*host*')) and not list(tmp_path.glob('out/**/*.tar'))

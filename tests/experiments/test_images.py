@@ -1,5 +1,6 @@
 """Images in memory: decoded once as timm prepares them, cut, scaled and mirrored as torchvision does it."""
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,15 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms.functional import InterpolationMode, resized_crop
 
 from timm_el.experiments.config import FitConfig
-from timm_el.experiments.images import create_images, cut_and_scale, decode, draw_boxes, resampling, resized_crops
+from timm_el.experiments.images import (
+    create_images,
+    cut_and_scale,
+    decode,
+    draw_boxes,
+    open_folder,
+    resampling,
+    resized_crops,
+)
 
 pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
 CPU = torch.device('cpu')
@@ -141,9 +150,8 @@ def test_damaged_images_are_left_out_counted_and_named(damaged, tmp_path):
 @pytest.mark.parametrize('images', ['files', 'memory'])
 def test_a_folder_of_other_classes_is_refused_before_anything_is_decoded(colours, tmp_path, images):
     config = FitConfig(**{**TINY, 'num_classes': 4}, images=images)
-    for training, split in ((True, 'train'), (False, 'validation')):
-        message = f'data-dir: found 3 classes in {split} of .*, expected the 4 of num_classes'
-        with pytest.raises(ValueError, match=message):
+    for training in (True, False):
+        with pytest.raises(ValueError, match='data-dir: found 3 classes in train of .*, expected the 4 of num_classes'):
             create_images(config, str(colours), str(tmp_path), 0, training, CPU)
     with pytest.raises(ValueError, match="data-dir: found no folder 'nowhere'"):
         create_images(config, 'nowhere', str(tmp_path), 0, True, CPU)
@@ -163,3 +171,16 @@ def test_a_folder_of_other_classes_is_refused_before_anything_is_decoded(colours
 def test_images_that_make_no_sense_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         FitConfig(**changes)
+
+
+def test_classes_of_validation_are_numbered_as_those_of_training(colours, tmp_path):
+    """A class without an image to validate takes no number away from the others."""
+    folder = tmp_path / 'data'
+    shutil.copytree(colours, folder)
+    first, *others = sorted((folder / 'validation').iterdir())
+    shutil.rmtree(first)
+    data = open_folder(str(folder), 'validation', 1 + len(others))
+    assert {label for _, label in data.reader.samples} == set(range(1, 1 + len(others)))
+    others[0].rename(folder / 'validation' / 'another')
+    with pytest.raises(ValueError, match="found class 'another' in validation of .*, expected those of train"):
+        open_folder(str(folder), 'validation', 1 + len(others))

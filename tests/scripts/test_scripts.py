@@ -227,7 +227,7 @@ def test_a_job_of_weights_goes_on_where_it_was_stopped(scripts, images, tmp_path
     assert (saved['epoch'], again['epoch']) == (0, 1) and 'Train: 1 ' in log and 'Train: 0 ' not in log
     assert 'Train: ' not in job(2)
     found = json.loads((tmp_path / 'out' / 'el_resnet26' / 'eval.json').read_text())
-    assert list(found['forms']) == ['latent', 'packed', 'deployed'] and found['images'] == 40
+    assert list(found['forms']) == ['latent', 'packed', 'deployed', 'int8'] and found['images'] == 40
     model = timm_el.from_hub(tmp_path / 'out' / 'hub' / f'el_resnet26.{tag}')
     assert model.pretrained_cfg['tag'] == tag and model.pretrained_cfg['label_names'][9] == last_label
     by_size = {size: json.loads((tmp_path / 'out' / 'el_resnet26' / f'latent_{size}.json').read_text())['forms'][

@@ -1,4 +1,4 @@
-"""Print top-1 and top-5 of a network as it is, packed, and deployed.
+"""Print top-1 and top-5 of a network as it is, packed, deployed, and deployed with float parts in int8.
 
 D is a folder of one folder of images per class, or one that has such folders for its splits, as timm reads it; images
 are prepared as the model's config says. All forms see the same images, and the share of images that two forms put into
@@ -55,7 +55,7 @@ def show(result: dict[str, Any]) -> Iterator[str]:
     yield (f'{result["net"]}, {result["images"]:,} images, {result["size"]} px, {machine["cpu"]}, '
            f'{machine["threads"]} threads')
     yield table(('', 'top-1', 'top-5', ''), [
-        (name, f'{found["top1"]:.2f}', f'{found["top5"]:.2f}', f'({body})' if name == 'deployed' else '')
+        (name, f'{found["top1"]:.2f}', f'{found["top5"]:.2f}', f'({body})' if name in ('deployed', 'int8') else '')
         for name, found in result['forms'].items()], '<>><')
     for pair, share in result['same_top1'].items():
         yield f'same class, {pair}: {share:.2f} %'

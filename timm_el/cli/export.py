@@ -12,7 +12,7 @@ from ..engine import deploy
 from ..experiments.nets import NET_HELP, PRETRAINED, Net
 from ._arguments import parser_of, positive
 
-FLOATS = {'float32': torch.float32, 'int8': torch.int8}
+DTYPES = {'float32': torch.float32, 'int8': torch.int8}
 
 
 def main(argv: list[str]) -> None:
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--web', type=Path, metavar='DIR', help='write a page')
     parser.add_argument('--to', choices=['onnx', 'openvino'], help='write a file for this engine in place of a program')
     parser.add_argument(
-        '--float-dtype', choices=FLOATS, default='float32',
+        '--float-dtype', choices=DTYPES, default='float32',
         help='in which real convolutions and the classifier compute (default: %(default)s)')
     args = parser.parse_args(argv)
     if not (args.output or args.python or args.web):
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f'-o {args.output}: found no folder {args.output.parent}, expected one that is there')
     model, size = _net(args).build(), args.size and tuple(args.size)
     if args.float_dtype != 'float32':
-        model = deploy(model, float_dtype=FLOATS[args.float_dtype])
+        model = deploy(model, float_dtype=DTYPES[args.float_dtype])
     if args.output:
         print(_write_file(model, args.output, args.to, size))
     if args.python:

@@ -1,5 +1,6 @@
 """Evaluation of a network as it is, packed, and deployed, on the same images."""
 import copy
+import functools
 import math
 import tempfile
 from collections.abc import Callable, Iterable
@@ -31,8 +32,9 @@ def as_packed(model: nn.Module) -> nn.Module:
 
 # What is made of the latent model, and by how many points its top-1 may differ from what was recorded.
 FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    'latent': lambda model: model, 'packed': as_packed, 'deployed': deploy}
-TOLERANCE = {'latent': 0.1, 'packed': 0.1, 'deployed': 0.3}
+    'latent': lambda model: model, 'packed': as_packed, 'deployed': deploy,
+    'int8': functools.partial(deploy, float_dtype=torch.int8)}  # deployed, with float parts in int8
+TOLERANCE = {'latent': 0.1, 'packed': 0.1, 'deployed': 0.3, 'int8': 0.5}
 
 
 def _check_classes(indices: dict[str, int], model: nn.Module, data_dir: str) -> None:

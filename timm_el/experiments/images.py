@@ -39,7 +39,7 @@ def read_webp() -> None:
 
 
 def open_folder(data_dir: str, split: str, classes: int) -> Dataset:
-    """Return timm's dataset of one split of an ImageFolder, WebP files included.
+    """Return timm's dataset of one split of an ImageFolder, WebP files included. Classes are numbered as in train.
 
     Raises:
         ValueError: It has no folder of that name, or not so many classes.
@@ -48,10 +48,17 @@ def open_folder(data_dir: str, split: str, classes: int) -> Dataset:
         raise ValueError(f'data-dir: found no folder {data_dir!r}, expected one with {split}/ and a folder per class')
     read_webp()
     data = create_dataset('', data_dir, split)
-    found = len(data.reader.class_to_idx)
-    if found != classes:
+    numbers = data.reader.class_to_idx
+    if split != 'train' and os.path.isdir(os.path.join(data_dir, 'train')):
+        found, numbers = set(numbers), create_dataset('', data_dir, 'train').reader.class_to_idx
+        if not found <= set(numbers):
+            raise ValueError(
+                f'data-dir: found class {min(found - set(numbers))!r} in {split} of {data_dir!r}, expected those of '
+                f'train')
+        data = create_dataset('', data_dir, split, class_map=numbers)
+    if len(numbers) != classes:
         raise ValueError(
-            f'data-dir: found {found} classes in {split} of {data_dir!r}, expected the {classes} of num_classes')
+            f'data-dir: found {len(numbers)} classes in train of {data_dir!r}, expected the {classes} of num_classes')
     return data
 
 

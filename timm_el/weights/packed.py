@@ -152,7 +152,7 @@ def pack_state_dict(model: nn.Module, float_dtype: torch.dtype | None = None) ->
     floats = None if float_dtype == torch.int8 else float_dtype
     packed = {key: tensor.detach() for key, tensor in model.state_dict().items()}
     for prefix in full_real_layers(model) if float_dtype == torch.int8 else ():
-        _quantize(packed, prefix)
+        _write_int8(packed, prefix)
     for prefix, layer in layers.items():
         weight = packed.pop(f'{prefix}weight')
         if weight.device.type == 'meta':
@@ -178,7 +178,7 @@ def pack_state_dict(model: nn.Module, float_dtype: torch.dtype | None = None) ->
     return packed
 
 
-def _quantize(packed: dict[str, torch.Tensor], prefix: str) -> None:
+def _write_int8(packed: dict[str, torch.Tensor], prefix: str) -> None:
     """Put int8 values and scales in the place of a real weight."""
     weight = packed.pop(f'{prefix}weight')
     if not torch.isfinite(weight).all():
