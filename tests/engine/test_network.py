@@ -309,7 +309,7 @@ def called(network: nn.Module, x: torch.Tensor) -> list:
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(features_only=True)], ids=str)
-@pytest.mark.parametrize('name', EACH_HOST)
+@pytest.mark.parametrize('name', with_slow(HOSTS[:3], HOSTS + MORE_HOSTS))
 def test_a_forward_put_on_an_instance_runs_and_its_result_counts(name, kwargs):
     deployed, x = timm_el.deploy(host(name, **kwargs)), image()
     with torch.inference_mode():
