@@ -98,3 +98,13 @@ def colours(tmp_path_factory):
                 image[:, :, c] += 120
                 Image.fromarray(image).save(root / split / name / f'{i}.png')
     return root
+
+
+@pytest.fixture
+def one_thread():
+    """One thread, and afterwards torch's own number again and the best instruction set."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    timm_el.engine.use_isa()

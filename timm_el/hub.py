@@ -21,8 +21,9 @@ from .dry_run import own_input_size, undisturbed
 from .models.converted import CONVERTED
 from .recipes import Recipe
 from .summary import summarize
+from .weights.files import read_packed, save_packed
 from .weights.loading import load_packed
-from .weights.packed import pack_state_dict, read_packed, save_packed
+from .weights.packed import pack_state_dict
 
 WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
 FOLDER_VERSION = 2  # of folders of converted nets; in the first one the architecture was the host's

@@ -10,7 +10,7 @@
 # and makes a Hub folder of.
 #
 #   DEVICE=cpu          (default: cuda)
-#   WORK=DIR            checkpoints and decoded images, to go on from if it is run again (default: /tmp/timm_el_lease)
+#   WORK=DIR            checkpoints and decoded images, to go on from if it is run again (default: OUTPUT.work)
 #   BENCH=el_resnet26   network of the measurement; BENCH_ARGS="--batch 256 --size 128" (default) what is measured of it
 #
 # A rehearsal with a hundred images:
@@ -23,7 +23,7 @@ if [ $# -lt 3 ]; then
 fi
 images=$1 output=$2 budget=$3
 shift 3
-device=${DEVICE:-cuda} work=${WORK:-/tmp/timm_el_lease} root=$(cd "$(dirname "$0")/.." && pwd)
+device=${DEVICE:-cuda} work=${WORK:-${output%/}.work} root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$output" "$work"
 

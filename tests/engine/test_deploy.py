@@ -25,13 +25,7 @@ CALLING_FUNCTIONS = {  # squeeze-excite takes its mean by a function
     'regnety_002', 'mobilenetv3_small_050', 'resnext26ts', 'nf_regnet_b0', 'tf_efficientnet_b0'}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    engine.use_isa(None)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def check(latent: nn.Module, size: int = 64, exact: bool = True) -> nn.Module:

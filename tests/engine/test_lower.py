@@ -1,5 +1,6 @@
 """Lowering: what a network does is read from one recording, and a program of it computes the same."""
-import threading
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -231,11 +232,8 @@ def test_four_threads_may_call_first_at_once():
             if not torch.equal(program(images[i]), expected[i]):
                 wrong.append(i)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     assert not wrong
 
 

@@ -21,14 +21,7 @@ from timm_el import engine
 from timm_el.engine import DeployedUnit
 from timm_el.layers import BinaryConv2d, BinaryUnit, ElasticLink, RPReLU, Shift
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    engine.use_isa(None)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

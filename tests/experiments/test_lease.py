@@ -21,7 +21,7 @@ from timm_el.experiments.config import FitConfig
 from timm_el.experiments.fit import epochs_in_time, fit, fit_stages
 from timm_el.experiments.lease import FINISHED, Lease, LeaseEnded, epochs_within, hand_over
 from timm_el.experiments.nets import Net
-from timm_el.weights.packed import save_packed
+from timm_el.weights.files import save_packed
 
 pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -69,6 +69,7 @@ FAULTS = {  # file: what stands there, and what a slip would have made of it
     ],
     'run.c': [('v->shape.n == 1 ? 0', 'v->shape.n >= 1 ? 0'), ('from != outputs[i]', 'from == outputs[i]')],
     'shapes.c': [('total / 2', '(total + 1) / 2'), ('if (ceil && (*out - 1)', 'if (0 && (*out - 1)')],
+    'int8.c': [('y >= 0 && y < p->h', 'y > 0 && y < p->h'), ('i % runs * w->dw', 'i % runs')],
     'check.c': [('channel == last->from + last->count', 'channel >= last->from + last->count')],
 }
 

@@ -19,7 +19,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import timm_el
 from timm_el.bench.hosts import settle_norms
 from timm_el.layers import BinaryConv2d, BinaryLinear
-from timm_el.weights.packed import CheckpointError, binary_weight_layers, read_packed
+from timm_el.weights.files import read_packed
+from timm_el.weights.packed import CheckpointError, binary_weight_layers
 
 CONVERTED = [
     'resnet18', 'regnetx_002', 'densenet121', 'mobilenetv2_100', 'test_convnext', 'test_nfnet', 'tf_efficientnetv2_b0',

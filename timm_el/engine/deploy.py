@@ -15,7 +15,7 @@ from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_tensors, chec
 from . import native
 from .calls import FORWARD_HOOKS, computed_tensors, copied, has_hooks, has_own_forward, is_altered
 from .epilogue import FIXED_NORMS, FOLDED_ACTS
-from .float_layers import is_computed, linear_layer, replace_conv, replacement
+from .float_layers import engine_computes, linear_layer, replace_conv, replacement
 from .follow import followers
 from .inference import keep_for_inference
 from .modules import Engine
@@ -164,7 +164,7 @@ def _deployed(model: nn.Module, float_dtype: torch.dtype, fuse_blocks: bool) -> 
         own = replacement(path, module)
         if own is not None:
             exchange(module, own)
-        elif module is classifier and type(module) is nn.Linear and is_computed(float_dtype):
+        elif module is classifier and type(module) is nn.Linear and engine_computes(float_dtype):
             exchange(module, linear_layer(path, module, float_dtype))
     twin = copied(model, memo)
     for old, new in replaced:

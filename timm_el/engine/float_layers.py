@@ -13,18 +13,18 @@ from .epilogue import FIXED_NORMS, FOLDED_ACTS, Epilogue, drops, fold, norm_and_
 from .modules import DeployedAct, DeployedConv, DeployedLinear, DeployedNorm, DeployedPool, is_int8, spec_of
 
 __all__ = [
-    'deployed_part', 'engine_runs', 'float_layer', 'folded_conv', 'is_computed', 'linear_layer', 'replace_conv',
+    'deployed_part', 'engine_runs', 'float_layer', 'folded_conv', 'engine_computes', 'linear_layer', 'replace_conv',
     'replacement']
 
 
-def is_computed(float_dtype: torch.dtype) -> bool:
+def engine_computes(float_dtype: torch.dtype) -> bool:
     """Return whether the engine itself computes full real layers: in int8 always, in float32 with the library."""
     return float_dtype == torch.int8 or float_dtype == torch.float32 and native.library() is not None
 
 
 def engine_runs(conv: nn.Module | None, float_dtype: torch.dtype) -> bool:
     """Return whether the engine's own real convolution takes this layer."""
-    if type(conv) is not nn.Conv2d or conv.padding_mode != 'zeros' or not is_computed(float_dtype):
+    if type(conv) is not nn.Conv2d or conv.padding_mode != 'zeros' or not engine_computes(float_dtype):
         return False
     return (
         float_dtype == torch.int8 and is_int8(spec_of(conv)) or native.library() is not None
@@ -92,7 +92,7 @@ def deployed_part(path: str, module: nn.Module | None, float_dtype: torch.dtype)
                 chain = _chain(children[i + 1:]) if type(parent) is nn.Sequential else []
                 new, taken = replace_conv(where, child, chain, float_dtype)
                 parent._modules.update(taken)
-            elif type(child) is nn.Linear and is_computed(float_dtype):
+            elif type(child) is nn.Linear and engine_computes(float_dtype):
                 new = linear_layer(where, child, float_dtype)
             else:
                 new = replacement(where, child)

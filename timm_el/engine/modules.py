@@ -122,7 +122,7 @@ class ConvModule(StepModule):
     def extra_repr(self) -> str:
         spec = self.spec
         facts = [name for name, on in (
-            ('int8', self.tensor_names[0] == 'weight' and self.weight.dtype == torch.int8), ('K', spec.has_k),
+            ('int8', getattr(self, self.tensor_names[0]).dtype == torch.int8), ('K', spec.has_k),
             (f'act={spec.act}', spec.act != 'none'), (f'link={spec.link}', spec.link != 'none'),
             ('threshold', self.threshold is not None), ('post', spec.has_post)) if on]
         return (

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Subset
 
 from ..bench.machine import describe
 from ..engine import deploy, info
+from ..weights.files import save_packed
 from ..weights.loading import load_packed
-from ..weights.packed import binary_weight_layers, save_packed
+from ..weights.packed import binary_weight_layers
 from .images import read_webp
 from .nets import PRETRAINED, Net
 

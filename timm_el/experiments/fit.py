@@ -26,7 +26,8 @@ from ..models.factory import create
 from ..training.distillation import DistillationTask
 from ..training.latent import clip_latent_weights
 from ..training.telemetry import JsonLines, Telemetry
-from ..weights.packed import binary_weight_layers, save_packed
+from ..weights.files import save_packed
+from ..weights.packed import binary_weight_layers
 from .config import FitConfig, plan_stages
 from .images import Batch, create_images, epoch_seed
 from .lease import FINISHED, UNFINISHED, Lease, LeaseEnded, epochs_within, hand_over

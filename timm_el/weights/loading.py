@@ -13,11 +13,11 @@ import torch.nn as nn
 from timm.models import clean_state_dict, load_state_dict
 from torch.utils.hooks import RemovableHandle
 
+from .files import read_packed
 from .packed import (
     CheckpointError,
     fit_counters,
     is_packed,
-    read_packed,
     require_binary_weights,
     take_signs,
     unpack_state_dict,

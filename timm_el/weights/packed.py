@@ -37,9 +37,6 @@ the same bytes. It trains on: every latent weight gets its gradient (the estimat
 of a channel start at the same distance from zero, so begin with a small learning rate.
 """
 import hashlib
-import json
-import os
-import tempfile
 from typing import Any
 
 import torch
@@ -47,13 +44,11 @@ import torch.fx as fx
 import torch.nn as nn
 
 from ..layers import BinaryConv2d, BinaryLinear, check_own_tensors, check_tensors
-from ..version import __version__
 from .bits import pack_signs, pack_weight, packed_size, unpack_signs
 from .int8 import dequantize, quantize
 
 FORMAT_VERSION = 2
 VERSION_KEY = 'packed_version'
-METADATA_KEY = 'timm_el'
 BITS, ALPHA, PAD = 'weight_bits', 'weight_alpha', 'weight_pad'
 INT8, SCALE = 'weight_int8', 'weight_scale'
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
@@ -298,7 +293,7 @@ def take_signs(
     signs = {f'{prefix}weight': _take(state_dict, prefix, layer, where) for prefix, layer in layers.items()
              if prefix + BITS in state_dict}
     for prefix, layer in full_real_layers(model).items():
-        if prefix + INT8 in state_dict:
+        if prefix + INT8 in state_dict or prefix + SCALE in state_dict:
             state_dict[f'{prefix}weight'] = _take_int8(state_dict, prefix, layer, where)
     names = tuple(f'.{name}' for name in (BITS, ALPHA, PAD, INT8, SCALE))
     stray = next((key for key in state_dict if key.endswith(names)), None)
@@ -349,88 +344,14 @@ def _take(state_dict: dict[str, torch.Tensor], prefix: str, layer: nn.Module, wh
 
 
 def _take_int8(state_dict: dict[str, torch.Tensor], prefix: str, layer: nn.Module, where: str) -> torch.Tensor:
-    q, scale = state_dict.pop(prefix + INT8), state_dict.pop(prefix + SCALE, None)
+    q, scale = state_dict.pop(prefix + INT8, None), state_dict.pop(prefix + SCALE, None)
     shape = tuple(layer.weight.shape)
-    if q.dtype != torch.int8 or tuple(q.shape) != shape:
-        raise CheckpointError(
-            f'{where}: {prefix}{INT8}: found {q.dtype} {tuple(q.shape)}, expected torch.int8 {shape}; this is a packed '
-            f'file of another model')
-    if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != shape[:1]:
-        found = 'none' if scale is None else f'{scale.dtype} {tuple(scale.shape)}'
-        raise CheckpointError(f'{where}: {prefix}{SCALE}: found {found}, expected torch.float32 {shape[:1]}')
+    for name, tensor, dtype, expected in ((INT8, q, torch.int8, shape), (SCALE, scale, torch.float32, shape[:1])):
+        if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != expected:
+            found = 'none' if tensor is None else f'{tensor.dtype} {tuple(tensor.shape)}'
+            raise CheckpointError(
+                f'{where}: {prefix}{name}: found {found}, expected {dtype} {expected}; this is a packed file of '
+                f'another model')
     if not (torch.isfinite(scale) & (scale >= 0)).all():
         raise CheckpointError(f'{where}: {prefix}{SCALE}: found a negative or infinite value, expected scales >= 0')
     return dequantize(q, scale)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-def save_packed(
-        model: nn.Module, path: str | os.PathLike[str], float_dtype: torch.dtype | None = None) -> None:
-    """Write a model's packed file; either the whole file comes to be, or none, and an older one stays.
-
-    Args:
-        model: A binarized model.
-        path: File to write; timm expects a name in .safetensors.
-        float_dtype: As for `pack_state_dict`.
-
-    Raises:
-        ValueError: As for `pack_state_dict`.
-        OSError: The folder does not exist or cannot be written.
-    """
-    from safetensors.torch import save
-    tensors = pack_state_dict(model, float_dtype)
-    report = getattr(model, 'binarize_report', None)
-    facts = {
-        'format_version': int(tensors[VERSION_KEY][0]), 'timm_el': __version__,
-        'recipe': report.recipe.to_dict() if report is not None else None}
-    # One entry only: their order in the file is not fixed, and equal models shall give equal bytes.
-    data = save(tensors, metadata={METADATA_KEY: json.dumps(facts, sort_keys=True)})
-    path = os.fspath(path)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or '.', prefix='.packed-')
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def read_packed(path: str | os.PathLike, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
-    """Read the tensors of a packed file and check them for damage.
-
-    Args:
-        path: The file.
-        model: The model that it is for, so that the error can name what is missing.
-
-    Raises:
-        CheckpointError: It is not a safetensors file, is damaged, of a newer format, or not packed.
-        FileNotFoundError: There is no such file.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-    path = os.fspath(path)
-    with open(path, 'rb') as file:
-        data = file.read()
-    try:
-        tensors = load(data)
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as e:
-        raise CheckpointError(f'{path}: this is not a safetensors file, or a damaged one ({e})') from e
-    if not is_packed(tensors):
-        first = next(iter(tensors), None)
-        raise CheckpointError(
-            f'{path}: found a checkpoint of float tensors ({first}, ...), expected a packed file; load_state_dict '
-            f'takes that of the model itself, timm_el.load_float that of its float host')
-    check_damage(tensors, path, model)
-    return tensors

@@ -18,7 +18,8 @@ from ...bench.turns import Spread, take_turns
 from ...dry_run import own_input_size
 from ...engine import deploy
 from ...experiments.nets import NET_HELP, Net
-from ...weights.packed import binary_weight_layers, save_packed
+from ...weights.files import save_packed
+from ...weights.packed import binary_weight_layers
 from . import new_figure
 
 if TYPE_CHECKING:

@@ -98,9 +98,9 @@ EL_API void el_tap_sums(const el_plan *plan, const void *stored, int32_t *sums);
 EL_API void el_advise(const void *memory, size_t bytes); /* large pages, please */
 /* x, link and added (or NULL), NHWC, to y. */
 EL_API int el_conv(const el_plan *plan, const float *x, const float *link, const float *added, float *y, int threads);
-/* NCHW to NHWC. */
 /* Whether a number in memory is another one than expected. */
 EL_API int el_differs(const int64_t *const *places, const int64_t *expected, int n);
+/* NCHW to NHWC. */
 EL_API void el_nhwc(const float *nchw, int n, int c, int64_t pixels, float *nhwc);
 /* The counting alone, for a benchmark: repeats over `pixels` pixels of random words. Seconds for one pass. */
 EL_API double el_count_time(int words, int channels, int pixels, int repeats);
