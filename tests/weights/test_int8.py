@@ -28,15 +28,14 @@ def test_a_weight_is_the_nearest_of_255_steps():
     weight = torch.randn(20, 7, 3, 3) * torch.logspace(-30, 30, 20).reshape(-1, 1, 1, 1)
     q, scale = quantize(weight)
     assert q.dtype == torch.int8 and q.abs().flatten(1).amax(1).eq(127).all()
-    step = weight.abs().flatten(1).amax(1).double() / 127
-    assert ((scale - step) / step).abs().max() < 2 ** -15
+    assert torch.equal(scale, weight.abs().flatten(1).amax(1) / 127)
     error = (dequantize(q, scale) - weight).abs().flatten(1).amax(1)
     assert (error <= scale * 0.51).all()
 
 
 def test_quantizing_again_changes_nothing():
     torch.manual_seed(1)
-    weight = torch.randn(300, 50) * torch.rand(300, 1) * 3
+    weight = torch.randn(100_000, 8) * torch.rand(100_000, 1) * 3
     q, scale = quantize(weight)
     again = quantize(dequantize(q, scale))
     assert torch.equal(again[0], q) and torch.equal(again[1], scale)
@@ -51,7 +50,7 @@ def test_planted_rows(row, q, scale):
     if q is None:  # denormals: within a step of the format
         assert (dequantize(found, s) - torch.tensor([row])).abs().max() < 1e-42
         return
-    assert found.tolist() == [q] and s.item() == pytest.approx(scale, rel=2 ** -15, nan_ok=True)
+    assert found.tolist() == [q] and s.item() == pytest.approx(scale, rel=1e-7, nan_ok=True)
 
 
 def test_a_file_gives_the_network_that_deploy_computes_with(file):

@@ -1,14 +1,13 @@
 """int8 weights: symmetric, with a scale per output channel. Files hold them so, and the engine computes with them.
 
-A weight w of channel o is q * scale[o], q in -127 .. 127. A scale has 16 significant bits, so that these products are
-exact in float32 and quantizing them again gives the same q and scale.
+A weight w of channel o is q * scale[o], q in -127 .. 127, scale = max(abs(w)) / 127. Quantizing these products again
+gives the same q and scale: m / 127 * 127 / 127 is m / 127 for each of float32's 2^23 fractions m.
 """
 import torch
 
 __all__ = ['dequantize', 'quantize']
 
 LARGEST = 127
-DROPPED = 1 << 8  # steps of the last of 24 significant bits that one of 16 is worth
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,10 +17,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     rows = weight.detach().float().reshape(len(weight), -1)
     largest = rows.abs().amax(1)
-    scale = largest / LARGEST
-    bits = scale.view(torch.int32)
-    scale = ((bits + (DROPPED - 1)) // DROPPED * DROPPED).view(torch.float32)  # up, so that no weight is beyond 127
-    scale = torch.where(largest.isfinite(), scale, torch.nan)
+    scale = torch.where(largest.isfinite(), largest / LARGEST, torch.nan)
     safe = torch.where((scale > 0)[:, None], rows / scale[:, None], 0.)
     return safe.nan_to_num(0.).round().clamp(-LARGEST, LARGEST).to(torch.int8).reshape(weight.shape), scale
 
