@@ -4,6 +4,7 @@
 #   dataset  for the card
 #   labels   label names, as JSON
 #   sizes    pixels at which the networks are evaluated; the best one is stated and shipped
+#   floats   dtype of the real weights in the shipped files
 #   runs     NAME CONFIG [options of train.py] a line; a NAME with a - is a twin, of which no folder is written
 set -euo pipefail
 if [ $# -lt 2 ]; then
@@ -34,6 +35,21 @@ best_size() {
     echo "$best"
 }
 
+# write_folder NAME [options of push]: the folder that `timm-el push` could upload.
+write_folder() {
+    local name=$1
+    shift
+    python -m timm_el push "USER/$name.$tag" --model "$output/$name" --float-dtype "$floats" --dataset "$dataset" \
+        --folder "$output/hub/$name.$tag" --dry-run "$@" \
+        --pretrained-cfg "{\"tag\": \"$tag\", \"input_size\": [3, $size, $size], \"label_names\": $labels}"
+}
+
+# evaluate NET FORMS RUN: RUN/eval.json, at the size that was found best.
+evaluate() {
+    python -m timm_el eval "$1" "${source[@]}" --forms "$2" --img-size "$size" --json > "$3/eval.part"
+    mv "$3/eval.part" "$3/eval.json"
+}
+
 while read -r -u 3 name config options; do
     [ -n "$name" ] || continue
     [[ -z ${NETS:-} || " $NETS " == *" $name "* ]] || continue
@@ -46,17 +62,25 @@ while read -r -u 3 name config options; do
             --output "$output" --experiment "$name" $options "${resume[@]}" "$@"
         touch "$run/finished"
     fi
-    forms=latent,packed,deployed
-    [[ $name != *-float ]] || forms=latent
     size=$(best_size "$run")
-    [ -e "$run/eval.json" ] || {
-        python -m timm_el eval "$run" "${source[@]}" --forms "$forms" --img-size "$size" --json > "$run/eval.part"
-        mv "$run/eval.part" "$run/eval.json"
-    }
-    found=$(top1 "$run/eval.json" latent)
-    echo "$name: top-1 $found at $size px"
-    [[ $name == *-* || -e $output/hub/$name.$tag/README.md ]] || python -m timm_el push "USER/$name.$tag" \
-        --model "$run" --float-dtype float16 --dataset "$dataset" --metric "top1=$found" \
-        --folder "$output/hub/$name.$tag" --dry-run \
-        --pretrained-cfg "{\"tag\": \"$tag\", \"input_size\": [3, $size, $size], \"label_names\": $labels}"
+    if [[ $name == *-* ]]; then
+        [ -e "$run/eval.json" ] || evaluate "$run" latent "$run"
+    elif [ ! -e "$run/eval.json" ]; then
+        write_folder "$name"
+        evaluate "$output/hub/$name.$tag" latent,packed,deployed,int8 "$run"
+    fi
+    echo "$name: top-1 $(top1 "$run/eval.json" latent) at $size px"
+done 3<<< "$runs"
+
+# The cards, once all are evaluated: each with its results, its curve and its twins.
+while read -r -u 3 name _; do
+    run=$output/$name
+    [[ -n $name && $name != *-* && -e $run/eval.json ]] || continue
+    size=$(best_size "$run")
+    twins=()
+    for twin in "$output/$name"-*/; do
+        [ ! -e "$twin/eval.json" ] || { twin=${twin%/} && twins+=(--twin "${twin##*-}=$twin"); }
+    done
+    write_folder "$name" --metric "top1=$(top1 "$run/eval.json" latent)" "${twins[@]}" \
+        ${DETAILS:+--details "$DETAILS"}
 done 3<<< "$runs"

@@ -1,4 +1,5 @@
 """Write a Hub folder of packed weights, check it, and upload it."""
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -17,6 +18,14 @@ def metric(text: str) -> dict[str, float]:
     return {name: float(value)}
 
 
+def twin(text: str) -> dict[str, str]:
+    """Return NAME=RUN as a dict; the type of an argument."""
+    name, found, run = text.partition('=')
+    if not (name and found and run):
+        raise argparse.ArgumentTypeError(f'found {text!r}, expected NAME=RUN')
+    return {name: run}
+
+
 def main(argv: list[str]) -> None:
     """Write, check and upload a Hub folder."""
     parser = parser_of('push', __doc__)
@@ -33,7 +42,9 @@ def main(argv: list[str]) -> None:
         help='dtype of all float tensors (int8: of real weights); their own if not given')
     parser.add_argument('--metric', type=metric, action='append', default=[], metavar='NAME=NUMBER', help='for a card')
     parser.add_argument('--dataset', help='for the card')
-    parser.add_argument('--details', type=Path, metavar='FILE', help='Markdown for the card: how it was trained')
+    parser.add_argument('--details', type=Path, metavar='FILE', help='Markdown for the card, before the log of the run')
+    parser.add_argument('--twin', type=twin, action='append', default=[], metavar='NAME=RUN',
+                        help='run of the same budget to show beside that of --model on the card: float=runs/float')
     parser.add_argument('--folder', type=Path, help='where to write; a temporary folder if not given')
     parser.add_argument('--private', action='store_true')
     parser.add_argument('--dry-run', action='store_true', help='stop before the upload')
@@ -42,12 +53,16 @@ def main(argv: list[str]) -> None:
     import timm
     from timm.models import load_checkpoint
 
-    from ..experiments.runs import is_run, load_run, training_log
+    from ..experiments.card import training_log
+    from ..experiments.runs import is_run, load_run
     from ..models.factory import create
     details = args.details.read_text() if args.details else ''
     if is_run(args.model):
         model = load_run(args.model)
-        details = details or training_log(args.model)
+        log = training_log(args.model, {name: run for one in args.twin for name, run in one.items()})
+        details = '\n\n'.join(part for part in (details.strip(), log) if part)
+    elif args.twin:
+        parser.error(f'twin: found {args.model!r} as --model, expected the folder of a run to compare with')
     else:
         model = create(args.model, args.recipe, **args.model_kwargs)
     if args.checkpoint:

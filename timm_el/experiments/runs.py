@@ -77,17 +77,3 @@ def read_log(run: str | Path) -> dict[str, list[float]]:
     if not rows or any(row.get(name) is None for row in rows.values() for name in names):
         raise ValueError(f'{file}: expected the columns {", ".join(names)} and at least one epoch')
     return {column: [float(row[name]) for row in rows.values()] for column, name in zip(COLUMNS, names)}
-
-
-def training_log(folder: str | Path) -> str:
-    """Return Markdown for a model card: the arguments that matter, and loss and top-1 by epoch."""
-    args, run = read_args(folder), read_log(folder)
-    names = ('model', 'recipe', 'model_kwargs', 'epochs', 'batch_size', 'world_size', 'opt', 'lr', 'sched',
-             'weight_decay', 'amp', 'amp_dtype', 'seed')
-    said = ', '.join(f'{name} {args[name]}' for name in names if args.get(name) not in (None, {}, ''))
-    trainer = '`timm-el fit`' if 'recipe' in args else "timm's `train.py`"
-    epochs = zip(*(run[name] for name in COLUMNS))
-    rows = [f'| {epoch:.0f} | {train:.3f} | {loss:.3f} | {top1:.2f} |' for epoch, train, loss, top1 in epochs]
-    return '\n'.join([
-        '## Training', '', f'{trainer}: {said}.', '',
-        '| epoch | training loss | loss | top-1 |', '|---|---|---|---|', *rows])
