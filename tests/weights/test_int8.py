@@ -87,6 +87,20 @@ def test_a_converted_network_and_a_hub_folder_take_int8(tmp_path):
     assert torch.equal(*made)
 
 
+@pytest.mark.parametrize('kwargs', [{'num_classes': 4}, {'num_classes': 0}, {'in_chans': 1}, {'features_only': True}])
+def test_timm_adapts_it_like_a_file_of_floats(file, tmp_path, kwargs):
+    """Other classes, no head, other channels, and features alone, to the same tensors."""
+    path = file[1]
+    timm_el.save_packed(timm_el.load_packed(net(1), path), tmp_path / 'floats.safetensors')
+    made = []
+    for weights in (path, tmp_path / 'floats.safetensors'):
+        torch.manual_seed(0)
+        overlay = {'file': str(weights), 'num_classes': 10}
+        made.append(timm.create_model('el_resnet18', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs))
+    found, expected = (m.state_dict() for m in made)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
 FIRST = 'conv1'
 
 
@@ -95,9 +109,15 @@ FIRST = 'conv1'
     (lambda t: t[f'{FIRST}.weight_scale'].neg_(), f'{FIRST}.weight_scale: found a negative'),
     (lambda t: t.update({f'{FIRST}.weight_scale': torch.ones(3)}), f'{FIRST}.weight_scale: found torch.float32 '),
     (lambda t: t.update({f'{FIRST}.weight_int8': t['fc.weight_int8'].clone()}),
-     rf'{FIRST}.weight_int8: found torch.int8 \(10,'),
-    (lambda t: t.update({'bn1.weight_int8': t['fc.weight_int8'].clone()}),
-     'bn1.weight_int8: the model has no such weight'),
+     rf'{FIRST}.weight_scale: found torch.float32 \(64,'),
+    (lambda t: t.update({f'{FIRST}.weight_int8': t['fc.weight_int8'].clone(),
+                         f'{FIRST}.weight_scale': t['fc.weight_scale'].clone()}), rf'{FIRST}.weight.*\(10, 512'),
+    (lambda t: t.update({'bn1.weight_int8': t['fc.weight_int8'].clone(), 'bn1.weight_scale': torch.ones(10)}),
+     'bn1.weight_int8: found bn1.weight beside it'),
+    (lambda t: t.update({'layer1.0.conv1.conv.weight_int8': t['fc.weight_int8'].clone()}),
+     'layer1.0.conv1.conv.weight_int8: the model has no such weight'),
+    (lambda t: t.update({'more.weight_int8': t['fc.weight_int8'].clone(), 'more.weight_scale': torch.ones(10)}),
+     'more.weight'),
     (lambda t: t.pop('fc.weight_int8'), 'fc.weight_int8: found none'),
     (lambda t: t.update({'fc.weight_int8': t['fc.weight_int8'].short()}), 'fc.weight_int8: found torch.int16'),
 ])

@@ -292,14 +292,16 @@ def take_signs(
     layers = binary_weight_layers(model)
     signs = {f'{prefix}weight': _take(state_dict, prefix, layer, where) for prefix, layer in layers.items()
              if prefix + BITS in state_dict}
-    for prefix, layer in full_real_layers(model).items():
-        if prefix + INT8 in state_dict or prefix + SCALE in state_dict:
-            state_dict[f'{prefix}weight'] = _take_int8(state_dict, prefix, layer, where)
-    names = tuple(f'.{name}' for name in (BITS, ALPHA, PAD, INT8, SCALE))
-    stray = next((key for key in state_dict if key.endswith(names)), None)
+    stray = next((key for key in state_dict if any(_is_named(key, name) for name in (BITS, ALPHA, PAD)) or any(
+        key in (prefix + INT8, prefix + SCALE) for prefix in layers)), None)
     if stray is not None:
         raise CheckpointError(
             f'{where}: {stray}: the model has no such weight there; this is a packed file of another model or recipe')
+    # By their names, not the model's: a head of other classes is of no use to it, but it is there, as in float files.
+    for key in [key for key in state_dict if _is_named(key, INT8) or _is_named(key, SCALE)]:
+        prefix = key[:-len(INT8 if _is_named(key, INT8) else SCALE)]
+        if key in state_dict:
+            state_dict[f'{prefix}weight'] = _take_int8(state_dict, prefix, where)
     return state_dict, signs
 
 
@@ -343,15 +345,20 @@ def _take(state_dict: dict[str, torch.Tensor], prefix: str, layer: nn.Module, wh
     return bits, alpha, layer.weight
 
 
-def _take_int8(state_dict: dict[str, torch.Tensor], prefix: str, layer: nn.Module, where: str) -> torch.Tensor:
+def _take_int8(state_dict: dict[str, torch.Tensor], prefix: str, where: str) -> torch.Tensor:
     q, scale = state_dict.pop(prefix + INT8, None), state_dict.pop(prefix + SCALE, None)
-    shape = tuple(layer.weight.shape)
-    for name, tensor, dtype, expected in ((INT8, q, torch.int8, shape), (SCALE, scale, torch.float32, shape[:1])):
-        if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != expected:
+    channels = None if q is None or q.dim() == 0 else q.shape[:1]
+    for name, tensor, dtype, fits in (
+            (INT8, q, torch.int8, channels is not None),
+            (SCALE, scale, torch.float32, scale is not None and scale.shape == channels)):
+        if tensor is None or tensor.dtype != dtype or not fits:
             found = 'none' if tensor is None else f'{tensor.dtype} {tuple(tensor.shape)}'
             raise CheckpointError(
-                f'{where}: {prefix}{name}: found {found}, expected {dtype} {expected}; this is a packed file of '
-                f'another model')
+                f'{where}: {prefix}{name}: found {found}, expected {dtype} with a value for each output channel; the '
+                f'file is damaged')
+    if f'{prefix}weight' in state_dict:
+        raise CheckpointError(
+            f'{where}: {prefix}{INT8}: found {prefix}weight beside it, expected one of them; the file is damaged')
     if not (torch.isfinite(scale) & (scale >= 0)).all():
         raise CheckpointError(f'{where}: {prefix}{SCALE}: found a negative or infinite value, expected scales >= 0')
     return dequantize(q, scale)
