@@ -335,9 +335,9 @@ def test_the_manifest_says_what_is_shipped():
 def test_pretrained_takes_the_shipped_weights_and_says_so(caplog):
     model = timm.create_model('el_resnet26', pretrained=True)
     assert 'there are no ImageNet weights yet' in caplog.text
-    assert model.num_classes == 10 and model.pretrained_cfg['tag'] == 'cifar10'
-    assert torch.equal(outputs(model, 32), outputs(timm.create_model('el_resnet26.cifar10', pretrained=True), 32))
-    assert torch.equal(outputs(model, 32), outputs(timm_el.from_hub(SHIPPED / 'el_resnet26.cifar10'), 32))
+    assert model.num_classes == 10 and model.pretrained_cfg['tag'] == 'imagenette'
+    assert torch.equal(outputs(model, 32), outputs(timm.create_model('el_resnet26.imagenette', pretrained=True), 32))
+    assert torch.equal(outputs(model, 32), outputs(timm_el.from_hub(SHIPPED / 'el_resnet26.imagenette'), 32))
     assert timm.create_model('el_resnet26').num_classes == 1000  # the default is the ImageNet configuration
     assert timm.create_model('el_resnet26', pretrained=True, num_classes=4).fc.out_features == 4
     other = timm.create_model('el_resnet26', pretrained=True, recipe='el', in_chans=1)

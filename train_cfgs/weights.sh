@@ -17,17 +17,18 @@ configs=$(cd "$(dirname "$0")" && pwd)
 source=(--dataset "${DATASET:-}" --data-dir "$data" ${DOWNLOAD:+--dataset-download})
 
 # top1 FILE FORM: a number out of what eval printed.
-top1() { python -c 'import json, sys; print(json.load(open(sys.argv[1]))["forms"][sys.argv[2]]["top1"])' "$1" "$2"; }
+top1() { python -c 'import json, sys; print(round(json.load(open(sys.argv[1]))["forms"][sys.argv[2]]["top1"], 2))' "$1" "$2"; }
 
-# best_size RUN: the size at which the latent network is best.
+# best_size RUN: the size at which the network is best, deployed, which is quickest, or latent if it is float.
 best_size() {
-    local size best='' of_best=0 found
+    local size best='' of_best=0 found form=deployed
+    [[ $1 != *-float ]] || form=latent
     for size in $sizes; do
-        [ -e "$1/latent_$size.json" ] || {
-            python -m timm_el eval "$1" "${source[@]}" --forms latent --img-size "$size" --json > "$1/latent.part"
-            mv "$1/latent.part" "$1/latent_$size.json"
+        [ -e "$1/size_$size.json" ] || {
+            python -m timm_el eval "$1" "${source[@]}" --forms "$form" --img-size "$size" --json > "$1/size.part"
+            mv "$1/size.part" "$1/size_$size.json"
         }
-        found=$(top1 "$1/latent_$size.json" latent)
+        found=$(top1 "$1/size_$size.json" "$form")
         if python -c 'import sys; sys.exit(float(sys.argv[1]) <= float(sys.argv[2]))' "$found" "$of_best"; then
             best=$size of_best=$found
         fi

@@ -81,9 +81,9 @@ def test_weights_are_named_as_elsewhere(packed, tmp_path, named):
 
 
 def test_pretrained_weights_bring_their_labels_and_size(tmp_path):
-    assert main(['export', 'el_resnet26.cifar10', '--pretrained', '-o', str(tmp_path / 'a')]) == 0
+    assert main(['export', 'el_resnet26.imagenette', '--pretrained', '-o', str(tmp_path / 'a')]) == 0
     program = timm_el.load_program(tmp_path / 'a')
-    assert program.labels[3] == 'cat' and program.metadata['preprocess']['size'] == [64, 64]
+    assert program.labels[3] == 'chain saw' and program.metadata['preprocess']['size'] == [160, 160]
 
 
 @pytest.mark.parametrize('words, message', [

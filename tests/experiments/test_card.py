@@ -30,7 +30,7 @@ def run(tmp_path):
 def test_a_card_has_the_results_the_curve_and_the_twins_by_epoch(run, tmp_path):
     late = write(tmp_path / 'late', '1,1.0,0.5,56.125\n', {'latent': (57, 90)}, model_kwargs={'recipe': 'host'})
     early = write(tmp_path / 'early', '0,1.0,0.5,7\n')
-    assert training_log(run, {'float': late, 'bireal': early}) == '''\
+    assert training_log(run, {'float': late, 'bireal': early}, 'By hand.\n') == '''\
 ## Results
 
 | form | image | top-1 | top-5 |
@@ -40,6 +40,8 @@ def test_a_card_has_the_results_the_curve_and_the_twins_by_epoch(run, tmp_path):
 | float twin | 160 px | 57.00 | 90.00 |
 
 ## Training
+
+By hand.
 
 timm's `train.py`: model el_resnet18, input_size [3, 48, 48], epochs 2, batch_size 8, opt adam, lr 0.002, amp True, \
 weights averaged with decay 0.99.

@@ -219,7 +219,7 @@ def test_a_job_of_weights_goes_on_where_it_was_stopped(scripts, images, tmp_path
     job(1)
     saved = checkpoint(tmp_path / 'out' / 'el_resnet26')
     # As if it had been stopped before the end.
-    for name in ('finished', 'eval.json', 'latent_32.json', 'latent_48.json'):
+    for name in ('finished', 'eval.json', 'size_32.json', 'size_48.json'):
         (tmp_path / 'out' / 'el_resnet26' / name).unlink()
     shutil.rmtree(tmp_path / 'out' / 'hub')
     log = job(2)
@@ -230,8 +230,8 @@ def test_a_job_of_weights_goes_on_where_it_was_stopped(scripts, images, tmp_path
     assert list(found['forms']) == ['latent', 'packed', 'deployed', 'int8'] and found['images'] == 40
     model = timm_el.from_hub(tmp_path / 'out' / 'hub' / f'el_resnet26.{tag}')
     assert model.pretrained_cfg['tag'] == tag and model.pretrained_cfg['label_names'][9] == last_label
-    by_size = {size: json.loads((tmp_path / 'out' / 'el_resnet26' / f'latent_{size}.json').read_text())['forms'][
-        'latent']['top1'] for size in (32, 48)}
+    by_size = {size: json.loads((tmp_path / 'out' / 'el_resnet26' / f'size_{size}.json').read_text())['forms'][
+        'deployed']['top1'] for size in (32, 48)}
     assert found['size'] == max(by_size, key=by_size.get) == model.pretrained_cfg['input_size'][-1]
     card = (tmp_path / 'out' / 'hub' / f'el_resnet26.{tag}' / 'README.md').read_text()
     assert '| epoch | training loss | loss | top-1 |\n|---|---|---|---|\n| 0 |' in card and '\n| 1 | ' in card

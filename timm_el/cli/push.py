@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         help='dtype of all float tensors (int8: of real weights); their own if not given')
     parser.add_argument('--metric', type=metric, action='append', default=[], metavar='NAME=NUMBER', help='for a card')
     parser.add_argument('--dataset', help='for the card')
-    parser.add_argument('--details', type=Path, metavar='FILE', help='Markdown for the card, before the log of the run')
+    parser.add_argument('--details', type=Path, metavar='FILE', help='Markdown for the card: how it was trained')
     parser.add_argument('--twin', type=twin, action='append', default=[], metavar='NAME=RUN',
                         help='run of the same budget to show beside that of --model on the card: float=runs/float')
     parser.add_argument('--folder', type=Path, help='where to write; a temporary folder if not given')
@@ -59,8 +59,7 @@ def main(argv: list[str]) -> None:
     details = args.details.read_text() if args.details else ''
     if is_run(args.model):
         model = load_run(args.model)
-        log = training_log(args.model, {name: run for one in args.twin for name, run in one.items()})
-        details = '\n\n'.join(part for part in (details.strip(), log) if part)
+        details = training_log(args.model, {name: run for one in args.twin for name, run in one.items()}, details)
     elif args.twin:
         parser.error(f'twin: found {args.model!r} as --model, expected the folder of a run to compare with')
     else:

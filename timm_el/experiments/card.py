@@ -9,12 +9,14 @@ from .runs import COLUMNS, read_args, read_log
 EVAL = 'eval.json'
 
 
-def training_log(folder: str | Path, twins: Mapping[str, str | Path] | None = None) -> str:
+def training_log(
+        folder: str | Path, twins: Mapping[str, str | Path] | None = None, details: str = '') -> str:
     """Return Markdown for a model card: how a run was trained and evaluated, and its twins beside it.
 
     Args:
         folder: The run. What `timm-el eval --json` printed of it counts where it was kept as eval.json.
         twins: Runs to compare it with, by what the card calls them: float, Bi-Real.
+        details: What else is to be said of the training, in Markdown.
 
     Raises:
         ValueError: A run has no log, or an argument that decides the budget differs between the run and a twin.
@@ -23,7 +25,8 @@ def training_log(folder: str | Path, twins: Mapping[str, str | Path] | None = No
     _check_budget(runs)
     evaluated = [line for name, run in runs.items() for line in _evaluated(name, Path(run))]
     results = ['## Results', '', '| form | image | top-1 | top-5 |', '|---|---|---|---|', *evaluated, '']
-    return '\n'.join([*(results if evaluated else []), '## Training', '', _arguments(read_args(folder)), '',
+    return '\n'.join([*(results if evaluated else []), '## Training', '', *([details.strip(), ''] if details else []),
+                      _arguments(read_args(folder)), '',
                       *_curves({name: read_log(run) for name, run in runs.items()})])
 
 

@@ -1,4 +1,5 @@
 """Default configs: the ImageNet tag is the default one, and what this package ships stands beside it."""
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,17 @@ def default_cfg(**kwargs: Any) -> dict[str, Any]:
         'paper_ids': 'arXiv:2112.10149', 'license': 'apache-2.0', **kwargs}
 
 
-def bundled_file(name: str) -> str | None:
-    """Return the path of the weights that this package ships under a name, or None."""
-    path = SHIPPED / name / 'model.safetensors' if SHIPPED is not None else None
-    return str(path) if path is not None and path.is_file() else None
+def shipped_cfgs(variant: str) -> dict[str, dict[str, Any]]:
+    """Return the configs of the weights that this package ships for a model, by its name and their tag.
+
+    Each is what stands in the config.json of their folder.
+    """
+    cfgs = {}
+    for file in sorted(SHIPPED.glob(f'{variant}.*/config.json')) if SHIPPED is not None else []:
+        config = json.loads(file.read_text(encoding='utf-8'))
+        found = {k: tuple(v) if isinstance(v, list) else v for k, v in config['pretrained_cfg'].items() if k != 'tag'}
+        cfgs[file.parent.name] = default_cfg(**found, file=str(file.with_name('model.safetensors')))
+    return cfgs
 
 
 def choose_weights(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -43,16 +51,8 @@ def choose_weights(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> di
     named = kwargs.get('pretrained_cfg') is not None or source & set(kwargs.get('pretrained_cfg_overlay') or {})
     if not pretrained or named or get_pretrained_cfg(variant).has_weights:
         return kwargs
-    shipped: str | None = next((tag for tag in ('cifar10',) if _has_weights(variant, tag)), None)
+    shipped = next(iter(shipped_cfgs(variant)), None)
     if shipped is None:
         return kwargs
-    _logger.warning(f'{variant}: there are no ImageNet weights yet, pretrained=True takes those of {variant}.{shipped}')
-    return {**kwargs, 'pretrained_cfg': shipped}
-
-
-def _has_weights(variant: str, tag: str) -> bool:
-    try:
-        cfg = get_pretrained_cfg(f'{variant}.{tag}')
-    except RuntimeError:  # no such tag
-        return False
-    return cfg is not None and cfg.has_weights
+    _logger.warning(f'{variant}: there are no ImageNet weights yet, pretrained=True takes those of {shipped}')
+    return {**kwargs, 'pretrained_cfg': shipped.partition('.')[2]}

@@ -17,7 +17,7 @@ from ..convert.binarize import binarize
 from ..recipes import Recipe
 from ..weights.loading import CheckedLoading, float_to_latent
 from ._arguments import check_arguments
-from ._pretrained import CIFAR10, bundled_file, choose_weights, default_cfg
+from ._pretrained import choose_weights, default_cfg, shipped_cfgs
 
 __all__ = ['BinarizedEfficientNet', 'BinarizedEfficientNetFeatures']
 
@@ -77,9 +77,8 @@ class BinarizedEfficientNetFeatures(EfficientNetFeatures):
 
 _cfg = partial(default_cfg, first_conv='conv_stem', classifier='classifier')
 default_cfgs = generate_default_cfgs({
-    'el_mobilenet_v1.cifar10': _cfg(
-        file=bundled_file('el_mobilenet_v1.cifar10'), input_size=(3, 64, 64), pool_size=(2, 2), **CIFAR10),
-    'el_mobilenet_v1.untrained*': _cfg(),  # behind the one with weights, or that one would be the default
+    **shipped_cfgs('el_mobilenet_v1'),
+    'el_mobilenet_v1.untrained*': _cfg(),  # behind those with weights, or theirs would be the default
 })
 
 

@@ -24,7 +24,7 @@ from ..weights.loading import CheckedLoading, guard_loading
 from ..weights.packed import is_packed, unpack_state_dict
 from ._arguments import check_counts, check_flags
 from ._official import OfficialCheckpoint, strip_wrappers
-from ._pretrained import CIFAR10, bundled_file, choose_weights, default_cfg
+from ._pretrained import choose_weights, default_cfg, shipped_cfgs
 
 __all__ = ['ReActNet', 'ReActBlock']
 
@@ -303,8 +303,7 @@ _cfg = partial(default_cfg, first_conv='conv_stem', classifier='fc')
 default_cfgs = generate_default_cfgs({
     'reactnet_a.untrained': _cfg(paper_ids='arXiv:2003.03488'),
     'reactnet_c.untrained': _cfg(paper_ids='arXiv:2003.03488'),
-    'el_reactnet_c.cifar10': _cfg(
-        file=bundled_file('el_reactnet_c.cifar10'), input_size=(3, 32, 32), pool_size=(1, 1), **CIFAR10),
+    **shipped_cfgs('el_reactnet_c'),
     'el_reactnet_c.untrained*': _cfg(),
 })
 

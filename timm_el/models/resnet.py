@@ -25,7 +25,7 @@ from ..recipes import Recipe
 from ..weights.loading import RECIPE_CODE, CheckedLoading, float_to_latent
 from ._arguments import check_arguments, check_flags
 from ._official import OfficialCheckpoint, strip_wrappers
-from ._pretrained import CIFAR10, bundled_file, choose_weights, default_cfg
+from ._pretrained import CIFAR10, choose_weights, default_cfg, shipped_cfgs
 
 __all__ = ['BinarizedResNet']
 
@@ -160,12 +160,10 @@ default_cfgs = generate_default_cfgs({
     'bireal_resnet34.untrained': _cfg(paper_ids='arXiv:1808.00278'),
     'el_resnet18.untrained': _cfg(),
     'el_resnet20.untrained': _cfg(input_size=(3, 32, 32), pool_size=(8, 8), **CIFAR10),
-    'el_resnet26.cifar10': _cfg(
-        file=bundled_file('el_resnet26.cifar10'), input_size=(3, 64, 64), pool_size=(2, 2), **CIFAR10),
-    'el_resnet26.untrained*': _cfg(),  # behind the one with weights, or that one would be the default
+    **shipped_cfgs('el_resnet26'),
+    'el_resnet26.untrained*': _cfg(),  # behind those with weights, or theirs would be the default
     'el_resnet34.untrained': _cfg(),
-    'el_resnet50.cifar10': _cfg(
-        file=bundled_file('el_resnet50.cifar10'), input_size=(3, 32, 32), pool_size=(1, 1), **CIFAR10),
+    **shipped_cfgs('el_resnet50'),
     'el_resnet50.untrained*': _cfg(),
     'reactnet_resnet18.untrained': _cfg(paper_ids='arXiv:2003.03488'),
 })
