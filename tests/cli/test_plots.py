@@ -11,7 +11,7 @@ from PIL import Image
 
 import timm_el
 from timm_el.__main__ import main
-from timm_el.cli.plots import estimators, features, gamma, tradeoff, training
+from timm_el.cli.plots import estimators, features, gamma, telemetry, tradeoff, training
 from timm_el.experiments.config import FitConfig
 from timm_el.experiments.fit import fit
 from timm_el.experiments.nets import Net
@@ -129,6 +129,24 @@ def runs(tmp_path_factory, colours):
         config = FitConfig(**net, recipe=recipe, pad_crop=4, batch_size=8, epochs=2)
         fit(config, str(root / name), str(colours), cache=str(root / 'cache'))
     return [root / name for name in ('float', 'bireal', 'el')]
+
+
+def test_telemetry_is_drawn_over_the_depth_with_a_line_for_each_record(runs):
+    figure = draw(telemetry, *runs[1:])
+    titles = [axis.get_title() for axis in figure.axes[::3]]
+    assert titles == ['bireal: inputs whose sign is +1', 'el: inputs whose sign is +1']
+    records = JsonLines.read(runs[2] / 'telemetry.jsonl')
+    shares, flips, gammas = (marks(axis) for axis in figure.axes[3:])
+    layers = [record['layers'] for record in records]
+    assert len(records) == 2 and len(layers[0]) == 12
+    for i in range(2):
+        name = f'epoch {i}'
+        assert shares[name] == (list(range(12)), [row['input_positive'] for row in layers[i].values()])
+        assert flips[name] == (list(range(12)), [row['flip_ratio'] for row in layers[i].values()])
+        assert gammas[name] == (list(range(8)), list(records[i]['gamma'].values()))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ['epoch 0', 'epoch 1']
+    with pytest.raises(ValueError, match='found no telemetry.jsonl with records, expected the folder of a run'):
+        draw(telemetry, runs[0].parent)
 
 
 def test_folders_of_fit_give_every_picture_of_trained_nets(runs):

@@ -6,7 +6,7 @@ import argparse
 import importlib
 from pathlib import Path
 
-PICTURES = ('gamma', 'features', 'estimators', 'training', 'tradeoff')
+PICTURES = ('gamma', 'features', 'estimators', 'training', 'telemetry', 'tradeoff')
 
 
 def main(argv: list[str]) -> None:
