@@ -332,6 +332,15 @@ def test_the_manifest_says_what_is_shipped():
         assert facts['recipe'] == (plan['recipe']['name'] if plan else config['architecture'])
 
 
+def test_the_shipped_weights_are_small_and_documented_as_the_manifest_has_them():
+    manifest = json.loads((SHIPPED / 'manifest.json').read_text())
+    assert sum(facts['size'] for facts in manifest.values()) <= 16e6
+    page = (SHIPPED.parent / 'docs' / 'hub.md').read_text()
+    for name, facts in manifest.items():
+        size = facts['dataset'].rpartition(', ')[2]
+        assert f'| `{name}` | {facts["top1"]:.2f} % | {size} | {facts["size"] / 1e6:.1f} MB |' in page
+
+
 def test_pretrained_takes_the_shipped_weights_and_says_so(caplog):
     model = timm.create_model('el_resnet26', pretrained=True)
     assert 'there are no ImageNet weights yet' in caplog.text

@@ -1,4 +1,4 @@
-"""What a model card says of a run: results, arguments, curves, and its twins beside it."""
+"""Describe a run for a model card: results, arguments, curves, and its twins beside it."""
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

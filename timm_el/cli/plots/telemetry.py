@@ -23,8 +23,8 @@ def of_layers(field: str) -> Callable[[dict[str, Any]], dict[str, float]]:
     return lambda record: {path: row[field] for path, row in record['layers'].items() if field in row}
 
 
-# What the columns show of a record, by the path of each layer or link.
-COLUMNS = {
+# What the panels show of a record, by the path of each layer or link.
+PANELS = {
     'inputs whose sign is +1': of_layers('input_positive'),
     'weights that changed sign since the record before': of_layers('flip_ratio'),
     'gamma': lambda record: record['gamma'],
@@ -43,12 +43,12 @@ def draw(args: argparse.Namespace) -> 'Figure':
         ValueError: A run has no telemetry.
     """
     from matplotlib import colormaps
-    figure, axes = new_figure(len(args.runs), len(COLUMNS), (12, 3 * len(args.runs)))
+    figure, axes = new_figure(len(args.runs), len(PANELS), (12, 3 * len(args.runs)))
     for row, run, name in zip(axes, args.runs, labels(args.runs)):
         records = JsonLines.read(run / FILE)
         if not records:
             raise ValueError(f'{run}: found no {FILE} with records, expected the folder of a run of `timm-el fit`')
-        for axis, (title, values) in zip(row, COLUMNS.items()):
+        for axis, (title, values) in zip(row, PANELS.items()):
             for i, record in enumerate(records):
                 found = list(values(record).values())
                 color = colormaps['viridis'](i / max(1, len(records) - 1))
