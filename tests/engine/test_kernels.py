@@ -1,54 +1,32 @@
 """The C sources by themselves: warnings are errors, their own driver finds nothing wrong, sanitizers neither."""
 import importlib.util
 import itertools
-import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from compiled import CC, KERNELS, SANITIZERS, build, needs_compiler, run
 from test_engine import binary_conv2d, real_conv2d
 
 import timm_el
 from timm_el import engine
-from timm_el.engine import abi, native, reference
+from timm_el.engine import native, reference
 from timm_el.engine.layout import store
 from timm_el.engine.spec import ConvSpec, Window, table_stride
 
-ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ROOT / 'timm_el' / 'engine' / 'kernels'
-DRIVER = ROOT / 'tests' / 'kernels' / 'driver.c'
-FLAGS = [flag for line in (KERNELS / 'flags.txt').read_text().splitlines() for flag in line.split()]
-CC = os.environ.get('CC') or shutil.which('cc') or shutil.which('gcc') or shutil.which('clang')
 
-
-def build(folder: Path, compiler: str, *extra: str, before: Sequence[str] = (), sources: Path = KERNELS) -> str:
-    program = str(folder / 'driver.exe')  # a name that Windows needs and nobody else minds
-    files = [f'-I{sources}', str(DRIVER), *(str(path) for path in sorted(sources.rglob('*.c')))]
-    libraries = ['-lm', '-ldl'] if sys.platform == 'linux' and '-windows-' not in ' '.join(extra) else ['-lm']
-    command = [compiler, *before, *FLAGS, '-Wall', '-Wextra', '-Werror', *extra, '-o', program, *files, *libraries]
-    subprocess.run(command, check=True)
-    return program
-
-
-def run(*command: str, **environment: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-@pytest.mark.skipif(not CC, reason='no C compiler: the engine runs its reference')
+@needs_compiler
 def test_the_driver_finds_every_body_right(tmp_path):
-    out = run(build(tmp_path, CC), '300', '7')
+    out = run(build(tmp_path, 'driver'), '300', '7')
     assert ': 0 wrong' in out and ' '.join(timm_el.engine.info()['available']) in out
 
 
-@pytest.mark.skipif(not CC, reason='no C compiler: the engine runs its reference')
+@needs_compiler
 def test_the_driver_sees_a_wrong_kernel(tmp_path):
     wrong = tmp_path / 'kernels'
     shutil.copytree(KERNELS, wrong)
@@ -56,11 +34,11 @@ def test_the_driver_sees_a_wrong_kernel(tmp_path):
     text = epilogues.read_text()
     assert '(n + n)' in text
     epilogues.write_text(text.replace('(n + n)', '(n + n + 1)'))
-    result = subprocess.run([build(tmp_path, CC, sources=wrong), '40'], capture_output=True, text=True)
+    result = subprocess.run([build(tmp_path, 'driver', kernels=wrong), '40'], capture_output=True, text=True)
     assert result.returncode == 1 and 'differs' in result.stdout
 
 
-@pytest.mark.skipif(not CC, reason='no C compiler: the engine runs its reference')
+@needs_compiler
 @pytest.mark.parametrize('kernel', [(1, 1), (3, 5), (4, 4), (1, 255), (16, 16), (32, 32)])
 def test_depthwise_kernels_of_any_size_are_counted(kernel):
     torch.manual_seed(0)
@@ -128,7 +106,7 @@ def convolve_by_every_body(image: torch.Tensor, weight: torch.Tensor, spec: Conv
         engine.use_isa(None)
 
 
-@pytest.mark.skipif(not CC, reason='no C compiler: the engine runs its reference')
+@needs_compiler
 @pytest.mark.parametrize('kind', ['full', 'depthwise'])
 def test_float_convolutions_round_each_product_and_sum_once(kind):
     x, w = sums_that_are_hard_to_round()
@@ -145,7 +123,7 @@ def test_float_convolutions_round_each_product_and_sum_once(kind):
         assert ((found == expected) | (found.isnan() & expected.isnan())).all(), body
 
 
-@pytest.mark.skipif(not CC, reason='no C compiler: the engine runs its reference')
+@needs_compiler
 @pytest.mark.parametrize('kind', ['full', 'depthwise'])
 def test_a_sum_beyond_the_largest_float_does_not_come_back(kind):
     w = torch.tensor([[2. ** 100], [-2. ** 100]]).expand(2, 8)
@@ -170,18 +148,16 @@ def test_the_features_of_the_processor_are_those_that_linux_tells():
     assert native.library().el_cpu() == expected
 
 
-SANITIZERS = {
-    'address,undefined': {}, 'thread': {'TSAN_OPTIONS': 'halt_on_error=1'}}
+ENVIRONMENTS = {'address,undefined': {}, 'thread': {'TSAN_OPTIONS': 'halt_on_error=1'}}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CC, reason='no C compiler: the engine runs its reference')
-@pytest.mark.parametrize('kind', SANITIZERS)
+@needs_compiler
+@pytest.mark.parametrize('kind', ENVIRONMENTS)
 def test_sanitizers_find_nothing(tmp_path, kind):
-    program = build(
-        tmp_path, CC, '-g', '-O1', '-fno-omit-frame-pointer', f'-fsanitize={kind}', '-fno-sanitize-recover=all')
+    program = build(tmp_path, 'driver', *SANITIZERS, f'-fsanitize={kind}')
     fork = ['nofork'] if kind == 'thread' else []  # ThreadSanitizer does not follow a fork of several threads
-    assert ': 0 wrong' in run(program, '400' if kind != 'thread' else '60', '11', *fork, **SANITIZERS[kind])
+    assert ': 0 wrong' in run(program, '400' if kind != 'thread' else '60', '11', *fork, **ENVIRONMENTS[kind])
 
 
 @pytest.mark.slow
@@ -189,7 +165,7 @@ def test_sanitizers_find_nothing(tmp_path, kind):
     not (shutil.which('aarch64-linux-gnu-gcc') and shutil.which('qemu-aarch64')),
     reason='needs Debian\'s gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user')
 def test_the_neon_bodies_are_right_under_an_emulator(tmp_path):
-    program = build(tmp_path, 'aarch64-linux-gnu-gcc', '-static')
+    program = build(tmp_path, 'driver', compiler=['aarch64-linux-gnu-gcc', '-static'])
     out = run('qemu-aarch64', '-cpu', 'max', program, '400', '3', 'nofork')
     assert 'bodies neondot neon portable: 0 wrong' in out
     out = run('qemu-aarch64', '-cpu', 'cortex-a53', program, '20', '3', 'nofork')  # without dot products
@@ -206,7 +182,8 @@ TARGETS = {  # and what runs the driver there, if it is installed
 @pytest.mark.parametrize('target', TARGETS)
 def test_the_sources_compile_without_a_warning_for_every_platform(tmp_path, target):
     runner = TARGETS[target]
-    program = build(tmp_path, sys.executable, '-target', target, '-mcpu=baseline', before=['-m', 'ziglang', 'cc'])
+    program = build(
+        tmp_path, 'driver', compiler=[sys.executable, '-m', 'ziglang', 'cc', '-target', target, '-mcpu=baseline'])
     if runner is None or (runner and not shutil.which(runner[0])):
         return
     if not runner and (sys.platform != 'linux' or platform.machine() != 'x86_64'):
@@ -217,16 +194,9 @@ def test_the_sources_compile_without_a_warning_for_every_platform(tmp_path, targ
         assert ' '.join(timm_el.engine.info()['available']) in out
 
 
-@pytest.mark.skipif(not CC, reason='no C compiler: the engine runs its reference')
+@needs_compiler
 @pytest.mark.parametrize('flags', [
-    [],
-    pytest.param(['-O1', '-fsanitize=address,undefined', '-fno-sanitize-recover=all'], marks=pytest.mark.slow)])
+    [], pytest.param([*SANITIZERS, '-fsanitize=address,undefined'], marks=pytest.mark.slow)])
 def test_sums_of_int8_are_exact(tmp_path, flags):
     """Scales and sums of every instruction set, with NaN, infinities, zeros, denormals and ties among the inputs."""
-    program = str(tmp_path / 'int8.exe')
-    source = ROOT / 'tests' / 'kernels' / 'int8.c'
-    libraries = ['-lm', '-ldl'] if sys.platform == 'linux' else ['-lm']
-    subprocess.run(
-        [CC, *FLAGS, '-Wall', '-Wextra', '-Werror', *flags, '-I', str(KERNELS), '-o', program, str(source),
-         *map(str, abi.sources()), *libraries], check=True)
-    assert '200 cases: 0 wrong' in run(program, '200')
+    assert '200 cases: 0 wrong' in run(build(tmp_path, 'int8', *flags), '200')

@@ -1,44 +1,20 @@
 """Programs in C: random ones agree with an interpreter, faults are seen, damage does no harm, the runner prints."""
-import os
+import functools
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import compiled
 import numpy as np
 import pytest
+from compiled import FLAGS, KERNELS, SANITIZERS, needs_compiler, run
 
 from timm_el import engine
 
-HERE = Path(__file__).parent
-KERNELS = HERE.parents[1] / 'timm_el' / 'engine' / 'kernels'
-FLAGS = (KERNELS / 'flags.txt').read_text().split()
-CC = os.environ.get('CC') or shutil.which('cc') or shutil.which('gcc') or shutil.which('clang')
-LIBRARIES = ['-lm', '-ldl'] if sys.platform == 'linux' else ['-lm']
-SANITIZERS = ['-g', '-O1', '-fno-omit-frame-pointer', '-fno-sanitize-recover=all']
-
-pytestmark = pytest.mark.skipif(not CC, reason='no C compiler: the engine runs its reference')
-
-
-def build(
-        folder: Path, main: str, *extra: str, command: Sequence[str] = (), kernels: Path = KERNELS,
-        libraries: Sequence[str] = LIBRARIES) -> str:
-    """Compile one of the C mains here, with the kernels, and return the path of the program."""
-    program = str(folder / f'{main}.exe')
-    sources = [str(path) for path in sorted(kernels.rglob('*.c')) if path.name != 'driver.c']
-    mine = [str(HERE / f'{name}.c') for name in (main, 'net', 'naive', 'draws')]
-    subprocess.run(
-        [*(command or [CC]), *FLAGS, '-Wall', '-Wextra', '-Werror', *extra, f'-I{kernels}', '-o', program, *sources,
-         *mine, *libraries], check=True)
-    return program
-
-
-def run(*command: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+pytestmark = needs_compiler
+build = functools.partial(compiled.build, helpers=('net', 'naive', 'draws'))
 
 
 def test_random_programs_agree_with_the_interpreter_on_every_instruction_set(tmp_path):
@@ -189,7 +165,7 @@ def test_the_runner_is_small():
     reason='needs Debian\'s gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user')
 def test_the_runner_and_random_programs_are_right_under_an_emulator(written, tmp_path):
     compiler = ['aarch64-linux-gnu-gcc', '-static']
-    out = run('qemu-aarch64', build(tmp_path, 'programs', command=compiler), '100', '3')
+    out = run('qemu-aarch64', build(tmp_path, 'programs', compiler=compiler), '100', '3')
     assert 'instruction sets neondot neon portable: 0 wrong' in out
     program = str(tmp_path / 'timm-el-run')
     sources = [*sorted(KERNELS.rglob('*.c')), *sorted((KERNELS.parent / 'runner').glob('*.c'))]
