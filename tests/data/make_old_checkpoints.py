@@ -124,12 +124,6 @@ def write_hub(folder: Path) -> dict:
         recipe=loaded.binarize_report.recipe.to_dict(), state=checksum(loaded.state_dict()), logits=logits(loaded))
 
 
-def read_shipped(folder: Path) -> dict:
-    """Return the checksum of the weights file and the outputs of a folder of shipped weights."""
-    import timm_el
-    return dict(file=zlib.crc32((folder / 'model.safetensors').read_bytes()), logits=logits(timm_el.from_hub(folder)))
-
-
 def write_run(folder: Path, images: Path) -> dict:
     """Train one epoch of two into `folder`; return the checkpoint's sum, and the result of both epochs elsewhere."""
     from timm_el.cli._config import FitConfig
@@ -166,7 +160,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         facts['run'] = write_run(OLD / 'run', write_colours(Path(folder) / 'images'))
     facts['recipes'] = {name: dict(code=r.code, data=r.to_dict()) for name, r in timm_el.RECIPES.items()}
-    facts['shipped'] = {path.parent.name: read_shipped(path.parent) for path in sorted(old.glob('hub/*/config.json'))}
     (OLD / 'facts.json').write_text(dumped(facts))
 
 
