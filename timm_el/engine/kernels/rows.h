@@ -1,4 +1,4 @@
-/* One layer of the work, and how a few of its rows are made: what rows.c gives to the files that run layers. */
+/* One layer of the work, what it needs, and how a few of its rows are made: for the files that run layers. */
 #ifndef TIMM_EL_ROWS_H
 #define TIMM_EL_ROWS_H
 
@@ -85,11 +85,18 @@ typedef struct {
     el_prefetch next;           /* weights of the layer that comes next */
 } stage;
 
-/* rows.c */
+/* Return the bytes of the weights of a channel of a full real convolution. */
+static inline size_t channel_bytes(const layer *l) {
+    const el_plan *p = l->p;
+    return (p->int8 ? el_int8_block_bytes((int)el_inputs_of(p)) / EL_REAL_BLOCK : (size_t)l->taps * l->tap);
+}
+
+/* layer.c */
 void el_set_up(layer *l, const el_plan *p);
 /* Begin a layer in an image, with l->bytes of memory. */
 void el_prepare(stage *s, const layer *l, char *memory);
-/* Make output rows from .. to of channels c0 .. c1. */
+
+/* rows.c: make output rows from .. to of channels c0 .. c1. */
 void el_run_rows(stage *s, int from, int to, int c0, int c1);
 
 /* int8.c: quantize the inputs of output rows oy0 .. oy1, those of a band, which are located. */
