@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from ..layers import HOST_ATTRIBUTES
 from ..weights.int8 import quantize
-from . import native
 from . import operators as ops
 from .calls import copied
 from .epilogue import F64, FIXED_NORMS, Epilogue, affine_of, norm_and_act, pair, pool_of
@@ -94,7 +93,6 @@ class StepModule(Engine):
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Set the constants."""
         self.constants = tuple(state.tolist())
-        native.touch()
 
     def extra_repr(self) -> str:
         return self.kind.name.lower()
