@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from .aten import FACTORIES, HANDLERS, UNREAD
+from .aten import FACTORIES, HANDLERS
 from .operators import KIND_OF, decode
 from .record import Call, Op, Recording
 from .steps import Kind, Size, Step, is_pixelwise, output_size
-from .views import AXES, IMAGE, NoStep, Ref, form_of, is_flat, is_image, is_pixels, with_channels
+from .views import AXES, IMAGE, UNREAD, NoStep, Ref, form_of, is_flat, is_image, is_pixels, with_channels
 
 __all__ = ['Island', 'Lowered', 'Node', 'lower']
 
@@ -112,7 +112,7 @@ class _Unlowered(Exception):
 
 
 class Lowering:
-    """One pass over a recording; the handlers of aten.py add its steps."""
+    """One pass over a recording; the handlers of aten/ add its steps."""
 
     def __init__(self, recording: Recording, memo: dict[Any, Any], islands: set[Call]) -> None:
         n, c, h, w = recording.x.shape

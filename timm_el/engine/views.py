@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from .steps import Form, Size
 
 __all__ = [
-    'AXES', 'IMAGE', 'NoStep', 'Ref', 'axes_of', 'form_of', 'is_flat', 'is_image', 'is_pixels', 'regrouped',
+    'AXES', 'IMAGE', 'UNREAD', 'NoStep', 'Ref', 'axes_of', 'form_of', 'is_flat', 'is_image', 'is_pixels', 'regrouped',
     'with_channels']
 
 AXES = 'nhwc'
@@ -22,6 +22,9 @@ class Ref:
     """A tensor as a view of a value: which of the value's axes n, h, w, c make each axis of the tensor."""
     value: int
     groups: tuple[str, ...]
+
+
+UNREAD = Ref(-1, ())  # an output that nobody may read
 
 
 def axes_of(ref: Ref, size: Size) -> list[str]:
