@@ -220,7 +220,7 @@ def _card(
               else f'model = timm_el.from_hub("{repo_id}").eval()')
     rows: list[str] = [f'| {key} | {value:.2f} |' for key, value in metrics.items()]
     facts = [
-        ('recipe', report.recipe.name if report is not None else name),
+        *([('recipe', report.recipe.name)] if report is not None else []),  # a ReActNet is not converted
         ('image', 'x'.join(map(str, size))),
         ('file', f'{(folder / WEIGHTS).stat().st_size / 1e6:.2f} MB, one bit per binary weight'),
         ('parameters', f'{summary.params:,}, of which {summary.bit_params:,} are one bit'),

@@ -24,7 +24,7 @@ labels='["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse"
 for net in ${NETS:-resnet20 resnet18}; do
     for row in ${ROWS:-el bireal reactnet el_r2b_rprelu host}; do
         run=$output/$net/$row/seed_0
-        python -m timm_el ablate "$configs/fit/cifar10_${net}_long.yaml" --data-dir "$data" --output "$output/$net" \
+        python -m timm_el ablate "$configs/fit/cifar10_${net}.yaml" --data-dir "$data" --output "$output/$net" \
             --cache "$output" --seeds 1 --rows "$row" "$@"
         [ "$row" != host ] || continue
         [ -e "$output/$net/$row/eval.json" ] || {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All Imagenette networks in one lease of a machine, whose end may come at any time:
+# All Imagenette networks in a given time, on a machine that may be taken away earlier:
 #
 #   train_cfgs/lease.sh IMAGES OUTPUT SECONDS [options of `timm-el fit`]
 #

@@ -3,7 +3,7 @@
 python train_cfgs/ship.py runs/imagenette/hub/el_resnet26.imagenette ... --dataset "Imagenette, 3,925 images" \
     --training "train_cfgs/imagenette.sh imagenette runs/imagenette"
 
-A folder of the same network with another tag is replaced.
+A folder of the same network with another tag is replaced. The card of a shipped network creates it without the Hub.
 """
 import argparse
 import json
@@ -33,8 +33,10 @@ def main() -> None:
             kept[name] = fact
     for folder in args.folders:
         (HUB / folder.name).mkdir()
-        for file in (CARD, CONFIG, WEIGHTS):
+        for file in (CONFIG, WEIGHTS):
             shutil.copyfile(folder / file, HUB / folder.name / file)
+        card = (folder / CARD).read_text(encoding='utf-8')
+        (HUB / folder.name / CARD).write_text(card.replace(f'hf-hub:USER/{folder.name}', folder.name), encoding='utf-8')
     manifest.write_text(json.dumps(dict(sorted({**kept, **facts}.items())), indent=2) + '\n')
 
 

@@ -330,7 +330,7 @@ def test_a_table_takes_changes_and_records_them(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize('net', ['cifar10_resnet20', 'cifar10_resnet18'])
 def test_the_tables_of_the_cifar_nets_take_their_steps(net, folder, tmp_path, capsys):
-    changes = ['num_classes=3', 'batch_size=16']
+    changes = ['num_classes=3', 'batch_size=16', 'epochs=1', 'warmup_epochs=0', 'amp=false', 'torchcompile=null']
     if net == 'cifar10_resnet18':
         changes.append('model_kwargs={channels: [8, 16, 16, 16]}')
     assert main([

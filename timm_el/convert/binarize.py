@@ -72,9 +72,9 @@ def binarize(
     noise, or on `example_input`. Linear layers on pixels (N, H, W, C) count as the 1x1 convolutions that they are.
 
     The parameters of the host are kept, so that a pretrained float network becomes the latent initialisation. (Where an
-    activation moves in front of its norm, that norm's running statistics start anew.) The first convolution, the
-    classifier, squeeze-excite and the residual downsampling stay float, and so does a layer that runs more than once or
-    shares its weight. Activations stay between layers that are kept float. Where a weight is frozen, what is new around
+    activation moves in front of its norm, that norm's running statistics are computed from the weights.) The first
+    convolution, the classifier, squeeze-excite and the residual downsampling stay float, and so does a layer that runs
+    more than once or shares its weight. Activations stay between layers that are kept float. Where a weight is frozen, what is new around
     it is frozen too. Afterwards `model.binarize_report` has a row for each layer. If anything is refused, the model is
     as it was.
 

@@ -13,9 +13,9 @@ from .runs import is_run, load_run, read_log
 
 PRETRAINED = 'pretrained'
 NET_HELP = (
-    'MODEL[:RECIPE][@WEIGHTS]: a timm model, el_resnet26 or el_resnet26.cifar10; a recipe to binarize it with; a file '
-    f'of weights (packed, or what train.py wrote) or the word {PRETRAINED}. Or a folder that train.py, `fit` or `push` '
-    'wrote')
+    'MODEL[:RECIPE][@WEIGHTS]: a timm model, el_resnet26 or el_resnet26.imagenette; a recipe to binarize it with; a '
+    f'file of weights (packed, or what train.py wrote) or the word {PRETRAINED}. Or a folder that train.py, `fit` or '
+    '`push` wrote')
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Top-1 against the size of the file and against latency, measured in this call: batch 1, nets taking turns.
 
-timm-el plot tradeoff el_resnet26@pretrained el_resnet50@pretrained resnet26@float.pth.tar --data-dir CIFAR10
+timm-el plot tradeoff el_resnet26@pretrained el_resnet50@pretrained resnet26@float.pth.tar --data-dir imagenette
 
 A binarized net is deployed and its size is that of its packed file, a float net stays as it is. Top-1 is measured on
 the images of --data-dir, else it is that of a run's last epoch, or of the model card beside the weights.
