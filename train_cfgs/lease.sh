@@ -56,8 +56,8 @@ tar xf "$images" -C "$data" --strip-components 1
 step eager
 step compiled --compile
 
-# Compiled if that saves more of a sixth of the budget than compiling takes.
-compile=$(python - "$work" "$output" "$budget" <<'PAYS'
+# Compiled if that saves more of a sixth of the budget than compiling takes. What was begun goes on as it began.
+[ -e "$work/torchcompile" ] || python - "$work" "$output" "$budget" > "$work/torchcompile.part" <<'PAYS'
 import json, os, sys
 work, output, budget = sys.argv[1:]
 paths = {mode: os.path.join(work, f'step_{mode}.json') for mode in ('eager', 'compiled')}
@@ -69,7 +69,8 @@ if len(steps) == 2:
     pays = saved > steps['compiled']['model_first_ms'] / 1e3
 print('inductor' if pays else 'null')
 PAYS
-)
+[ -e "$work/torchcompile" ] || mv "$work/torchcompile.part" "$work/torchcompile"
+compile=$(cat "$work/torchcompile")
 echo "torchcompile: $compile"
 python -m timm_el fit "$root/train_cfgs/fit/imagenette.yaml" --data-dir "$data" --output "$work/runs" --cache "$work" \
     --device "$device" --workers "$(nproc)" --budget "$((budget - SECONDS - 10))" --hand-over "$output" \

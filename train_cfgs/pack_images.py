@@ -28,12 +28,17 @@ def main() -> None:
     scale = create_transform((3, args.size, args.size), crop_pct=1.0, interpolation='bicubic', normalize=False)
     part = args.tar.with_name(args.tar.name + '.part')
     with tarfile.open(part, 'w:gz') as tar:  # for the sake of the headers, a fifth of the whole
-        for folder in sorted(args.data.glob('*/*')):
+        for folder in sorted(path for path in args.data.glob('*/*') if path.is_dir()):
             files = sorted(file for file in folder.iterdir() if file.suffix.lower() in get_img_extensions())
             for file in files[:args.limit]:
                 data = io.BytesIO()
-                to_pil_image(scale(Image.open(file).convert('RGB'))).save(data, 'webp', quality=args.quality, method=4)
-                name = file.relative_to(args.data).with_suffix('.webp')
+                try:
+                    image = Image.open(file).convert('RGB')
+                except (OSError, SyntaxError, ValueError) as e:
+                    raise SystemExit(f'{file}: cannot be read as an image: {e}') from e
+                to_pil_image(scale(image)).save(data, 'webp', quality=args.quality, method=4)
+                name = file.relative_to(args.data)  # with its ending, as a.jpg may stand beside a.png
+                name = name.with_name(f'{name.name}.webp') if name.suffix != '.webp' else name
                 member = tarfile.TarInfo((args.data.resolve().name / name).as_posix())
                 member.size = data.tell()
                 data.seek(0)

@@ -24,6 +24,8 @@ def main() -> None:
     args = parser.parse_args()
     facts = {folder.name: entry(folder, args.dataset, args.training) for folder in args.folders}
     manifest = HUB / 'manifest.json'
+    if inside := [str(folder) for folder in args.folders if folder.resolve().parent == HUB]:
+        parser.error(f'folders: found {inside[0]!r}, which is shipped already, expected one elsewhere')
     replaced = {name.partition('.')[0] for name in facts}
     kept = {}
     for name, fact in json.loads(manifest.read_text()).items():
@@ -42,10 +44,12 @@ def main() -> None:
 
 def entry(folder: Path, dataset: str, training: str) -> dict:
     """Return what the manifest says of a folder, which is loaded first."""
-    model = from_hub(folder)
+    model, metrics = from_hub(folder), read_metrics(folder)
+    if 'top1' not in metrics:
+        raise SystemExit(f'{folder}: found no top1 on its card, expected one: timm-el push --metric top1=NUMBER')
     report = getattr(model, 'binarize_report', None)  # a ReActNet is not converted
     return {
-        **file_facts(folder / WEIGHTS), 'top1': round(read_metrics(folder)['top1'], 2),
+        **file_facts(folder / WEIGHTS), 'top1': round(metrics['top1'], 2),
         'dataset': f'{dataset}, {model.pretrained_cfg["input_size"][-1]} px',
         'recipe': report.recipe.name if report else model.pretrained_cfg['architecture'], 'training': training}
 

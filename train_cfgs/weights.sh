@@ -14,6 +14,7 @@ fi
 data=$1 output=$2
 shift 2
 configs=$(cd "$(dirname "$0")" && pwd)
+trap 'exit 130' INT  # train.py ends with 0 then, and nothing is finished
 source=(--dataset "${DATASET:-}" --data-dir "$data" ${DOWNLOAD:+--dataset-download})
 
 # top1 FILE FORM: a number out of what eval printed.
@@ -25,9 +26,9 @@ best_size() {
     [[ $1 != *-float ]] || form=latent
     for size in $sizes; do
         [ -e "$1/size_$size.json" ] || {
-            python -m timm_el eval "$1" "${source[@]}" --forms "$form" --img-size "$size" --json > "$1/size.part"
+            python -m timm_el eval "$1" "${source[@]}" --forms "$form" --img-size "$size" --json > "$1/size.part" || return
             mv "$1/size.part" "$1/size_$size.json"
-        }
+        }  # `set -e` does not reach into a function whose output is read
         found=$(top1 "$1/size_$size.json" "$form")
         if python -c 'import sys; sys.exit(float(sys.argv[1]) <= float(sys.argv[2]))' "$found" "$of_best"; then
             best=$size of_best=$found
@@ -63,6 +64,10 @@ while read -r -u 3 name config options; do
             --output "$output" --experiment "$name" $options "${resume[@]}" "$@"
         touch "$run/finished"
     fi
+    if [ ! -e "$run/last.pth.tar" ] && [ ! -e "$run/packed.safetensors" ]; then
+        echo "$name: handed over without weights; log.jsonl has its top-1"  # a float network of a lease
+        continue
+    fi
     size=$(best_size "$run")
     if [[ $name == *-* ]]; then
         [ -e "$run/eval.json" ] || evaluate "$run" latent "$run"
@@ -82,6 +87,7 @@ while read -r -u 3 name _; do
     for twin in "$output/$name"-*/; do
         [ ! -e "$twin/eval.json" ] || { twin=${twin%/} && twins+=(--twin "${twin##*-}=$twin"); }
     done
-    write_folder "$name" --metric "top1=$(top1 "$run/eval.json" latent)" "${twins[@]}" \
-        ${DETAILS:+--details "$DETAILS"}
+    card=(--metric "top1=$(top1 "$run/eval.json" latent)" ${DETAILS:+--details "$DETAILS"})
+    # Stages of a lease differ in their epochs, and a twin of another budget does not stand on a card.
+    write_folder "$name" "${card[@]}" "${twins[@]}" || write_folder "$name" "${card[@]}"
 done 3<<< "$runs"

@@ -10,7 +10,8 @@ from PIL import Image
 import timm_el
 from timm_el.__main__ import main
 from timm_el.cli import VERBS, demo
-from timm_el.experiments.digits import HELD_OUT, write_digits
+from timm_el.experiments.config import FitConfig
+from timm_el.experiments.digits import HELD_OUT, digits_config, write_digits
 from timm_el.experiments.photos import classify, find, label_names, prepare, read
 from timm_el.models._pretrained import SHIPPED
 
@@ -71,12 +72,16 @@ def test_demo_classifies_photographs_by_name_and_compares_costs(tmp_path, capsys
 
 
 @pytest.mark.parametrize('path, message', [
-    ('nowhere.jpg', 'nowhere.jpg: found no such file'), ('notes.txt', 'notes.txt: this is no image'),
+    ('nowhere.jpg', 'nowhere.jpg: found no such file'), ('notes.txt', 'notes.txt: Pillow cannot read this'),
+    ('half.png', 'half.png: Pillow cannot read this'),
     ('empty', 'empty: found no image in this folder')])
 def test_what_is_no_image_is_named(path, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'notes.txt').write_text('no image')
+    Image.new('RGB', (40, 40)).save(tmp_path / 'half.png')
+    (tmp_path / 'half.png').write_bytes((tmp_path / 'half.png').read_bytes()[:60])
     (tmp_path / 'empty').mkdir()
+    (tmp_path / 'empty' / 'film.mpg').touch()  # Pillow writes such files, and reads none
     with pytest.raises(ValueError, match=message):
         [read(name) for name in find([path])]
 
@@ -108,6 +113,8 @@ def test_digits_are_each_in_one_split(tmp_path):
     assert len(names['train']) == 1_797 - HELD_OUT and len(names['validation']) == HELD_OUT
     assert not names['train'] & names['validation']
     assert read(str(next((tmp_path / 'train' / '0').iterdir()))).size == (8, 8)
+    few = FitConfig.from_dict(digits_config('el_resnet18', 'el', 1, 32, 0, limit=40))
+    assert few.batch_size == 32  # as many as there are in train
 
 
 def test_convert_prints_the_report_and_the_summary(capsys):

@@ -18,7 +18,7 @@ def write(folder, rows, evaluated=None, **args):
     (folder / 'summary.csv').write_text(HEAD + rows)
     if evaluated:
         forms = {form: {'top1': top1, 'top5': top5} for form, (top1, top5) in evaluated.items()}
-        (folder / 'eval.json').write_text(json.dumps({'size': 160, 'forms': forms}))
+        (folder / 'eval.json').write_text(json.dumps({'size': [160, 160], 'forms': forms}))
     return folder
 
 
@@ -35,9 +35,9 @@ def test_a_card_has_the_results_the_curve_and_the_twins_by_epoch(run, tmp_path):
 
 | form | image | top-1 | top-5 |
 |---|---|---|---|
-| latent | 160 px | 34.50 | 80.00 |
-| deployed | 160 px | 34.25 | 81.00 |
-| float twin | 160 px | 57.00 | 90.00 |
+| latent | 160x160 px | 34.50 | 80.00 |
+| deployed | 160x160 px | 34.25 | 81.00 |
+| float twin | 160x160 px | 57.00 | 90.00 |
 
 ## Training
 

@@ -16,6 +16,7 @@ from timm_el.experiments import evaluate as verb
 from timm_el.experiments.config import FitConfig
 from timm_el.experiments.evaluate import as_packed
 from timm_el.experiments.fit import fit
+from timm_el.experiments.images import open_folder
 from timm_el.experiments.nets import Net
 from timm_el.experiments.photos import label_names, prepare
 from timm_el.models._pretrained import SHIPPED
@@ -26,6 +27,7 @@ SYNSETS = ('n01440764', 'n02102040', 'n02979186', 'n03000684', 'n03028079', 'n03
 CLASSES = ('tench', 'English springer', 'cassette player', 'chain saw', 'church', 'French horn', 'garbage truck',
            'gas pump', 'golf ball', 'parachute')
 MODEL = 'el_resnet26.imagenette'
+TINY = {'layers': [1, 1, 1, 1], 'channels': [8, 8, 16, 16]}
 # timm's reader leaves it to the garbage collector to close what it opened.
 pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
 
@@ -67,7 +69,7 @@ def evaluate(capsys, *argv) -> dict:
 def test_all_forms_of_the_shipped_net_are_counted_right(folder, shipped, capsys):
     top1 = json.loads((SHIPPED / 'manifest.json').read_text())[MODEL]['top1']
     found = evaluate(capsys, 'el_resnet26', '--data-dir', folder, '--batch-size', 7)
-    assert found['images'] == 20 and found['size'] == shipped.pretrained_cfg['input_size'][-1]
+    assert found['images'] == 20 and found['size'] == list(shipped.pretrained_cfg['input_size'][1:])
     assert found['forms']['latent']['top1'] == found['forms']['packed']['top1'] == 50
     assert 50 <= found['forms']['latent']['top5'] <= 100
     assert found['same_top1']['latent = packed'] == 100
@@ -81,7 +83,7 @@ def test_all_forms_of_the_shipped_net_are_counted_right(folder, shipped, capsys)
 def test_a_part_of_the_images_is_spread_over_the_classes_and_not_compared(folder, capsys):
     found = evaluate(capsys, MODEL, '--data-dir', folder, '--limit', 5, '--forms', 'latent')
     assert found['images'] == 5 and list(found['forms']) == ['latent'] and found['same_top1'] == {}
-    assert 'not compared with one of 5' in '\n'.join(show(found))
+    assert 'of all validation images at the own size; not compared' in '\n'.join(show(found))
     loader = verb.load_images(timm.create_model(MODEL), str(folder), limit=5)
     labels = torch.cat([y for _, y in loader]).tolist()
     assert len(set(labels)) > 1 and labels == sorted(labels)
@@ -89,7 +91,8 @@ def test_a_part_of_the_images_is_spread_over_the_classes_and_not_compared(folder
 
 def test_a_top1_like_the_cards_is_said_to_be_within():
     result = {
-        'net': 'net', 'images': 10_000, 'size': 32, 'limit': None, 'recorded': {'top1': 60.0}, 'same_top1': {},
+        'net': 'net', 'images': 10_000, 'size': [32, 32], 'damaged': [], 'comparable': True, 'recorded': {'top1': 60.0},
+        'same_top1': {},
         'forms': {'latent': {'top1': 59.9, 'top5': 90.}, 'deployed': {'top1': 60.31, 'top5': 90.}},
         'engine': {'body': 'avx2'}, 'machine': {'cpu': 'a processor', 'threads': 1}}
     lines = list(show(result))
@@ -156,7 +159,7 @@ def test_a_folder_of_fit_is_evaluated_to_what_its_log_says_and_pushed(colours, t
     top1 = fit(config, str(run), str(colours))['top1']
     capsys.readouterr()
     found = evaluate(capsys, run, '--data-dir', colours)
-    assert found['recorded'] == {'top1': top1} and found['size'] == 32 and found['images'] == 15
+    assert found['recorded'] == {'top1': top1} and found['size'] == [32, 32] and found['images'] == 15
     assert found['forms']['latent']['top1'] == found['forms']['packed']['top1'] == pytest.approx(top1)
     twin = dataclasses.replace(config, recipe='host', epochs=1)
     top1_of_twin = fit(twin, str(tmp_path / 'float'), str(colours))['top1']
@@ -201,6 +204,75 @@ def test_a_folder_of_other_classes_than_the_weights_name_is_refused(tmp_path, la
         return
     with pytest.raises(ValueError, match=f'data-dir: {message}'):
         verb.load_images(model, str(tmp_path))
+
+
+@pytest.mark.parametrize('options', [['--img-size', 32], ['--split', 'train'], ['--limit', 7]])
+def test_a_top1_of_other_images_or_another_size_is_not_compared(options, colours, tmp_path, capsys):
+    config = FitConfig(
+        model='el_resnet18', model_kwargs=TINY, num_classes=3, input_size=[3, 48, 48], pad_crop=4, batch_size=8,
+        epochs=1)
+    fit(config, str(tmp_path / 'run'), str(colours))
+    capsys.readouterr()
+    argv = ['eval', str(tmp_path / 'run'), '--data-dir', str(colours), '--forms', 'latent']
+    assert main(argv) == 0 and 'within' in capsys.readouterr().out
+    assert main([*argv, *map(str, options)]) == 0
+    text = capsys.readouterr().out
+    assert 'not compared' in text and 'within' not in text
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_damaged_images_are_left_out_counted_and_named(workers, tmp_path, capsys):
+    for name in ('n01440764', 'n03028079'):
+        (tmp_path / 'validation' / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new('RGB', (40, 40)).save(tmp_path / 'validation' / name / f'{i}.png')
+    damaged = tmp_path / 'validation' / 'n01440764' / '1.png'
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    model = timm.create_model('el_resnet20', num_classes=2)
+    images = verb.load_images(model, str(tmp_path), workers=workers, batch_size=2)
+    assert torch.cat([y for _, y in images]).tolist() == [0, 0, 1, 1, 1]
+    assert images.damaged == ['n01440764/1.png']
+    result = verb.count_right({'latent': model.eval()}, images)
+    assert result['images'] == 5 and images.damaged == ['n01440764/1.png']  # as often as they are read
+    run = {'net': 'net', 'size': [32, 32], 'limit': None, 'comparable': True, 'recorded': {}, 'damaged': images.damaged,
+           'engine': {'body': 'avx2'}, 'machine': {'cpu': 'a processor', 'threads': 1}, **result}
+    assert 'left out 1 files that cannot be read: n01440764/1.png' in '\n'.join(show(run))
+    with pytest.raises(ValueError, match='data-dir: found no image that can be read'):
+        verb.count_right({'latent': model}, verb.Images([(str(damaged), 0)], 1, 0))
+
+
+@pytest.mark.parametrize('folders, split, message', [
+    (('train', 'test'), None, "found no folder 'validation' in .*, but test, train; expected one for each split"),
+    (('train', 'validation'), 'tset', "found no folder 'tset' in .*, but train, validation"),
+    (('train', 'val'), None, None), (('train', 'test'), 'test', None), ((), None, None)])
+def test_images_of_another_split_are_never_taken_for_the_one_asked_for(folders, split, message, tmp_path):
+    for folder in folders or ('.',):
+        for name in ('0', '1'):
+            (tmp_path / folder / name).mkdir(parents=True)
+            Image.new('RGB', (8, 8)).save(tmp_path / folder / name / 'a.png')
+    model = timm.create_model('el_resnet20', num_classes=2)
+    if message is None:
+        assert sum(len(y) for _, y in verb.load_images(model, str(tmp_path), split)) == 2
+        return
+    with pytest.raises(ValueError, match=f'data-dir: {message}'):
+        verb.load_images(model, str(tmp_path), split)
+    with pytest.raises(ValueError, match=f'data-dir: {message}'):
+        open_folder(str(tmp_path), split or 'validation', 2)
+
+
+def test_the_number_of_classes_is_read_from_weights_of_either_form(tmp_path):
+    model = randomise(timm.create_model('el_resnet18', num_classes=7)).eval()
+    for dtype in (torch.float16, torch.int8):
+        timm_el.save_packed(model, tmp_path / 'net.safetensors', float_dtype=dtype)
+        assert Net.parse(f'el_resnet18@{tmp_path / "net.safetensors"}').build().num_classes == 7
+
+
+def test_a_run_on_other_classes_than_its_models_own_is_evaluated(colours, tmp_path, capsys):
+    """el_resnet20 is made for CIFAR-10; its weights, once trained on other classes, say nothing of those."""
+    config = FitConfig(model='el_resnet20', num_classes=3, batch_size=8, epochs=1, pad_crop=4)
+    fit(config, str(tmp_path / 'run'), str(colours))
+    assert not Net.parse(str(tmp_path / 'run')).build().pretrained_cfg.get('label_names')
+    assert main(['eval', str(tmp_path / 'run'), '--data-dir', str(colours), '--forms', 'latent']) == 0
 
 
 def test_other_classes_and_unknown_forms_are_refused(tmp_path, capsys):

@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import pathlib
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from timm_el.experiments import ablation as ablate
 from timm_el.experiments.config import FitConfig, load_config, plan_stages
 from timm_el.experiments.fit import create_network, create_task, evaluate, fit, fit_stages
 from timm_el.experiments.images import TensorImages, crop_and_flip, decode
+from timm_el.experiments.runs import write_args
 from timm_el.recipes import RECIPES
 from timm_el.training.distillation import DistillationTask
 from timm_el.training.telemetry import JsonLines
@@ -274,6 +277,8 @@ def test_images_are_decoded_once_and_normalised(folder, tmp_path):
     file = next(tmp_path.glob('*.pt'))
     torch.save((images, 2 - labels, []), file)
     assert torch.equal(decode(str(folder), 'validation', 32, str(tmp_path), classes=3)[1], 2 - labels)
+    with pytest.raises(ValueError, match='found 3 classes'):
+        decode(str(folder), 'validation', 32, str(tmp_path), classes=4)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     x, y = next(TensorImages(images, labels, 15, mean, std).epoch(0))
     expected = (images.float() / 255 - torch.tensor(mean).reshape(3, 1, 1)) / torch.tensor(std).reshape(3, 1, 1)
@@ -281,6 +286,40 @@ def test_images_are_decoded_once_and_normalised(folder, tmp_path):
     assert decode(str(folder), 'validation', 16, str(tmp_path), classes=3)[0].shape == (15, 3, 16, 16)
     counts = [len(TensorImages(images, labels, 4, mean, std, augment=augment)) for augment in (None, crop_and_flip)]
     assert counts == [4, 3]  # training leaves the incomplete batch out
+
+
+@pytest.mark.parametrize('changes, message', [
+    (['--set', 'input_size=[3', '64'], "--set input_size: found '\\[3', expected YAML"),
+    (['--set', 'stages=3'], 'stages: found 3, expected a list of mappings'),
+    (['--set', 'input_size=[32, 32]'], 'input_size: found \\[32, 32\\], expected 3 numbers'),
+    (['--set', 'warmup_epochs=2'], 'warmup_epochs: found 2, expected fewer than the 2 of epochs'),
+])
+def test_a_change_that_makes_no_sense_is_one_line_by_name(changes, message, folder, tmp_path, capsys):
+    (tmp_path / 'tiny.yaml').write_text(yaml.safe_dump({**TINY, 'epochs': 2}))
+    argv = ['fit', str(tmp_path / 'tiny.yaml'), '--data-dir', str(folder), '--output', str(tmp_path / 'run')]
+    assert main([*argv, *changes]) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, err) and err.count('\n') == 1 and not (tmp_path / 'run').exists()
+
+
+def test_a_start_that_was_refused_leaves_the_folder_free_for_the_right_arguments(folder, tmp_path):
+    wrong = FitConfig.from_dict({**TINY, 'pad_crop': 4, 'epochs': 1, 'batch_size': 64})
+    with pytest.raises(ValueError, match='batch_size: found 64'):
+        fit(wrong, str(tmp_path), str(folder))
+    assert not (tmp_path / 'args.yaml').exists()
+    right = dataclasses.replace(wrong, batch_size=8)
+    write_args(tmp_path, dataclasses.replace(right, epochs=2).to_dict())  # of a start before whose first epoch it ended
+    assert fit(right, str(tmp_path), str(folder))['epoch'] == 0
+    with pytest.raises(ValueError, match='epochs: found 1 in'):
+        fit(dataclasses.replace(right, epochs=2), str(tmp_path), str(folder))
+
+
+def test_arguments_that_were_lost_are_named(folder, tmp_path):
+    config = FitConfig.from_dict({**TINY, 'pad_crop': 4, 'epochs': 1})
+    fit(config, str(tmp_path), str(folder))
+    (tmp_path / 'args.yaml').write_text('')
+    with pytest.raises(ValueError, match='args.yaml: found a NoneType, expected the arguments of a run'):
+        fit(config, str(tmp_path), str(folder))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,17 +434,52 @@ def test_one_pair_has_no_interval_and_equal_ones_have_none_to_speak_of():
 def test_a_report_pairs_seeds_and_says_what_it_cannot():
     contrasts = [['el_3', 'baseline'], ['baseline', 'el_3'], ['el_3', 'el_4']]
     data = dict(rows=['el_3', 'baseline', 'el_4'], contrasts=contrasts)
-    lines = [dict(row='el_3', seed=s, top1=50. + d) for s, d in enumerate((1., 2., 3.))]
-    lines += [dict(row='baseline', seed=s, top1=40. + d) for s, d in ((2, 3.5), (0, 1.), (9, 90.))]
+    lines = [dict(row='el_3', seed=s, top1=50. + d, epochs=6) for s, d in enumerate((1., 2., 3.))]
+    lines += [dict(row='baseline', seed=s, top1=40. + d, epochs=6) for s, d in ((2, 3.5), (0, 1.), (9, 90.))]
     text = ablate.report(data, lines)
     assert '| `el_3` | 52.00 | 1.00 | 3 | yes | 63.2 |' in text and '| `el_4` | not run | | 0 | | 59.2 |' in text
     assert '| `el_3` - `baseline` | +3.4 | +9.75 | 0.35 | +39.0 | +6.57 to +12.93 | 2 | agrees |' in text
-    unsure = [dict(row='el_4', seed=s, top1=50. + d) for s, d in enumerate((0., 0., 4.))]
+    unsure = [dict(row='el_4', seed=s, top1=50. + d, epochs=6) for s, d in enumerate((0., 0., 4.))]
     assert '| +4.0 | +0.67 |' in ablate.report(data, lines + unsure)
     assert '| 3 | open |' in ablate.report(data, lines + unsure)
     assert '| 2 | disagrees |' in text and '| `el_3` - `el_4` | +4.0 |  | | | | 0 | open |' in text
-    low = ablate.report(dict(rows=['el_3']), [dict(row='el_3', seed=0, top1=10.)])
+    low = ablate.report(dict(rows=['el_3']), [dict(row='el_3', seed=0, top1=14., epochs=6)])
     assert 'does not converge' in low
+    two = ablate.report(dict(rows=['el_3'], num_classes=2), [dict(row='el_3', seed=0, top1=74., epochs=6)])
+    assert 'does not converge' not in two
+
+
+@pytest.mark.parametrize('line, message', [
+    (dict(row='el_4', seed=0, top1=50., epochs=6), "results: found row 'el_4', expected those of the table: el_3"),
+    (dict(seed=0, top1=50., epochs=6), 'results: found row None'),
+    (dict(row='el_3', seed=1, top1=50., epochs=12), 'results: found runs of 6 and 12 epochs, expected equal lengths')])
+def test_lines_of_another_table_or_budget_are_not_reported(line, message):
+    with pytest.raises(ValueError, match=message):
+        ablate.report(dict(rows=['el_3']), [dict(row='el_3', seed=0, top1=50., epochs=6), line])
+
+
+def test_a_result_replaces_a_line_that_was_cut_short(tmp_path):
+    path = tmp_path / 'results.jsonl'
+    path.write_text('{"row": "el", "seed": 0}\n{"row": "el", "se')
+    JsonLines.append(path, dict(row='bireal', seed=0))
+    assert JsonLines.read(path) == [dict(row='el', seed=0), dict(row='bireal', seed=0)]
+    path.write_text('{"row": "el"}\n{"row": {"row"\n')
+    with pytest.raises(ValueError, match='results.jsonl, line 2: found .* expected a JSON object; delete the line'):
+        JsonLines.read(path)
+    JsonLines.append(tmp_path / 'new.jsonl', dict(row='el'))
+    assert JsonLines.read(tmp_path / 'new.jsonl') == [dict(row='el')]
+
+
+def test_a_finished_row_is_not_taken_over_into_a_table_of_another_length(folder, tmp_path, capsys):
+    table = tmp_path / 'tiny.yaml'
+    table.write_text(yaml.safe_dump({**TABLE, 'rows': ['el'], 'contrasts': []}))
+    args = ['ablate', str(table), '--data-dir', str(folder), '--output', str(tmp_path / 'out'), '--seeds', '1']
+    assert main(args) == 0
+    shutil.rmtree(tmp_path / 'out' / 'el')  # with its arguments
+    assert main([*args, '--set', 'epochs=2']) == 2
+    assert "epochs: found a run of 1 of 'el' in" in capsys.readouterr().err
+    assert main(['ablate', str(table), '--report', str(tmp_path / 'none.jsonl')]) == 2
+    assert '--report: found no file' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('results', RESULTS, ids=lambda path: path.stem)
@@ -422,8 +496,12 @@ def test_recorded_results_are_runs_of_their_table(results):
 @pytest.mark.parametrize('changes, message', [
     (dict(rows=[]), "rows: found none.*'fit'"),
     (dict(rows=['el', 'el']), "rows: found the name 'el'"),
-    (dict(contrasts=[['el', 'nothing']]), "contrasts: found 'nothing', expected names of rows: el, real"),
-    (dict(published={'IE-Net': 'high'}), "published: found 'high' for 'IE-Net', expected its top-1 in percent"),
+    (dict(rows=['el', 'birael']), "rows: found recipe 'birael' of 'birael', expected one of .*bireal"),
+    (dict(contrasts=[['el', 'nothing']]), r"contrasts: found \['el', 'nothing'\], expected two names of .*: el, real"),
+    (dict(contrasts=[['el', 'real', 'el']]), 'contrasts: found .* expected two names of rows'),
+    (dict(contrasts=['el']), "contrasts: found 'el', expected two names of rows"),
+    (dict(paper='64'), "el: found the figure '64', expected its top-1 in percent"),
+    (dict(published={'IE-Net': 'high'}), "IE-Net: found the figure 'high', expected its top-1 in percent"),
 ])
 def test_a_table_that_makes_no_sense_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -184,3 +184,19 @@ def test_classes_of_validation_are_numbered_as_those_of_training(colours, tmp_pa
     others[0].rename(folder / 'validation' / 'another')
     with pytest.raises(ValueError, match="found class 'another' in validation of .*, expected those of train"):
         open_folder(str(folder), 'validation', 1 + len(others))
+
+
+def test_decoded_images_are_those_of_the_folder_as_it_is_now(colours, tmp_path):
+    """Other files, in a folder of the same name, are decoded anew: names, sizes and labels of the files say so."""
+    cache, old, new = tmp_path / 'cache', tmp_path / 'a' / 'images', tmp_path / 'b' / 'images'
+    for folder in (old, new):
+        shutil.copytree(colours, folder)
+    size = dict(size=32, cache=str(cache), classes=3)
+    before = decode(str(old), 'validation', **size)[0]
+    Image.new('RGB', (32, 32)).save(new / 'validation' / 'red' / '0.png')
+    after = decode(str(new), 'validation', **size)[0]
+    changed = (before != after).flatten(1).any(1)
+    assert changed.sum() == 1 and torch.equal(decode(str(old), 'validation', **size)[0], before)
+    (new / 'validation' / 'red' / '0.png').unlink()
+    assert len(decode(str(new), 'validation', **size)[0]) == len(before) - 1
+    assert all(path.suffix == '.pt' for path in cache.iterdir())

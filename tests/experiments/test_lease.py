@@ -19,7 +19,7 @@ from timm_el.experiments import fit as fitting
 from timm_el.experiments import lease as leases
 from timm_el.experiments.config import FitConfig
 from timm_el.experiments.fit import epochs_in_time, fit, fit_stages
-from timm_el.experiments.lease import FINISHED, Lease, LeaseEnded, epochs_within, hand_over
+from timm_el.experiments.lease import Lease, LeaseEnded, epochs_within, hand_over
 from timm_el.experiments.nets import Net
 from timm_el.weights.files import save_packed
 
@@ -133,13 +133,13 @@ def test_a_lease_that_ends_in_the_middle_costs_the_running_stage_alone(colours, 
 def test_a_float_network_is_handed_over_without_packed_weights(colours, tmp_path):
     config = FitConfig.from_dict({**TINY, 'recipe': 'host', 'epochs': 1})
     fit(config, str(tmp_path / 'twin'), str(colours))
-    with tarfile.open(hand_over(str(tmp_path / 'twin'), str(tmp_path / 'out'), FINISHED)) as archive:
+    with tarfile.open(hand_over(str(tmp_path / 'twin'), str(tmp_path / 'out'))) as archive:
         assert 'twin/packed.safetensors' not in archive.getnames() and 'twin/log.jsonl' in archive.getnames()
 
 
 def test_an_archive_that_cannot_be_written_leaves_the_older_one(colours, tmp_path, monkeypatch):
     fit(FitConfig.from_dict({**TINY, 'epochs': 1}), str(tmp_path / 'run'), str(colours))
-    path = hand_over(str(tmp_path / 'run'), str(tmp_path / 'out'), FINISHED)
+    path = hand_over(str(tmp_path / 'run'), str(tmp_path / 'out'))
     before = path.read_bytes(), (tmp_path / 'out' / 'summary.csv').read_bytes()
 
     def full(*args, **kwargs):
@@ -147,7 +147,7 @@ def test_an_archive_that_cannot_be_written_leaves_the_older_one(colours, tmp_pat
 
     monkeypatch.setattr(leases.tarfile.TarFile, 'addfile', full)
     with pytest.raises(OSError, match='no space left'):
-        hand_over(str(tmp_path / 'run'), str(tmp_path / 'out'), 'unfinished')
+        hand_over(str(tmp_path / 'run'), str(tmp_path / 'out'))
     assert (path.read_bytes(), (tmp_path / 'out' / 'summary.csv').read_bytes()) == before
     assert len(list((tmp_path / 'out').iterdir())) == 2
 
@@ -162,6 +162,35 @@ def test_the_verb_ends_in_time_and_says_so(colours, tmp_path, capsys, no_measuri
     monkeypatch.undo()
     assert main([*argv, '--set', 'lr=0.01', '--set', 'hflip=0.5']) == 0
     assert {row['state'] for row in summary(tmp_path / 'out').values()} == {'finished'}
+
+
+def test_what_was_handed_over_as_finished_stays_so_whatever_comes_after(colours, tmp_path, no_measuring):
+    run, out = str(tmp_path / 'runs'), tmp_path / 'out'
+    fit_stages(STAGES, run, str(colours), Lease(), str(out))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match='lr: found'):
+        fit_stages({**STAGES, 'lr': 0.5}, run, str(colours), Lease(), str(out))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    with pytest.raises(LeaseEnded):
+        fit_stages(STAGES, run, str(colours), Lease(0), str(out))
+    assert {row['state'] for row in summary(out).values()} == {'finished'}
+
+
+def test_a_run_is_not_handed_over_into_its_own_folder(colours, tmp_path):
+    config = {**TINY, 'epochs': 1}
+    with pytest.raises(ValueError, match='hand-over: found .*, the folder of a run, expected another one'):
+        fit_stages(config, str(tmp_path / 'run'), str(colours), None, str(tmp_path / 'run') + '/')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_warm_up_is_a_part_of_the_epochs_that_there_is_time_for(colours, tmp_path, monkeypatch):
+    config = {**TINY, 'epochs': 100, 'warmup_epochs': 5}
+    for epochs, expected in ((1, 0), (4, 1), (100, 5)):
+        run = []
+        monkeypatch.setattr(fitting, 'epochs_in_time', lambda *args, n=epochs, **places: n)
+        monkeypatch.setattr(fitting, 'fit', lambda config, *args, run=run, **places: run.append(config) or {})
+        fit_stages(config, str(tmp_path / 'run'), str(colours), Lease())
+        assert (run[0].epochs, run[0].warmup_epochs) == (epochs, expected)
 
 
 def test_fewer_images_than_a_batch_are_named(colours, tmp_path):

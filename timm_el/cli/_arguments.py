@@ -33,12 +33,14 @@ def set_threads(threads: int | None) -> None:
 
 
 def add_places(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add the arguments that say where a run takes place, and do not change its result."""
+    """Add the arguments that say where a run takes place."""
     parser.add_argument('--data-dir', required=required, help='ImageFolder with train/ and validation/')
     parser.add_argument('--output', required=required, help='folder of the run, which is resumed if it is there')
     parser.add_argument('--cache', help='folder for decoded images (default: OUTPUT)')
     parser.add_argument('--device', default='cpu', help='default: cpu')
-    parser.add_argument('--workers', type=int, default=2, help="processes of timm's loader (default: 2)")
+    parser.add_argument(
+        '--workers', type=int, default=2,
+        help="processes of timm's loader, each with random numbers of its own (default: 2)")
 
 
 def add_changes(parser: argparse.ArgumentParser) -> None:

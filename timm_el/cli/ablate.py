@@ -28,6 +28,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     table = load_config(args.table, args.set)
     if args.report:
+        if not os.path.isfile(args.report):
+            raise ValueError(f'--report: found no file {args.report!r}, expected results.jsonl of a table')
         print(report(table, JsonLines.read(args.report)))
         return
     for name in ('data_dir', 'output'):

@@ -57,7 +57,7 @@ def learn(model: str, recipes: list[str], epochs: int, size: int, seed: int, dig
     with tempfile.TemporaryDirectory() as folder:
         write_digits(Path(folder, 'digits'), seed, digits)
         for recipe in recipes:
-            config = FitConfig.from_dict(digits_config(model, recipe, epochs, size, seed))
+            config = FitConfig.from_dict(digits_config(model, recipe, epochs, size, seed, digits))
             result = fit(config, f'{folder}/{recipe}', f'{folder}/digits', workers=0)
             summary = summarize(timm.create_model(model, recipe=recipe, num_classes=10), (3, size, size))
             rows.append((f'{model} ({recipe})', f'{result["top1"]:.2f} %', f'{result["seconds"]:.0f} s',

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--data-dir', required=True, metavar='D', help='the images')
     parser.add_argument('--dataset', default='', help='as for train.py: torch/cifar10 (default: a folder)')
     parser.add_argument('--dataset-download', action='store_true', help='fetch it first, where timm can')
-    parser.add_argument('--split', default='validation', help='folder in D (default: validation, or D itself)')
+    parser.add_argument('--split', help='folder in D (default: validation, or D itself if it has no splits)')
     parser.add_argument('--forms', type=forms, metavar='NAMES',
                         help=f'some of {",".join(FORMS)} (default: all, and latent alone of a float net)')
     parser.add_argument('--img-size', type=positive, help="pixels (default: the model's own)")
@@ -52,8 +52,10 @@ def main(argv: list[str]) -> None:
 def show(result: dict[str, Any]) -> Iterator[str]:
     """Yield lines of text for a result."""
     machine, body = result['machine'], result['engine']['body']
-    yield (f'{result["net"]}, {result["images"]:,} images, {result["size"]} px, {machine["cpu"]}, '
-           f'{machine["threads"]} threads')
+    size = 'x'.join(map(str, result['size']))
+    yield f'{result["net"]}, {result["images"]:,} images, {size} px, {machine["cpu"]}, {machine["threads"]} threads'
+    if result['damaged']:
+        yield f'left out {len(result["damaged"])} files that cannot be read: {", ".join(result["damaged"][:5])}'
     yield table(('', 'top-1', 'top-5', ''), [
         (name, f'{found["top1"]:.2f}', f'{found["top5"]:.2f}', f'({body})' if name in ('deployed', 'int8') else '')
         for name, found in result['forms'].items()], '<>><')
@@ -62,8 +64,8 @@ def show(result: dict[str, Any]) -> Iterator[str]:
     top1 = result['recorded'].get('top1')
     if top1 is None:
         yield 'no top-1 is recorded beside the weights'
-    elif result['limit'] is not None:
-        yield f'recorded: top-1 {top1:.2f}, of all images; not compared with one of {result["images"]}'
+    elif not result['comparable']:
+        yield f'recorded: top-1 {top1:.2f}, of all validation images at the own size; not compared'
     else:
         yield f'recorded: top-1 {top1:.2f}'
         for name, found in result['forms'].items():

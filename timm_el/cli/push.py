@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..hub import file_facts, push_to_hub, save_for_hub
+from ..hub import CARD, CONFIG, WEIGHTS, file_facts, push_to_hub, save_for_hub
 from ._arguments import parser_of
 
 FLOATS = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16, 'int8': torch.int8}
@@ -58,6 +58,9 @@ def main(argv: list[str]) -> None:
     from ..models.factory import create
     details = args.details.read_text() if args.details else ''
     if is_run(args.model):
+        if args.recipe or args.model_kwargs:
+            parser.error(f'model: found the run {args.model!r}, whose arguments are its own, with --recipe or '
+                         f'--model-kwargs; expected neither')
         model = load_run(args.model)
         details = training_log(args.model, {name: run for one in args.twin for name, run in one.items()}, details)
     elif args.twin:
@@ -71,7 +74,7 @@ def main(argv: list[str]) -> None:
             model, args.folder or temporary, float_dtype=FLOATS.get(args.float_dtype), repo_id=args.repo,
             metrics={k: v for m in args.metric for k, v in m.items()}, dataset=args.dataset, details=details,
             pretrained_cfg=args.pretrained_cfg)
-        facts = {path.name: file_facts(path) for path in sorted(folder.iterdir())}
+        facts = {name: file_facts(folder / name) for name in (WEIGHTS, CONFIG, CARD)}
         for name, fact in facts.items():
             print(f'{name}: {fact["size"]:,} bytes, sha256 {fact["sha256"]}')
         print(f'{folder}: loads back to the same outputs (timm {timm.__version__})')

@@ -74,9 +74,9 @@ def binarize(
     The parameters of the host are kept, so that a pretrained float network becomes the latent initialisation. (Where an
     activation moves in front of its norm, that norm's running statistics are computed from the weights.) The first
     convolution, the classifier, squeeze-excite and the residual downsampling stay float, and so does a layer that runs
-    more than once or shares its weight. Activations stay between layers that are kept float. Where a weight is frozen, what is new around
-    it is frozen too. Afterwards `model.binarize_report` has a row for each layer. If anything is refused, the model is
-    as it was.
+    more than once or shares its weight. Activations stay between layers that are kept float. Where a weight is frozen,
+    what is new around it is frozen too. Afterwards `model.binarize_report` has a row for each layer. If anything is
+    refused, the model is as it was.
 
     Args:
         model: The network; it is changed in place.

@@ -48,7 +48,7 @@ def _evaluated(name: str, run: Path) -> Iterator[str]:
     result = json.loads((run / EVAL).read_text())
     for form, found in result['forms'].items():
         what = f'{name} twin' if name else form
-        yield f'| {what} | {result["size"]} px | {found["top1"]:.2f} | {found["top5"]:.2f} |'
+        yield f'| {what} | {"x".join(map(str, result["size"]))} px | {found["top1"]:.2f} | {found["top5"]:.2f} |'
 
 
 def _arguments(args: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from ..fields import check_fields
 from .images import FILTERS
 
 RecipeField = str | dict[str, Any]
+LENGTHS = {'input_size': 3, 'mean': 3, 'std': 3, 'scale': 2, 'ratio': 2}
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,13 @@ class FitConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f'{name}: found {value}, expected a positive integer')
+        for name, length in LENGTHS.items():
+            if len(getattr(self, name)) != length:
+                raise ValueError(f'{name}: found {list(getattr(self, name))}, expected {length} numbers')
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f'warmup_epochs: found {self.warmup_epochs}, expected fewer than the {self.epochs} of epochs, or the '
+                f'learning rate only rises')
         if self.share <= 0:
             raise ValueError(f'share: found {self.share}, expected a positive number')
         for name in ('teacher_recipe', 'teacher_kwargs', 'teacher_checkpoint'):
@@ -180,27 +188,38 @@ def load_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
         ValueError: The file holds no fields, or a change is of another form.
     """
     with open(path) as f:
-        data = yaml.safe_load(f)
+        data = _parse(path, f.read())
     if not isinstance(data, dict):
         raise ValueError(f'{path}: found a {type(data).__name__}, expected the fields of a run')
     for change in changes:
         key, equals, value = change.partition('=')
         if not equals:
             raise ValueError(f'--set: found {change!r}, expected FIELD=VALUE')
-        data = merge(data, {key: yaml.safe_load(value)})
+        data = merge(data, {key: _parse(f'--set {key}', value)})
     return data
+
+
+def _parse(where: str, text: str) -> Any:
+    """Return the plain data of YAML; raise ValueError with `where` it stands if it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ValueError(f'{where}: found {text.strip()[:40]!r}, expected YAML: {" ".join(str(e).split())}') from e
 
 
 def plan_stages(data: dict[str, Any], output: str) -> list[tuple[str, FitConfig]]:
     """Return the folder and the `FitConfig` of each stage, in order; without `stages` there is one, in `output` itself.
 
     Raises:
-        ValueError: A stage has no name or one that is taken, or refers to a stage that does not come before it.
+        ValueError: `stages` is no list, or a stage has no name or one that is taken, or refers to a stage that does not
+            come before it.
     """
     base = {k: v for k, v in data.items() if k != 'stages'}
     if 'stages' not in data:
         return [(output, FitConfig.from_dict(base))]
     plan: dict[str, tuple[str, FitConfig]] = {}
+    if not isinstance(data['stages'], list) or not all(isinstance(stage, dict) for stage in data['stages']):
+        raise ValueError(f'stages: found {data["stages"]!r}, expected a list of mappings, each with a name')
     for stage in data['stages']:
         changes = dict(stage)
         name = changes.pop('name', None)

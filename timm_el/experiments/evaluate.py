@@ -3,20 +3,20 @@ import copy
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from ..bench.machine import describe
 from ..engine import deploy, info
 from ..weights.files import save_packed
 from ..weights.loading import load_packed
 from ..weights.packed import binary_weight_layers
-from .images import read_webp
+from .images import Batch, check_split, read_image, read_webp
 from .nets import PRETRAINED, Net
 
 
@@ -66,16 +66,60 @@ def _names(text: str) -> set[str]:
     return {name.strip() for name in text.lower().replace('_', ' ').replace('-', ' ').split(',')}
 
 
+class _Folder(Dataset):
+    """Images of a folder with labels, and the name of each file that cannot be read in place of its image."""
+
+    def __init__(self, data: Dataset, transform: Callable) -> None:
+        self.data, self.transform = data, transform
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | str, int]:
+        image, label = read_image(self.data, index, self.transform)
+        return self.data.filename(index) if image is None else image, label
+
+
+def _collate(batch: list[tuple[torch.Tensor | str, int]]) -> tuple[Batch | None, list[str]]:
+    """Return images (N, C, H, W) and labels (N,), None if there are none, and the files that cannot be read."""
+    read = [(image, label) for image, label in batch if isinstance(image, torch.Tensor)]
+    return default_collate(read) if read else None, [image for image, _ in batch if isinstance(image, str)]
+
+
+class Images:
+    """Batches of images to evaluate: (N, C, H, W), prepared as the model's config says, and labels (N,).
+
+    Args:
+        data: Images and labels; a file name in place of an image that cannot be read.
+        batch_size: Images in a batch.
+        workers: Processes that read.
+    """
+
+    def __init__(self, data: Dataset, batch_size: int, workers: int) -> None:
+        self.loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=_collate)
+        self.damaged: list[str] = []  # files that could not be read, so far
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.damaged = []
+        for batch, damaged in self.loader:
+            self.damaged += damaged
+            if batch is not None:
+                yield batch
+
+
 def load_images(
-        model: nn.Module, data_dir: str, split: str = 'validation', img_size: int | None = None,
+        model: nn.Module, data_dir: str, split: str | None = None, img_size: int | None = None,
         limit: int | None = None, batch_size: int = 64, workers: int = 0, dataset: str = '', download: bool = False,
-) -> DataLoader:
+) -> Images:
     """Return batches of the images of a folder, prepared as the model's config says.
 
     Args:
         model: The network that they are for.
         data_dir: A folder that timm's `create_dataset` reads.
-        split: Name of the folder in it, where there is one.
+        split: Name of the folder in it; None: validation, or the folder itself if it has none for any split.
         img_size: Pixels; None: the model's own.
         limit: Number of images, spread evenly over all; None: all of them.
         batch_size: Images in a batch.
@@ -84,18 +128,33 @@ def load_images(
         download: Fetch it first, where timm can.
 
     Raises:
-        ValueError: There is no such folder, there are no images, or their classes are not those of the model.
+        ValueError: There is no such folder, there are no images, their classes are not those of the model, or the
+            dataset is of a kind that cannot be evaluated.
     """
     from timm.data import create_dataset, create_transform, resolve_data_config
     if not download and not Path(data_dir).is_dir():
         raise ValueError(f'data-dir: found no folder {data_dir!r}, expected one with a folder of images per class')
     read_webp()
     config = resolve_data_config({'img_size': img_size}, model=model)
-    data = create_dataset(
-        dataset, root=data_dir, split=split, download=download, transform=create_transform(**config))
-    _check_classes(getattr(data, 'reader', data).class_to_idx, model, data_dir)
+    transform = create_transform(**config)
+    data = create_dataset(dataset, root=data_dir, split=split or 'validation', download=download, transform=transform)
+    indices = getattr(getattr(data, 'reader', data), 'class_to_idx', None)
+    if not indices or not hasattr(data, '__len__'):
+        raise ValueError(
+            f'dataset: found {dataset!r}, whose classes are not known by name, expected a folder, or torch/NAME for a '
+            f'dataset of torchvision that has classes')
+    if not dataset:
+        if split is not None or _has_splits(data_dir):
+            check_split(data, data_dir, split or 'validation')
+        data = _Folder(data, transform)
+    _check_classes(indices, model, data_dir)
     chosen = range(len(data)) if limit is None else [i * len(data) // limit for i in range(min(limit, len(data)))]
-    return DataLoader(Subset(data, chosen), batch_size, num_workers=workers)
+    return Images(Subset(data, chosen), batch_size, workers)
+
+
+def _has_splits(data_dir: str) -> bool:
+    """Return whether a folder has folders of folders, as one that is divided into splits does."""
+    return any(child.is_dir() for folder in Path(data_dir).iterdir() if folder.is_dir() for child in folder.iterdir())
 
 
 def count_right(nets: dict[str, nn.Module], images: Iterable) -> dict[str, Any]:
@@ -114,6 +173,8 @@ def count_right(nets: dict[str, nn.Module], images: Iterable) -> dict[str, Any]:
                 right[name][1] += hit.sum().item()
             for a, b in pairs:
                 same[f'{a} = {b}'] += (best[a][:, 0] == best[b][:, 0]).sum().item()
+    if not seen:
+        raise ValueError('data-dir: found no image that can be read')
     return {
         'images': seen,
         'forms': {name: {'top1': 100 * one / seen, 'top5': 100 * five / seen} for name, (one, five) in right.items()},
@@ -122,21 +183,29 @@ def count_right(nets: dict[str, nn.Module], images: Iterable) -> dict[str, Any]:
 
 def evaluate_net(
         text: str, data_dir: str, names: list[str] | None = None, limit: int | None = None, img_size: int | None = None,
-        **images: Any) -> dict[str, Any]:
+        split: str | None = None, **images: Any) -> dict[str, Any]:
     """Return top-1 and top-5 of a network in several forms, and how often they agree.
 
     Args:
         text: The network, as `Net` reads it; its pretrained weights if it names none.
-        data_dir, limit, img_size, images: As for `load_images`.
+        data_dir, limit, img_size, split, images: As for `load_images`.
         names: Some of `FORMS`; all of them, and latent alone of a float net, if None.
+
+    Returns:
+        As of `count_right`, and the net, size (height and width in pixels), limit, damaged (files that were left out),
+        recorded (metrics beside the weights), comparable (whether those are of the same images at the same size),
+        engine and machine.
     """
     from tqdm import tqdm
     net = Net.parse(text, PRETRAINED)
     model = net.build()
-    loader = load_images(model, data_dir, limit=limit, img_size=img_size, **images)
+    loader = load_images(model, data_dir, split, img_size, limit, **images)
     possible = list(FORMS) if binary_weight_layers(model) else ['latent']
     nets = {name: FORMS[name](model) for name in names or possible}
+    own = list(model.pretrained_cfg['input_size'][1:])
+    size = own if img_size is None else [img_size, img_size]
+    counted = count_right(nets, tqdm(loader, disable=None))
     return {
-        'net': text, 'size': img_size or model.pretrained_cfg['input_size'][-1], 'limit': limit,
-        **count_right(nets, tqdm(loader, disable=None)), 'recorded': net.recorded(model),
+        'net': text, 'size': size, 'limit': limit, **counted, 'damaged': loader.damaged,
+        'recorded': net.recorded(model), 'comparable': limit is None and size == own and split in (None, 'validation'),
         'engine': info(), 'machine': describe()}

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import yaml
 from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -30,10 +29,11 @@ from ..weights.files import save_packed
 from ..weights.packed import binary_weight_layers
 from .config import FitConfig, plan_stages
 from .images import Batch, create_images, epoch_seed
-from .lease import FINISHED, UNFINISHED, Lease, LeaseEnded, epochs_within, hand_over
-from .runs import ARGS, LAST, PACKED
+from .lease import Lease, LeaseEnded, epochs_within, hand_over
+from .runs import ARGS, LAST, LOG, PACKED, read_args, write_args
 
 PACE_SECONDS = 3  # of steps, by which a pace is measured
+WARMUP_PART = 4  # a warm-up takes at most this part of the epochs that a lease has time for
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
@@ -96,13 +96,18 @@ def evaluate(task: TrainingTask, images, device: torch.device) -> dict[str, floa
     return dict(evaluator.summary())
 
 
+def has_begun(output: str) -> bool:
+    """Return whether a folder holds a run with something to go on from, or to keep: a validated epoch."""
+    return os.path.exists(os.path.join(output, ARGS)) and (
+        os.path.exists(os.path.join(output, LAST)) or bool(JsonLines.read(os.path.join(output, LOG))))
+
+
 def check_resumable(config: FitConfig, output: str) -> None:
-    """Raise ValueError if there is a run in the folder `output` with other arguments."""
+    """Raise ValueError if a run has begun in the folder `output` with other arguments."""
     path = os.path.join(output, ARGS)
-    if not os.path.exists(path):
+    if not has_begun(output):
         return
-    with open(path) as f:
-        found = FitConfig.from_dict(yaml.safe_load(f)).to_dict()
+    found = FitConfig.from_dict(read_args(output)).to_dict()
     for name, value in config.to_dict().items():
         if found[name] != value:
             raise ValueError(
@@ -162,10 +167,8 @@ def epochs_in_time(
     Raises:
         LeaseEnded: It ended before the pace was known.
     """
-    path = os.path.join(output, ARGS)
-    if os.path.exists(path):
-        with open(path) as f:
-            return yaml.safe_load(f)['epochs']
+    if has_begun(output):
+        return read_args(output)['epochs']
     at_end = (1 - share) * lease.left()
     with tempfile.TemporaryDirectory() as folder:
         run = _Run(config, folder, data_dir, cache or output, torch.device(device), workers)
@@ -196,9 +199,6 @@ class _Run:
             torch.backends.cudnn.benchmark = True  # as train.py does
         self.task = create_task(config, device)
         self.model = unwrap_model(self.task.get_trainable_module())
-        os.makedirs(output, exist_ok=True)
-        with open(os.path.join(output, ARGS), 'w') as f:
-            yaml.safe_dump(config.to_dict(), f, sort_keys=False)
         self.images, self.validation = (
             create_images(config, data_dir, cache, workers, training, device) for training in (True, False))
         if not len(self.images):
@@ -208,6 +208,7 @@ class _Run:
             self.model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **config.opt_kwargs)
         if config.model_ema:
             self.task.setup_ema(decay=config.model_ema_decay)
+        os.makedirs(output, exist_ok=True)
         self.saver = CheckpointSaver(
             self.model, self.optimizer, argparse.Namespace(**config.to_dict()), checkpoint_dir=output,
             recovery_dir=output, max_history=1, task=self.task)
@@ -219,7 +220,9 @@ class _Run:
             updates_per_epoch=len(self.images))
         self.scheduler.step_update(self.start * len(self.images))
         self.scheduler.step(self.start)
-        self.log = JsonLines(os.path.join(output, 'log.jsonl'), self.start)
+        if not has_begun(output):  # now that nothing is left that could refuse the arguments
+            write_args(output, config.to_dict())
+        self.log = JsonLines(os.path.join(output, LOG), self.start)
         self.telemetry = Telemetry(self.model, os.path.join(output, 'telemetry.jsonl'), self.start)
         self.began, self.before = time.monotonic(), sum(line['seconds'] for line in JsonLines.read(self.log.path)[-1:])
 
@@ -339,18 +342,31 @@ def fit_stages(
     """
     result: dict[str, float] = {}
     stages = plan_stages(data, output)
+    for folder, _ in stages:
+        if hand_over_to is not None and os.path.abspath(folder) == os.path.abspath(hand_over_to):
+            raise ValueError(f'hand-over: found {hand_over_to!r}, the folder of a run, expected another one')
     for i, (folder, config) in enumerate(stages):
-        state = UNFINISHED
+        share = config.share / sum(other.share for _, other in stages[i:])
         try:
-            if lease is not None:
-                lease.check()
-                torch.compiler.reset()  # graphs of the stages before
-                share = config.share / sum(other.share for _, other in stages[i:])
-                epochs = epochs_in_time(config, share, lease, folder, data_dir, **places)
-                config = dataclasses.replace(config, epochs=epochs)
-            result = fit(config, folder, data_dir, lease=lease, **places)
-            state = FINISHED
-        finally:
+            result = _fit_stage(config, share, folder, data_dir, lease, **places)
+        except LeaseEnded:
             if hand_over_to is not None and os.path.exists(os.path.join(folder, ARGS)):
-                hand_over(folder, hand_over_to, state)
+                hand_over(folder, hand_over_to)
+            raise
+        if hand_over_to is not None:
+            hand_over(folder, hand_over_to)
     return result
+
+
+def _fit_stage(
+        config: FitConfig, share: float, folder: str, data_dir: str, lease: Lease | None, **places: Any,
+) -> dict[str, float]:
+    """Run or resume one stage, with the number of epochs that its share of a lease gives."""
+    if lease is not None:
+        lease.check()
+        torch.compiler.reset()  # graphs of the stages before
+        epochs = epochs_in_time(config, share, lease, folder, data_dir, **places)
+        # A warm-up is for a run of full length; of a short one it would be most.
+        warmup = min(config.warmup_epochs, epochs // WARMUP_PART)
+        config = dataclasses.replace(config, epochs=epochs, warmup_epochs=warmup)
+    return fit(config, folder, data_dir, lease=lease, **places)

@@ -6,7 +6,9 @@ if all random numbers are seeded anew with `epoch_seed` before each epoch.
 `images: memory` keeps what `decode` gives on the device of the run, where every batch is cut, scaled, mirrored and
 normalised: by `crop_and_flip` with `pad_crop`, else by `resized_crops`, which is timm's RandomResizedCrop.
 """
+import hashlib
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,8 @@ from torch.utils.data import Dataset
 Batch = tuple[torch.Tensor, torch.Tensor]
 Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 SEED_STEP = 10_000  # epochs between the seeds of two runs
+# What Pillow raises for what is no image, half of one, or one that is suspiciously large.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 ATTEMPTS = 10  # of RandomResizedCrop to find a box that lies in the image
 
 
@@ -38,16 +42,26 @@ def read_webp() -> None:
         add_img_extensions('.webp')
 
 
+def check_split(data: Dataset, data_dir: str, split: str) -> None:
+    """Raise ValueError if timm found no folder for this split and took the whole folder, with the images of all."""
+    if os.path.samefile(data.reader.root, data_dir):
+        found = sorted(entry.name for entry in os.scandir(data_dir) if entry.is_dir())
+        raise ValueError(
+            f'data-dir: found no folder {split!r} in {data_dir!r}, but {", ".join(found[:5])}'
+            f'{", ..." if len(found) > 5 else ""}; expected one for each split, with a folder of images per class')
+
+
 def open_folder(data_dir: str, split: str, classes: int) -> Dataset:
     """Return timm's dataset of one split of an ImageFolder, WebP files included. Classes are numbered as in train.
 
     Raises:
-        ValueError: It has no folder of that name, or not so many classes.
+        ValueError: It has no folder for that split, or not so many classes.
     """
     if not os.path.isdir(data_dir):
         raise ValueError(f'data-dir: found no folder {data_dir!r}, expected one with {split}/ and a folder per class')
     read_webp()
     data = create_dataset('', data_dir, split)
+    check_split(data, data_dir, split)
     numbers = data.reader.class_to_idx
     if split != 'train' and os.path.isdir(os.path.join(data_dir, 'train')):
         found, numbers = set(numbers), create_dataset('', data_dir, 'train').reader.class_to_idx
@@ -62,15 +76,23 @@ def open_folder(data_dir: str, split: str, classes: int) -> Dataset:
     return data
 
 
-def _pixels(data: Dataset, index: int, transform: Callable) -> tuple[torch.Tensor | None, int]:
+def read_image(data: Dataset, index: int, transform: Callable) -> tuple[torch.Tensor | None, int]:
     """Return an image of timm's dataset as `transform` makes it, None if it cannot be read, and its label."""
     file, label = data.reader[index]
     with file:
         try:
             image = Image.open(file).convert('RGB')
-        except (OSError, SyntaxError):  # Pillow's for what is no image, or half of one
+        except UNREADABLE:
             return None, label
     return transform(image), label
+
+
+def _contents(data: Dataset) -> str:
+    """Return a digest of the names, sizes and labels of the files of timm's dataset."""
+    digest = hashlib.sha256()
+    for path, label in data.reader.samples:
+        digest.update(f'{os.path.relpath(path, data.reader.root)} {os.path.getsize(path)} {label}\n'.encode())
+    return digest.hexdigest()[:16]
 
 
 def decode(
@@ -79,7 +101,8 @@ def decode(
     """Return all images of a split of an ImageFolder as uint8 (N, 3, size, size), and their labels (N,).
 
     They are prepared as timm prepares images to evaluate: the shorter side is scaled, and a square out of the middle
-    is kept. They are decoded once and kept in the folder `cache`; delete the file there if the images change.
+    is kept. They are decoded once and kept in the folder `cache`, in a file of their own for other contents of the
+    folder: other names, sizes or labels of files.
 
     Args:
         data_dir, split: The folder, and the name of the folder in it.
@@ -95,16 +118,16 @@ def decode(
     Warns:
         UserWarning: Some images cannot be read, and are left out.
     """
-    folder = os.path.basename(os.path.abspath(data_dir))
-    path = os.path.join(cache, f'{folder}_{split}_{size}_{interpolation}_{crop_pct:g}.pt')
+    data = open_folder(data_dir, split, classes)
+    path = os.path.join(cache, f'images_{split}_{size}_{interpolation}_{crop_pct:g}_{_contents(data)}.pt')
     if not os.path.exists(path):
-        data = open_folder(data_dir, split, classes)
         transform = create_transform(
             (3, size, size), crop_pct=crop_pct, interpolation=interpolation, normalize=False)
         images, labels = torch.empty(len(data), 3, size, size, dtype=torch.uint8), torch.empty(len(data)).long()
         kept, damaged = 0, []
         with ThreadPoolExecutor(workers or 1) as pool:  # Pillow decodes outside of the interpreter's lock
-            for i, (image, label) in enumerate(pool.map(partial(_pixels, data, transform=transform), range(len(data)))):
+            read = pool.map(partial(read_image, data, transform=transform), range(len(data)))
+            for i, (image, label) in enumerate(read):
                 if image is None:
                     damaged.append(data.filename(i))
                 else:
@@ -115,8 +138,9 @@ def decode(
         if damaged:
             images, labels = images[:kept].clone(), labels[:kept].clone()  # the whole storage is saved
         os.makedirs(cache, exist_ok=True)
-        torch.save((images, labels, damaged), path + '.part')
-        os.replace(path + '.part', path)  # an interrupted run leaves no half file
+        with tempfile.TemporaryDirectory(dir=cache) as part:  # an interrupted run leaves no half file
+            torch.save((images, labels, damaged), os.path.join(part, 'images'))
+            os.replace(os.path.join(part, 'images'), path)
     images, labels, damaged = torch.load(path, weights_only=True)
     if damaged:
         warnings.warn(

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..training.telemetry import JsonLines
-from .runs import ARGS, PACKED
+from .runs import ARGS, LOG, PACKED, read_args
 
 SPARE = 0.05  # of a share: what the measured pace does not show
-FINISHED, UNFINISHED = 'finished', 'unfinished'
 
 
 class LeaseEnded(Exception):
@@ -71,33 +71,35 @@ def epochs_within(
     return max((n for n in range(1, most + 1) if cost(n) <= (1 - SPARE) * seconds), default=1)
 
 
-def hand_over(run: str, folder: str, state: str) -> Path:
+def hand_over(run: str, folder: str) -> Path:
     """Write FOLDER/NAME.tar.gz with what a run made, NAME being its folder's, and bring FOLDER/summary.csv up to date.
 
     The archive holds the folder NAME: args.yaml, log.jsonl, telemetry.jsonl, packed.safetensors of a binarized network,
-    and an empty file that is called as `state`. Unpacked, it is a run that `timm-el eval` and `timm-el push` take.
+    and an empty file that is called finished or unfinished, as the log says. Unpacked, it is a run that `timm-el eval`
+    and `timm-el push` take.
     A file of either name is there as a whole or not at all.
 
     Args:
         run: The run's folder.
         folder: Where to write.
-        state: `FINISHED` or `UNFINISHED`.
     """
     name = os.path.basename(os.path.normpath(run))
+    log = JsonLines.read(os.path.join(run, LOG))
+    last = log[-1] if log else {'epoch': -1}
+    state = 'finished' if last['epoch'] + 1 == read_args(run)['epochs'] else 'unfinished'
     os.makedirs(folder, exist_ok=True)
     path = Path(folder) / f'{name}.tar.gz'
     with _whole(path) as part, tarfile.open(part, 'w:gz') as archive:
-        for file in (ARGS, 'log.jsonl', 'telemetry.jsonl', PACKED):
+        for file in (ARGS, LOG, 'telemetry.jsonl', PACKED):
             if (Path(run) / file).is_file():
                 archive.add(Path(run) / file, f'{name}/{file}')
         archive.addfile(tarfile.TarInfo(f'{name}/{state}'), io.BytesIO())
-    _add_to_summary(Path(folder) / 'summary.csv', name, state, run)
+    _add_to_summary(Path(folder) / 'summary.csv', name, state, last)
     return path
 
 
-def _add_to_summary(path: Path, name: str, state: str, run: str) -> None:
+def _add_to_summary(path: Path, name: str, state: str, last: dict[str, Any]) -> None:
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
-    last = (JsonLines.read(os.path.join(run, 'log.jsonl')) or [{'epoch': -1}])[-1]
     row = dict(name=name, state=state, epochs=last['epoch'] + 1, **{
         key: last.get(key) for key in ('train_loss', 'loss', 'top1', 'top5', 'seconds')})
     with _whole(path) as part, open(part, 'w', newline='') as f:

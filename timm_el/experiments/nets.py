@@ -75,7 +75,10 @@ class Net:
         """Return the num_classes of the weights' own classifier as an argument, or none where it cannot be found."""
         from timm.models import load_state_dict
         cfg = timm.get_pretrained_cfg(self.model)
-        weight = load_state_dict(self.weights).get(f'{cfg.classifier}.weight') if cfg is not None else None
+        if cfg is None:
+            return {}
+        tensors, name = load_state_dict(self.weights), f'{cfg.classifier}.weight'
+        weight = tensors.get(name, tensors.get(f'{name}_int8'))
         return {} if weight is None else {'num_classes': weight.shape[0]}
 
     def recorded(self, model: nn.Module) -> dict[str, float]:

@@ -20,7 +20,9 @@ def read(name: str) -> 'Image':
     Raises:
         ValueError: There is no such file, or it is no image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
+
+    from .images import UNREADABLE
     if not Path(name).is_file() and name in SAMPLES:
         try:
             from sklearn.datasets import load_sample_image
@@ -31,8 +33,8 @@ def read(name: str) -> 'Image':
         return Image.open(name).convert('RGB')
     except FileNotFoundError:
         raise ValueError(f'{name}: found no such file, expected an image or a folder of images') from None
-    except UnidentifiedImageError:
-        raise ValueError(f'{name}: this is no image that Pillow can read') from None
+    except UNREADABLE as e:
+        raise ValueError(f'{name}: Pillow cannot read this as an image: {e}') from None
 
 
 def find(paths: list[str]) -> list[str]:
@@ -42,7 +44,7 @@ def find(paths: list[str]) -> list[str]:
         ValueError: There is no image in a folder.
     """
     from PIL import Image
-    known = Image.registered_extensions()
+    known = [ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN]
     names: list[str] = []
     for path in paths or SAMPLES:
         inside = [path]

@@ -1,6 +1,7 @@
 """Folders of runs of train.py and `fit`: args.yaml, the weights, and summary.csv or log.jsonl."""
 import csv
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from timm.models import load_checkpoint
 from ..models.factory import create
 from ..training.telemetry import JsonLines
 
-ARGS, LAST, PACKED = 'args.yaml', 'last.pth.tar', 'packed.safetensors'
+ARGS, LOG, LAST, PACKED = 'args.yaml', 'log.jsonl', 'last.pth.tar', 'packed.safetensors'
 COLUMNS = ('epoch', 'train_loss', 'eval_loss', 'eval_top1')
 # What the columns are called in each log.
-LOGS = {'summary.csv': COLUMNS, 'log.jsonl': ('epoch', 'train_loss', 'loss', 'top1')}
+LOGS = {'summary.csv': COLUMNS, LOG: ('epoch', 'train_loss', 'loss', 'top1')}
 
 
 def is_run(folder: str | Path) -> bool:
@@ -24,8 +25,23 @@ def is_run(folder: str | Path) -> bool:
 
 
 def read_args(folder: str | Path) -> dict[str, Any]:
-    """Return the arguments of a run by name; those of `fit` have a 'recipe'."""
-    return yaml.safe_load((Path(folder) / ARGS).read_text())
+    """Return the arguments of a run by name; those of `fit` have a 'recipe'.
+
+    Raises:
+        ValueError: The file holds none.
+    """
+    path = Path(folder) / ARGS
+    args = yaml.safe_load(path.read_text())
+    if not isinstance(args, dict):
+        raise ValueError(f'{path}: found a {type(args).__name__}, expected the arguments of a run; delete its folder')
+    return args
+
+
+def write_args(folder: str | Path, args: dict[str, Any]) -> None:
+    """Write the arguments of a run of `fit`, the whole file or none."""
+    part = Path(folder) / f'{ARGS}.part'
+    part.write_text(yaml.safe_dump(args, sort_keys=False))
+    os.replace(part, Path(folder) / ARGS)
 
 
 def load_run(folder: str | Path) -> nn.Module:
@@ -67,7 +83,7 @@ def read_log(run: str | Path) -> dict[str, list[float]]:
     if not file.is_file():
         raise ValueError(f'{run}: found no {" or ".join(LOGS)}, expected the folder of a run, or one of these files')
     if file.suffix == '.jsonl':
-        names, lines = LOGS['log.jsonl'], JsonLines.read(str(file))
+        names, lines = LOGS[LOG], JsonLines.read(str(file))
         lines = [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
     else:
         with open(file, newline='') as f:

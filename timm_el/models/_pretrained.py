@@ -14,8 +14,7 @@ PACKAGE = Path(__file__).parents[1]
 SHIPPED = next((p for p in (PACKAGE / '_hub', PACKAGE.parent / 'hub') if (p / 'manifest.json').is_file()), None)
 
 CIFAR10 = dict(
-    num_classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), crop_pct=1.0, interpolation='bilinear',
-    label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'))
+    num_classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), crop_pct=1.0, interpolation='bilinear')
 
 
 def default_cfg(**kwargs: Any) -> dict[str, Any]:

@@ -21,21 +21,47 @@ class JsonLines:
     def __init__(self, path: str | os.PathLike[str], epoch: int = 0) -> None:
         self.path = path
         kept = [record for record in self.read(path) if record['epoch'] < epoch]
-        with open(path, 'w') as f:
+        part = f'{os.fspath(path)}.part'  # an interruption shall not cost what is there
+        with open(part, 'w') as f:
             f.writelines(json.dumps(record) + '\n' for record in kept)
+        os.replace(part, path)
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-        """Return all records; a last line that was cut short by an interruption is left out."""
+        """Return all records; a last line that was cut short by an interruption is left out.
+
+        Raises:
+            ValueError: Another line is no record.
+        """
         if not os.path.exists(path):
             return []
+        records = []
         with open(path) as f:
-            return [json.loads(line) for line in f if line.endswith('\n')]
+            for number, line in enumerate(f, 1):
+                if not line.endswith('\n'):
+                    break
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    record = None
+                if not isinstance(record, dict):
+                    raise ValueError(
+                        f'{os.fspath(path)}, line {number}: found {line.strip()[:40]!r}, expected a JSON object; '
+                        f'delete the line to go on without it')
+                records.append(record)
+        return records
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record."""
-        with open(self.path, 'a') as f:
-            f.write(json.dumps(record) + '\n')
+        self.append(self.path, record)
+
+    @staticmethod
+    def append(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
+        """Append a record to a file, in place of a last line that was cut short."""
+        with open(path, 'ab+') as f:
+            f.seek(0)
+            f.truncate(f.read().rfind(b'\n') + 1)
+            f.write(json.dumps(record).encode() + b'\n')
 
 
 class Telemetry:
