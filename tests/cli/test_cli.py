@@ -81,7 +81,7 @@ def test_what_is_no_image_is_named(path, message, tmp_path, monkeypatch):
     Image.new('RGB', (40, 40)).save(tmp_path / 'half.png')
     (tmp_path / 'half.png').write_bytes((tmp_path / 'half.png').read_bytes()[:60])
     (tmp_path / 'empty').mkdir()
-    (tmp_path / 'empty' / 'film.mpg').touch()  # Pillow writes such files, and reads none
+    (tmp_path / 'empty' / 'page.pdf').touch()  # Pillow writes such files, and reads none
     with pytest.raises(ValueError, match=message):
         [read(name) for name in find([path])]
 

@@ -30,7 +30,8 @@ def read(name: str) -> 'Image':
             raise SystemExit(f'{name} comes with scikit-learn: pip install "timm-el[demo]"') from e
         return Image.fromarray(load_sample_image(name))
     try:
-        return Image.open(name).convert('RGB')
+        with Image.open(name) as image:
+            return image.convert('RGB')
     except FileNotFoundError:
         raise ValueError(f'{name}: found no such file, expected an image or a folder of images') from None
     except UNREADABLE as e:
