@@ -380,3 +380,13 @@ def test_a_wheel_carries_the_shipped_weights(tmp_path):
     assert result.returncode == 0, result.stderr
     file, classes, weights = result.stdout.split()
     assert file.startswith(str(site)) and classes == '10' and weights.startswith(str(site))
+
+
+def test_a_folder_that_could_not_be_written_again_has_no_card(tmp_path, monkeypatch):
+    """A card says that a folder was verified; the older one's must not stand beside other weights."""
+    model = randomise(timm.create_model('el_resnet20', num_classes=3)).eval()
+    timm_el.save_for_hub(model, tmp_path)
+    assert (tmp_path / 'README.md').is_file()
+    with pytest.raises(ValueError, match='not serializable'):
+        timm_el.save_for_hub(model, tmp_path, model_args={'layers': object()})
+    assert not (tmp_path / 'README.md').exists()

@@ -89,9 +89,9 @@ def save_for_hub(
     folder = Path(folder)
     pack_state_dict(model, float_dtype)  # what cannot be packed is refused before anything is written
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CARD).unlink(missing_ok=True)  # a folder with a card is one that was verified
     save_packed(model, folder / WEIGHTS, float_dtype)
     save_config_for_hf(model, folder / CONFIG, **_config(model, model_args or {}, pretrained_cfg or {}))
-    (folder / CARD).unlink(missing_ok=True)  # a folder with a card is one that was verified
     _verify(model, folder)
     (folder / CARD).write_text(_card(model, metrics or {}, dataset, details, repo_id, folder), encoding='utf-8')
     return folder

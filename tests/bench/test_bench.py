@@ -88,6 +88,7 @@ def test_the_reference_is_no_deployed_time(engine, capsys):
     (['resnet18'], 'host: no float host of resnet18 is known'),
     (['el_resnet20', '--recipe', 'bireal'], r'host: no float host of el_resnet20 is known, name a model of timm'),
     (['el_resnet18', '--recipe', 'foo'], "recipe: unknown name 'foo'"),
+    (['el_resnet18', '--record', 'nowhere/runs.jsonl'], "record: found no folder 'nowhere'"),
 ])
 def test_errors_are_one_line(engine, argv, message, capsys):
     assert main(['bench', 'infer', *argv]) == 2
@@ -100,6 +101,7 @@ def test_errors_are_one_line(engine, argv, message, capsys):
     (['infer', 'el_resnet18', '--compile'], 'unrecognized arguments: --compile'),
     (['train', 'el_resnet18', '--peers', 'all'], 'unrecognized arguments: --peers all'),
     (['infer', 'el_resnet18', '--pairs', '0'], "argument --pairs: found '0', expected a positive integer"),
+    (['infer', 'el_resnet18', '--warmup', '-1'], "argument --warmup: found '-1', expected 0 or a positive integer"),
 ])
 def test_options_of_the_other_measurement_are_refused(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -209,7 +209,8 @@ def contestant(name, ms, ratio=1., batch=1, capped=None):
 
 
 def record(*contestants, emulated=None, batch=1, settings=(), **fields):
-    return {'model': 'm', 'recipe': None, 'host': 'h', 'batch': batch, 'emulated': emulated, 'absent': {},
+    return {'model': 'm', 'recipe': None, 'host': 'h', 'batch': batch, 'size': [224, 224], 'emulated': emulated,
+            'absent': {},
             'machine': {'cpu': 'Chip', 'class': 'vpopcntdq', 'threads': 1, 'settings': dict.fromkeys(settings, 'x')},
             'engine': {'body': 'avx512'}, 'contestants': contestants, **fields}
 
@@ -225,7 +226,9 @@ def test_a_row_for_each_class_says_whether_it_was_measured():
         absent={'openvino-int8': 'not installed'})
     emulated = record(contestant('deployed', 20), contestant('openvino-binary', 30, 1.5, capped=False), emulated='avx2')
     text = tables([measured, emulated])
-    assert text.startswith('`m` beside `h`, 1 image, 1 thread:\n\n| class | processor | instruction set | deployed | ')
+    title, _, table = text.partition('\n\n')
+    assert title == '`m` beside `h`, 1 image of 224x224 px, 1 thread:'
+    assert table.startswith('| class | processor | instruction set | deployed | ')
     rows = rows_of(text)
     assert list(rows) == ['class', '---', *BY_NAME]
     assert rows['vpopcntdq'] == ['Chip', '`avx512`', '10.00 ms', '', '', '80.50 ms (8.00)', 'did not run', '']
@@ -238,7 +241,14 @@ def test_batches_have_a_table_of_their_own_with_images_per_second():
     text = tables([record(contestant('deployed', 10)), record(contestant('deployed', 10, batch=8), batch=8)])
     first, second = text.split('\n\n`m`')
     assert rows_of(first)['vpopcntdq'][2] == '10.00 ms'
-    assert second.startswith(' beside `h`, 8 images, 1 thread:') and rows_of(second)['vpopcntdq'][2] == '800 / s'
+    assert second.startswith(' beside `h`, 8 images of 224x224 px, 1 thread:')
+    assert rows_of(second)['vpopcntdq'][2] == '800 / s'
+
+
+def test_images_of_another_size_have_a_table_of_their_own():
+    text = tables([record(contestant('deployed', 10)), record(contestant('deployed', 2), size=[64, 48])])
+    first, second = text.split('\n\n`m`')
+    assert '10.00 ms' in first and second.startswith(' beside `h`, 1 image of 64x48 px, 1 thread:')
 
 
 def test_a_later_record_replaces_an_earlier_one():
@@ -256,6 +266,9 @@ def test_records_are_read_back(tmp_path, capsys):
     for ms in (10, 11):
         append_record(file, record(contestant('deployed', ms), layers=[1], kinds={}, whole_ms=1., binary=None))
     assert read_records(file) == json.loads(json.dumps([record(contestant('deployed', ms)) for ms in (10, 11)]))
+    file.write_text(file.read_text() + '{"model": "cut sh')
+    append_record(file, record(contestant('deployed', 12)))
+    assert len(read_records(file)) == 3  # in place of the line that was cut short
     assert main(['bench', 'table', str(file)]) == 0
     assert capsys.readouterr().out == tables(read_records(file)) + '\n'
 

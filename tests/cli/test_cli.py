@@ -86,6 +86,13 @@ def test_what_is_no_image_is_named(path, message, tmp_path, monkeypatch):
         [read(name) for name in find([path])]
 
 
+def test_a_photograph_stands_upright(tmp_path):
+    image, exif = Image.new('RGB', (20, 10)), Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    image.save(tmp_path / 'a.jpg', exif=exif)
+    assert read(str(tmp_path / 'a.jpg')).size == (10, 20)
+
+
 def test_classes_have_names():
     assert label_names(timm.create_model('el_resnet26'))[207] == 'golden retriever'
     assert label_names(timm.create_model('el_resnet26', num_classes=3)) == ['class 0', 'class 1', 'class 2']

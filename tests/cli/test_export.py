@@ -19,6 +19,7 @@ from timm.data import create_transform
 import timm_el
 from timm_el.__main__ import main
 from timm_el.engine import abi, native
+from timm_el.engine.standalone import write_python
 
 SIZE = ['--size', '64', '64']
 
@@ -163,6 +164,28 @@ def test_the_folder_has_a_module_that_gives_the_bits_of_the_program(folder, modu
     for x in (images(), images(1, 32), images(3)[:, :, ::2]):
         assert np.array_equal(module.run(x.numpy()), program(x).numpy())
     assert module.run(images(0).numpy()).shape == (0, 10)
+
+
+@pytest.mark.parametrize('channels, message', [
+    (1, None), (4, 'mean and std of its 4 channels are not known; prepare images yourself')])
+def test_pictures_of_other_than_three_channels_are_prepared_with_mean_and_std_of_their_own(channels, message, tmp_path):
+    model = randomise(timm.create_model('el_resnet20', num_classes=3, in_chans=channels)).eval()
+    assert write_python(model, tmp_path / 'folder') > 0
+    module = imported(tmp_path / 'folder')
+    picture = np.full((40, 40, channels), 128, np.uint8)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            module.classify(picture)
+        return
+    assert len(module.classify(picture[:, :, 0])) == 3
+    mean, std = (np.mean(model.pretrained_cfg[name]) for name in ('mean', 'std'))
+    assert module.preprocess(picture).flatten() == pytest.approx((128 / 255 - mean) / std, abs=1e-6)
+
+
+def test_a_network_that_is_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError):
+        write_python(timm.create_model('el_resnet20').train(), tmp_path / 'a' / 'b')
+    assert not (tmp_path / 'a').exists()
 
 
 def test_classify_gives_labels_and_probabilities(folder, module):

@@ -1,4 +1,5 @@
 """The C sources by themselves: warnings are errors, their own driver finds nothing wrong, sanitizers neither."""
+import ctypes
 import importlib.util
 import itertools
 import platform
@@ -24,6 +25,13 @@ from timm_el.engine.spec import ConvSpec, Window, table_stride
 def test_the_driver_finds_every_body_right(tmp_path):
     out = run(build(tmp_path, 'driver'), '300', '7')
     assert ': 0 wrong' in out and ' '.join(timm_el.engine.info()['available']) in out
+
+
+def test_a_program_that_never_asks_runs_the_best_instruction_set(tmp_path):
+    """As net.py and a C program do: a copy of the library, which nobody has told anything."""
+    library = ctypes.CDLL(str(shutil.copy(native.library_path(), tmp_path / native.library_path().name)))
+    library.el_active.restype = library.el_bodies.restype = ctypes.c_char_p
+    assert library.el_active().decode() == library.el_bodies().decode().split()[0]
 
 
 @needs_compiler

@@ -12,6 +12,7 @@ from timm.utils.model import freeze_batch_norm_2d
 from torchvision.ops import FrozenBatchNorm2d
 
 import timm_el
+from timm_el.__main__ import main
 
 
 def snapshot(model: nn.Module) -> dict:
@@ -284,3 +285,21 @@ def test_a_counter_that_belongs_to_no_norm_is_unknown():
     registered = timm.create_model('el_resnet20')
     with pytest.raises(timm_el.CheckpointError, match='unknown fc.num_batches_tracked'):
         registered.load_state_dict({**registered.state_dict(), 'fc.num_batches_tracked': torch.tensor(1)})
+
+
+@pytest.mark.parametrize('content', [b'', b'no weights', None], ids=['empty', 'text', 'half'])
+@pytest.mark.parametrize('ending', ['safetensors', 'pth.tar'])
+def test_a_file_that_holds_no_weights_is_named_in_one_line(content, ending, tmp_path, capsys):
+    path = tmp_path / f'net.{ending}'
+    model = timm.create_model('el_resnet20', num_classes=3)
+    if content is None:
+        timm_el.save_packed(model, path) if ending == 'safetensors' else torch.save(model.state_dict(), path)
+        content = path.read_bytes()[:path.stat().st_size // 2]
+    path.write_bytes(content)
+    with pytest.raises(RuntimeError):
+        timm_el.load_float(model, path)
+    assert main(['export', f'el_resnet20@{path}', '-o', str(tmp_path / 'out.program')]) == 2
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and not (tmp_path / 'out.program').exists()
+    if ending == 'safetensors':
+        assert f'{path}: this is no file of weights, or a damaged one' in err

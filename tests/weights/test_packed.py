@@ -561,3 +561,14 @@ def test_a_classifier_more_or_less_is_called_that(make, has, wants, message, tmp
         with pytest.raises(CheckpointError, match=message):
             load()
     assert unchanged(model, before)
+
+
+@pytest.mark.parametrize('change, key', [
+    (lambda model: model.bn1.running_var.fill_(1e5), 'bn1.running_var'),
+    (lambda model: model.layer1[0].conv1.conv.weight.data.fill_(1e5), 'layer1.0.conv1.conv.weight_alpha')])
+def test_what_a_smaller_dtype_cannot_hold_is_named(change, key):
+    model = timm.create_model('el_resnet18', num_classes=3)
+    change(model)
+    with pytest.raises(ValueError, match=f'{key}: found 1e.05, expected at most 65504, the largest torch.float16'):
+        timm_el.pack_state_dict(model, torch.float16)
+    assert timm_el.pack_state_dict(model, torch.bfloat16)

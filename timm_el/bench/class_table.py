@@ -24,8 +24,10 @@ Record = dict[str, Any]  # a result of `measure_inference` without `LAYERS`
 def append_record(path: Path, result: dict[str, Any]) -> None:
     """Append a result of `measure_inference` to a file, as a line of JSON without the times of layers."""
     record = {key: value for key, value in result.items() if key not in LAYERS}
-    with path.open('a', encoding='utf-8') as f:
-        f.write(json.dumps(record) + '\n')
+    with path.open('ab+') as f:
+        f.seek(0)
+        f.truncate(f.read().rfind(b'\n') + 1)  # a line that was cut short
+        f.write(json.dumps(record).encode() + b'\n')
 
 
 def read_records(path: Path) -> list[Record]:
@@ -53,7 +55,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def tables(records: Sequence[Record], base: str = 'deployed') -> str:
-    """Return Markdown: a table for each network, batch and number of threads, with a row for each class of processors.
+    """Return Markdown: a table for each network, batch, size and number of threads, with a row for each class.
 
     Args:
         records: Measurements; a later one of the same row replaces an earlier one.
@@ -67,14 +69,15 @@ def tables(records: Sequence[Record], base: str = 'deployed') -> str:
         raise ValueError(f'base: found {base!r}, expected one that was recorded, {", ".join(sorted(bases))}')
     found: dict[tuple[Any, ...], dict[str, Record]] = {}
     for record in records:
-        key = tuple(record[name] for name in ('model', 'recipe', 'host', 'batch')) + (record['machine']['threads'],)
+        key = (*(record[name] for name in ('model', 'recipe', 'host', 'batch')), tuple(record['size']),
+               record['machine']['threads'])
         found.setdefault(key, {})[record['emulated'] or record['machine']['class']] = record
     return '\n\n'.join(f'{_title(*key)}\n\n{_table(rows, base)}' for key, rows in found.items())
 
 
-def _title(model: str, recipe: str | None, host: str, batch: int, threads: int) -> str:
+def _title(model: str, recipe: str | None, host: str, batch: int, size: tuple[int, int], threads: int) -> str:
     name = f'`{model}`' if recipe is None else f'`{model}`, recipe `{recipe}`'
-    return f'{name} beside `{host}`, {_count(batch, "image")}, {_count(threads, "thread")}:'
+    return f'{name} beside `{host}`, {_count(batch, "image")} of {size[0]}x{size[1]} px, {_count(threads, "thread")}:'
 
 
 def _count(n: int, noun: str) -> str:

@@ -20,7 +20,7 @@ def host_name(model: str, host: str | None, recipe: str | None) -> str:
         ValueError: None is known: the model has no entry in `FLOAT_HOSTS`, and no host is given, nor, for a model of
             timm, which is its own, a recipe.
     """
-    name = host or FLOAT_HOSTS.get(model, model)
+    name = host or FLOAT_HOSTS.get(model.partition('.')[0], model)
     if name == model and is_ours(model):
         raise ValueError(f'host: no float host of {model} is known, name a model of timm (--host)')
     if name == model and not recipe:

@@ -205,7 +205,7 @@ def _binary_rates(
     if not binary:
         return None
     macs, ms = (sum(total[key] for total in binary) for key in ('binary_macs', 'ms'))
-    rates = {'macs': macs, 'ms': ms, 'macs_per_s': macs / (ms * 1e-3)}
+    rates = {'macs': macs, 'ms': ms, 'macs_per_s': macs / (ms * 1e-3 * torch.get_num_threads())}
     if not engine.info()['native']:
         return rates
     chip = max(engine.chip_rate() for _ in range(5))

@@ -60,8 +60,8 @@ def train_step(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
+        if x.device.type != 'cpu':
+            torch.accelerator.synchronize()  # a step is one that was done
 
     return step
 
@@ -113,8 +113,8 @@ def measure_training(
     seconds = take_turns(steps, pairs, warmup)
     ratio = ratios(seconds, 'host')['model']
     return {
-        'model': model, 'host': host_of, 'mode': 'compile' if compiled else 'eager', 'batch': batch, 'size': size,
-        'opt': opt, 'channels_last': channels_last, 'amp': amp, 'device': device_name(device),
+        'model': model, 'recipe': recipe, 'host': host_of, 'mode': 'compile' if compiled else 'eager', 'batch': batch,
+        'size': size, 'opt': opt, 'channels_last': channels_last, 'amp': amp, 'device': device_name(device),
         'threads': torch.get_num_threads(), 'pairs': pairs, 'torch': torch.__version__,
         'host_ms': 1e3 * Spread.of(seconds['host']).median, 'model_ms': 1e3 * Spread.of(seconds['model']).median,
         'time_ratio': ratio.median, 'time_ratio_min': ratio.min, 'time_ratio_max': ratio.max,

@@ -15,6 +15,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """Return an integer that is not negative, or raise ArgumentTypeError; the type of an argument."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'found {text!r}, expected 0 or a positive integer')
+    return int(text)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add the argument that prints data."""
     parser.add_argument('--json', action='store_true', help='print data in place of text')

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ._arguments import add_json, add_threads, parser_of, positive, set_threads
+from ._arguments import add_json, add_threads, natural, parser_of, positive, set_threads
 from ._show_bench import show_inference, show_training
 
 
@@ -39,11 +39,13 @@ def main(argv: list[str]) -> int:
         caps = unset_caps(args['processor_class'])
         if caps:
             return _start_again(argv, caps)
+    if record and not record.absolute().parent.is_dir():
+        raise ValueError(f'record: found no folder {str(record.parent)!r}, expected one that is there')
     result, show = measure(**args), show_training if kind == 'train' else show_inference
+    print(json.dumps(result) if as_json else '\n'.join(show(result)))
     if record:
         from ..bench.class_table import append_record
         append_record(record, result)
-    print(json.dumps(result) if as_json else '\n'.join(show(result)))
     return 0
 
 
@@ -87,6 +89,6 @@ def _add_common(parser: argparse.ArgumentParser, batch: int, size: int | None, p
     parser.add_argument('--batch', type=positive, default=batch, help=f'images (default: {batch})')
     parser.add_argument('--size', type=positive, default=size, help=f"pixels (default: {size or 'the model own size'})")
     parser.add_argument('--pairs', type=positive, default=pairs, help=f'rounds that count (default: {pairs})')
-    parser.add_argument('--warmup', type=int, default=2, help='rounds before them (default: 2)')
+    parser.add_argument('--warmup', type=natural, default=2, help='rounds before them (default: 2)')
     add_threads(parser)
     add_json(parser)

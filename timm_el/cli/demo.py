@@ -78,6 +78,7 @@ def look(name: str, paths: list[str]) -> None:
         raise ValueError(f'pretrained: the weights of {name} are not shipped with this package; try el_resnet26')
     deployed = deploy(model)
     size = own_input_size(model)
+    name = name.partition('.')[0]
     print(f'{name}.{model.pretrained_cfg["tag"]} at {size[-1]} px knows: {", ".join(photos.label_names(model))}')
     if not paths:
         print("  (scikit-learn's photographs show a temple and a flower, so look at your own: demo IMAGE)")

@@ -51,12 +51,12 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
 
     import timm
-    from timm.models import load_checkpoint
 
     from ..experiments.card import training_log
     from ..experiments.runs import is_run, load_run
     from ..models.factory import create
-    details = args.details.read_text() if args.details else ''
+    from ..weights.loading import load_checkpoint
+    details = args.details.read_text(encoding='utf-8') if args.details else ''
     if is_run(args.model):
         if args.recipe or args.model_kwargs:
             parser.error(f'model: found the run {args.model!r}, whose arguments are its own, with --recipe or '

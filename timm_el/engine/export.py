@@ -1,5 +1,6 @@
 """Export: a binarized network as a program file, for the C runner, a web page and `load_program`."""
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,14 +81,29 @@ def metadata_of(model: nn.Module, runner: Runner, size: tuple[int, int] | None) 
     cfg = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
     channels, *own_size = own_input_size(model)
     return {
-        'name': cfg.get('architecture') or type(model).__name__,
+        'name': _name_of(model, cfg),
         'labels': label_names(model),
         'preprocess': {
-            'size': list(size or own_size), 'mean': list(cfg.get('mean', [0.] * channels)),
-            'std': list(cfg.get('std', [1.] * channels)), 'interpolation': cfg.get('interpolation', 'bicubic'),
+            'size': list(size or own_size), 'mean': _per_channel(cfg.get('mean', [0.]), channels),
+            'std': _per_channel(cfg.get('std', [1.]), channels), 'interpolation': cfg.get('interpolation', 'bicubic'),
             'crop_pct': cfg.get('crop_pct', 1.), 'crop_mode': cfg.get('crop_mode') or 'center'},
         'outputs': plain(tree_unflatten(range(len(runner.leaves)), runner.spec)),
     }
+
+
+def _name_of(model: nn.Module, cfg: dict[str, Any]) -> str:
+    """Return the name of a network: that of its host if it was loaded from the folder of a converted one."""
+    host = getattr(model, '_model_args', {}).get('host')
+    return host if isinstance(host, str) else cfg.get('architecture') or type(model).__name__
+
+
+def _per_channel(values: Sequence[float], channels: int) -> list[float] | None:
+    """Return one value per channel: the mean of all for a network of one channel; None if that is not known."""
+    if len(values) == channels:
+        return list(values)
+    if channels == 1 or len(set(values)) == 1:
+        return [sum(values) / len(values)] * channels
+    return None
 
 
 def label_names(model: nn.Module) -> list[str] | None:

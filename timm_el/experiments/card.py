@@ -45,7 +45,7 @@ def _evaluated(name: str, run: Path) -> Iterator[str]:
     """Yield a row of Markdown for each form of a run that was evaluated."""
     if not (run / EVAL).is_file():
         return
-    result = json.loads((run / EVAL).read_text())
+    result = json.loads((run / EVAL).read_text(encoding='utf-8'))
     for form, found in result['forms'].items():
         what = f'{name} twin' if name else form
         yield f'| {what} | {"x".join(map(str, result["size"]))} px | {found["top1"]:.2f} | {found["top5"]:.2f} |'

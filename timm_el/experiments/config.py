@@ -187,7 +187,7 @@ def load_config(path: str, changes: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
         ValueError: The file holds no fields, or a change is of another form.
     """
-    with open(path) as f:
+    with open(path, encoding='utf-8') as f:
         data = _parse(path, f.read())
     if not isinstance(data, dict):
         raise ValueError(f'{path}: found a {type(data).__name__}, expected the fields of a run')

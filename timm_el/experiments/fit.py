@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
@@ -26,6 +25,7 @@ from ..training.distillation import DistillationTask
 from ..training.latent import clip_latent_weights
 from ..training.telemetry import JsonLines, Telemetry
 from ..weights.files import save_packed
+from ..weights.loading import load_checkpoint
 from ..weights.packed import binary_weight_layers
 from .config import FitConfig, plan_stages
 from .images import Batch, create_images, epoch_seed

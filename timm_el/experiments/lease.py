@@ -99,7 +99,7 @@ def hand_over(run: str, folder: str) -> Path:
 
 
 def _add_to_summary(path: Path, name: str, state: str, last: dict[str, Any]) -> None:
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+    rows = list(csv.DictReader(path.read_text(encoding='utf-8').splitlines())) if path.is_file() else []
     row = dict(name=name, state=state, epochs=last['epoch'] + 1, **{
         key: last.get(key) for key in ('train_loss', 'loss', 'top1', 'top5', 'seconds')})
     with _whole(path) as part, open(part, 'w', newline='') as f:

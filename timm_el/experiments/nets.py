@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from ..hub import from_hub, read_metrics
 from ..models.factory import create
+from ..weights.loading import load_checkpoint, read_checkpoint
 from .runs import is_run, load_run, read_log
 
 PRETRAINED = 'pretrained'
@@ -66,18 +67,16 @@ class Net:
             return create(self.model, self.recipe).eval()
         if self.weights == PRETRAINED:
             return create(self.model, self.recipe, pretrained=True).eval()
-        from timm.models import load_checkpoint
         model = create(self.model, self.recipe, **self._classes())
         load_checkpoint(model, self.weights)
         return model.eval()
 
     def _classes(self) -> dict[str, Any]:
         """Return the num_classes of the weights' own classifier as an argument, or none where it cannot be found."""
-        from timm.models import load_state_dict
         cfg = timm.get_pretrained_cfg(self.model)
         if cfg is None:
             return {}
-        tensors, name = load_state_dict(self.weights), f'{cfg.classifier}.weight'
+        tensors, name = read_checkpoint(self.weights), f'{cfg.classifier}.weight'
         weight = tensors.get(name, tensors.get(f'{name}_int8'))
         return {} if weight is None else {'num_classes': weight.shape[0]}
 

@@ -15,12 +15,12 @@ SAMPLES = ('china.jpg', 'flower.jpg')  # scikit-learn's
 
 
 def read(name: str) -> 'Image':
-    """Return an image from a path, or a sample of scikit-learn by its name.
+    """Return an image from a path, upright as its EXIF data say, or a sample of scikit-learn by its name.
 
     Raises:
         ValueError: There is no such file, or it is no image.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     from .images import UNREADABLE
     if not Path(name).is_file() and name in SAMPLES:
@@ -31,7 +31,7 @@ def read(name: str) -> 'Image':
         return Image.fromarray(load_sample_image(name))
     try:
         with Image.open(name) as image:
-            return image.convert('RGB')
+            return ImageOps.exif_transpose(image).convert('RGB')
     except FileNotFoundError:
         raise ValueError(f'{name}: found no such file, expected an image or a folder of images') from None
     except UNREADABLE as e:

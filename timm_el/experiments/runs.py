@@ -8,10 +8,10 @@ from typing import Any
 import torch.nn as nn
 import yaml
 from timm.data import resolve_data_config
-from timm.models import load_checkpoint
 
 from ..models.factory import create
 from ..training.telemetry import JsonLines
+from ..weights.loading import load_checkpoint
 
 ARGS, LOG, LAST, PACKED = 'args.yaml', 'log.jsonl', 'last.pth.tar', 'packed.safetensors'
 COLUMNS = ('epoch', 'train_loss', 'eval_loss', 'eval_top1')
@@ -31,7 +31,7 @@ def read_args(folder: str | Path) -> dict[str, Any]:
         ValueError: The file holds none.
     """
     path = Path(folder) / ARGS
-    args = yaml.safe_load(path.read_text())
+    args = yaml.safe_load(path.read_text(encoding='utf-8'))
     if not isinstance(args, dict):
         raise ValueError(f'{path}: found a {type(args).__name__}, expected the arguments of a run; delete its folder')
     return args
@@ -40,7 +40,7 @@ def read_args(folder: str | Path) -> dict[str, Any]:
 def write_args(folder: str | Path, args: dict[str, Any]) -> None:
     """Write the arguments of a run of `fit`, the whole file or none."""
     part = Path(folder) / f'{ARGS}.part'
-    part.write_text(yaml.safe_dump(args, sort_keys=False))
+    part.write_text(yaml.safe_dump(args, sort_keys=False), encoding='utf-8')
     os.replace(part, Path(folder) / ARGS)
 
 
@@ -60,7 +60,7 @@ def load_run(folder: str | Path) -> nn.Module:
         raise ValueError(f'{folder}: found no {LAST}, expected a run of at least one epoch')
     classes = {} if args['num_classes'] is None else {'num_classes': args['num_classes']}
     model = create(args['model'], **classes, **{'recipe': args.get('recipe'), **args['model_kwargs']})
-    load_checkpoint(model, str(file))
+    load_checkpoint(model, file)
     # As train.py does it for its validation images.
     config = resolve_data_config(args, model=model)
     if config['input_size'] != model.pretrained_cfg['input_size']:

@@ -5,12 +5,16 @@ converted one or of a model inside another by the hook of `guard_loading`, `pret
 and `load_packed` by itself.
 """
 import os
+import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import timm.models
 import torch
 import torch.nn as nn
-from timm.models import clean_state_dict, load_state_dict
+from timm.models import clean_state_dict
 from torch.utils.hooks import RemovableHandle
 
 from .files import read_packed
@@ -106,6 +110,36 @@ def float_to_latent(state_dict: dict[str, torch.Tensor], model: nn.Module) -> di
     return latent
 
 
+@contextmanager
+def _naming_damage(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise CheckpointError for what torch and safetensors raise of a file that is none of theirs, or half of one."""
+    from safetensors import SafetensorError
+    try:
+        yield
+    except (SafetensorError, EOFError, KeyError, pickle.UnpicklingError) as e:
+        raise CheckpointError(f'{os.fspath(path)}: this is no file of weights, or a damaged one ({e})') from e
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the state dict of a file that timm reads.
+
+    Raises:
+        CheckpointError: It is no file of weights, or a damaged one.
+    """
+    with _naming_damage(path):
+        return timm.models.load_state_dict(os.fspath(path))
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a file into a model, as timm's function of that name does.
+
+    Raises:
+        CheckpointError: It is no file of weights, or a damaged one, or does not fit a binarized model.
+    """
+    with _naming_damage(path):
+        timm.models.load_checkpoint(model, os.fspath(path))
+
+
 def load_float(model: nn.Module, checkpoint: str | os.PathLike[str] | dict[str, torch.Tensor]) -> nn.Module:
     """Load a checkpoint of a binarized model's float host: its weights become the latent initialisation.
 
@@ -130,7 +164,7 @@ def load_float(model: nn.Module, checkpoint: str | os.PathLike[str] | dict[str, 
             checkpoint = checkpoint.get(key, checkpoint)
         checkpoint = clean_state_dict(checkpoint)
     elif isinstance(checkpoint, (str, os.PathLike)):
-        checkpoint = load_state_dict(str(checkpoint))
+        checkpoint = read_checkpoint(checkpoint)
     else:
         raise TypeError(f'checkpoint: found a {type(checkpoint).__name__}, expected a state dict or the path of a file')
     if is_packed(checkpoint):

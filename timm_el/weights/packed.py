@@ -162,12 +162,12 @@ def pack_state_dict(model: nn.Module, float_dtype: torch.dtype | None = None) ->
         signed = layer.latent_weight().detach()
         packed[prefix + BITS] = pack_weight(signed) if weight.dim() == 4 else pack_signs(signed)
         if layer.scale_weight:
-            packed[prefix + ALPHA] = _alpha(layer.alpha().detach(), signed, floats)
+            packed[prefix + ALPHA] = _alpha(prefix + ALPHA, layer.alpha().detach(), signed, floats)
         if getattr(layer, 'pad_value', 0):
             packed[prefix + PAD] = torch.tensor(layer.pad_value, dtype=torch.int8)
     for key, tensor in packed.items():
         if floats is not None and tensor.is_floating_point():
-            tensor = tensor.to(floats)
+            tensor = _rounded(key, tensor, floats)
         packed[key] = tensor.to('cpu', copy=True).contiguous()
     packed[VERSION_KEY] = _version(packed)
     return packed
@@ -181,12 +181,25 @@ def _write_int8(packed: dict[str, torch.Tensor], prefix: str) -> None:
     packed[prefix + INT8], packed[prefix + SCALE] = quantize(weight)
 
 
-def _alpha(alpha: torch.Tensor, signed: torch.Tensor, float_dtype: torch.dtype | None) -> torch.Tensor:
+def _rounded(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in another dtype; raise ValueError if that cannot hold one of its finite values."""
+    rounded = tensor.to(dtype)
+    beyond = tensor.isfinite() & ~rounded.isfinite()
+    if beyond.any():
+        raise ValueError(
+            f'{key}: found {tensor[beyond].abs().max().item():.3g}, expected at most {torch.finfo(dtype).max:.5g}, the '
+            f'largest {dtype}; use float_dtype=torch.bfloat16, or leave it out')
+    return rounded
+
+
+def _alpha(
+        key: str, alpha: torch.Tensor, signed: torch.Tensor, float_dtype: torch.dtype | None) -> torch.Tensor:
     """Return alpha (O,) in the dtype of the file, never rounded down to 0, where the signs would be lost."""
     dtype = float_dtype or alpha.dtype
     tiny = torch.tensor(torch.finfo(dtype).smallest_normal, dtype=dtype)
     negative = (signed < 0).flatten(1).any(1)
-    return torch.where(negative & (alpha.to(dtype) == 0), tiny.to(alpha.device), alpha.to(dtype))
+    rounded = _rounded(key, alpha, dtype)
+    return torch.where(negative & (rounded == 0), tiny.to(alpha.device), rounded)
 
 
 def _version(tensors: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -59,6 +59,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         model = net.build()
         binary = bool(binary_weight_layers(model))
         fast = deploy(model) if binary else model
+        channels, *own = own_input_size(model)
+        size = [args.img_size] * 2 if args.img_size else own
         if args.data_dir:
             from ...experiments.evaluate import count_right, load_images
             images = load_images(model, args.data_dir, img_size=args.img_size)
@@ -67,8 +69,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             top1 = net.recorded(model).get('top1')
             if top1 is None:
                 raise ValueError(f'{text}: no top-1 is recorded beside its weights; add --data-dir')
-        channels, *own = own_input_size(model)
-        size = [args.img_size] * 2 if args.img_size else own
+            if size != own:
+                raise ValueError(f'{text}: its top-1 was recorded at {own[-1]} px, not at {size[-1]}; add --data-dir')
         runs[text] = runner(fast, torch.randn(1, channels, *size))
         rows.append({'text': text, 'label': net.label + (' (deployed)' if binary else ''), 'top1': top1,
                      'mb': size_mb(model)})

@@ -5,6 +5,8 @@
 #include <string.h>
 #if defined(_WIN32)
 #include <stdio.h>
+#include <windows.h>
+#define MOST_PATH 4096 /* characters */
 #elif !defined(__wasm__)
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -46,9 +48,16 @@ uint32_t el_crc32(uint32_t crc, const void *data, size_t bytes) {
 /* ------------------------------------------------------------------------------------------------------------------ */
 
 #if defined(_WIN32)
+/* Open a file by its path in UTF-8, as Python gives it, or in the system's code page, as a program's arguments are. */
+static FILE *open_to_read(const char *path) {
+    wchar_t wide[MOST_PATH];
+    if (MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, MOST_PATH)) return _wfopen(wide, L"rb");
+    return fopen(path, "rb");
+}
+
 /* Windows has no mmap: the file is read as a whole. */
 static void *map_file(const char *path, size_t *bytes) {
-    FILE *f = fopen(path, "rb");
+    FILE *f = open_to_read(path);
     void *data = NULL;
     if (!f) return NULL;
     const int64_t size = _fseeki64(f, 0, SEEK_END) ? -1 : _ftelli64(f);

@@ -58,7 +58,8 @@ EL_API el_ready *el_make_ready(el_program *program, const int64_t *in, int threa
 EL_API int el_run_ready(const el_ready *ready, const float *const *inputs, float *const *outputs);
 
 EL_API const char *el_bodies(void);     /* names of the instruction sets that this processor runs, best first */
-EL_API int el_use(const char *name);    /* one of them, before the first el_make_ready; EL_BAD_PLAN if it cannot run */
+EL_API int el_use(const char *name);    /* one of them in place of the first, which runs unless another is asked for before
+                                           the first el_make_ready; EL_BAD_PLAN if it cannot run */
 EL_API const char *el_active(void);
 
 #ifdef __cplusplus

@@ -132,8 +132,9 @@ static int print_times(const options *o, const el_ready *ready, const float *con
         if (i >= 0) times[i] = now() - start;
     }
     qsort(times, (size_t)o->bench, sizeof *times, by_size);
-    printf("median %.3f ms, min %.3f ms of %d runs, %d threads, %s\n", times[o->bench / 2], times[0], o->bench,
-           o->threads, el_active());
+    const double median = (times[(o->bench - 1) / 2] + times[o->bench / 2]) / 2;
+    printf("median %.3f ms, min %.3f ms of %d runs, %d threads, %s\n", median, times[0], o->bench, o->threads,
+           el_active());
     free(times);
     return 1;
 }

@@ -1,6 +1,7 @@
 """write_python(): a binarized network as a folder that Python runs with NumPy alone, without torch and timm."""
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch.nn as nn
@@ -25,15 +26,12 @@ def write_python(model: nn.Module, folder: str | os.PathLike, size: tuple[int, i
         ValueError, RuntimeError: As for `export`; nothing is written then.
     """
     folder = Path(folder)
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     program = folder / 'net.program'
-    try:
-        export(model, program, size=size)
-    except (RuntimeError, ValueError):
-        if made:
-            folder.rmdir()
-        raise
+    with tempfile.TemporaryDirectory() as temporary:
+        export(model, Path(temporary) / program.name, size=size)  # what it refuses leaves no folder behind
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(Path(temporary) / program.name, program.with_suffix('.part'))
+    program.with_suffix('.part').replace(program)  # a process may have the old one mapped
     library = folder / abi.LIBRARY
     shutil.copy2(native.library_path(), library.with_suffix('.part'))
     library.with_suffix('.part').replace(library)  # a process may run the old one

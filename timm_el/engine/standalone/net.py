@@ -9,6 +9,7 @@
 import ctypes
 import json
 import math
+import os
 import struct
 import sys
 from pathlib import Path
@@ -97,6 +98,8 @@ def preprocess(image):
     image = _resize(image, _scaled_size(image.shape[:2], how), how['interpolation'])
     top, left = (round((n - m) / 2.) for n, m in zip(image.shape, (height, width)))
     image = image[top:top + height, left:left + width].astype(np.float32) / np.float32(255)
+    if how['mean'] is None or how['std'] is None:
+        raise ValueError(f'{PROGRAM}: mean and std of its {_channels} channels are not known; prepare images yourself')
     image = (image - np.float32(how['mean'])) / np.float32(how['std'])
     return np.ascontiguousarray(image.transpose(2, 0, 1)[None])
 
@@ -181,7 +184,7 @@ def _open():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     error = ctypes.create_string_buffer(ERROR_BYTES)
-    program = lib.el_open(str(PROGRAM).encode(sys.getfilesystemencoding()), 0, error, ERROR_BYTES)
+    program = lib.el_open(os.fsencode(PROGRAM), 0, error, ERROR_BYTES)
     if not program:
         raise ValueError(f'{PROGRAM}: {error.value.decode()}')
     length = size()
