@@ -196,6 +196,19 @@ def test_the_camera_is_shown_and_its_lack_is_said(page):
 
 
 @pytest.mark.slow
+def test_no_camera_stays_on_that_was_asked_for_twice(page):
+    assert ask(page, '''
+        const streams = [], media = navigator.mediaDevices, lend = media.getUserMedia.bind(media);
+        media.getUserMedia = async (what) => { streams.push(await lend(what)); return streams.at(-1); };
+        at('camera').click();
+        at('camera').click();
+        await until(() => streams.length === 2 && labels().length);
+        at('camera').click();
+        return streams.map((stream) => stream.getTracks().every((track) => track.readyState === 'ended'));
+        ''', *CAMERA) == [True, True]
+
+
+@pytest.mark.slow
 def test_faults_are_shown_as_text(page, tmp_path):
     text = '''
         const bag = new DataTransfer();

@@ -12,6 +12,7 @@ const hidden = document.createElement('canvas');
 
 let program = null;
 let camera = null;  // the stream that is shown
+let wishes = 0;       // what the user asked for, counted: a stream or picture that comes late is dropped
 
 async function fetched(path) {
   const response = await fetch(path);
@@ -81,16 +82,19 @@ function classify(picture, width, height) {
 }
 
 async function classifyBlob(blob) {
+  const wish = wishes;
   let picture;
   try {
     picture = await createImageBitmap(blob);
   } catch {
     throw new Error(`${blob.name ?? 'this'} is no picture that the browser reads${blob.type && ` (${blob.type})`}`);
   }
-  classify(picture, picture.width, picture.height);
+  if (wish === wishes) classify(picture, picture.width, picture.height);
+  picture.close();
 }
 
 function stopCamera() {
+  wishes++;
   camera?.getTracks().forEach((track) => track.stop());
   camera = null;
   at('camera').ariaPressed = 'false';
@@ -99,14 +103,18 @@ function stopCamera() {
 
 async function startCamera() {
   if (!navigator.mediaDevices) throw new Error('the browser lends its camera to https and localhost only');
+  const wish = ++wishes;
+  let stream;
   try {
-    camera = await navigator.mediaDevices.getUserMedia({video: {facingMode: 'environment'}});
+    stream = await navigator.mediaDevices.getUserMedia({video: {facingMode: 'environment'}});
   } catch (error) {
     throw new Error(CAMERA_TEXTS[error.name] ?? `the camera does not start (${error.message})`);
   }
+  if (wish !== wishes) return stream.getTracks().forEach((track) => track.stop());  // asked for something else since
+  camera = stream;
   at('camera').ariaPressed = 'true';
   at('camera').textContent = 'Stop the camera';
-  const video = document.createElement('video'), stream = camera;
+  const video = document.createElement('video');
   [video.srcObject, video.muted, video.playsInline] = [stream, true, true];
   await video.play();
   const next = () => {
