@@ -12,8 +12,8 @@ def show_training(r: dict[str, Any]) -> Iterator[str]:
     rows = [(r[name], *(f'{r[f"{name}_{what}"]:.1f}' for what in ('ms', 'first_ms', 'saved_mb')))
             for name in ('host', 'model')]
     rows.append(('ratio', f'{r["time_ratio"]:.3f}', '', f'{r["memory_ratio"]:.3f}'))
-    yield table(('', 'step, ms', 'first step, ms', 'saved for backward (eager), MB'), rows, '<>')
-    yield f'time ratio {r["time_ratio_min"]:.3f} to {r["time_ratio_max"]:.3f}'
+    yield table(('', 'step, ms', 'first step, ms', 'saved for backward, MB'), rows, '<>')
+    yield f'time ratio {r["time_ratio_min"]:.3f} to {r["time_ratio_max"]:.3f}; memory is that of eager mode'
 
 
 def show_inference(r: dict[str, Any]) -> Iterator[str]:

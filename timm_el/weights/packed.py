@@ -167,7 +167,7 @@ def pack_state_dict(model: nn.Module, float_dtype: torch.dtype | None = None) ->
             packed[prefix + PAD] = torch.tensor(layer.pad_value, dtype=torch.int8)
     for key, tensor in packed.items():
         if floats is not None and tensor.is_floating_point():
-            tensor = _rounded(key, tensor, floats)
+            tensor = _in_dtype(key, tensor, floats)
         packed[key] = tensor.to('cpu', copy=True).contiguous()
     packed[VERSION_KEY] = _version(packed)
     return packed
@@ -181,7 +181,7 @@ def _write_int8(packed: dict[str, torch.Tensor], prefix: str) -> None:
     packed[prefix + INT8], packed[prefix + SCALE] = quantize(weight)
 
 
-def _rounded(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _in_dtype(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor in another dtype; raise ValueError if that cannot hold one of its finite values."""
     rounded = tensor.to(dtype)
     beyond = tensor.isfinite() & ~rounded.isfinite()
@@ -198,7 +198,7 @@ def _alpha(
     dtype = float_dtype or alpha.dtype
     tiny = torch.tensor(torch.finfo(dtype).smallest_normal, dtype=dtype)
     negative = (signed < 0).flatten(1).any(1)
-    rounded = _rounded(key, alpha, dtype)
+    rounded = _in_dtype(key, alpha, dtype)
     return torch.where(negative & (rounded == 0), tiny.to(alpha.device), rounded)
 
 
