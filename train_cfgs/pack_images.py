@@ -16,6 +16,8 @@ from timm.data import create_transform
 from timm.data.readers import get_img_extensions
 from torchvision.transforms.functional import to_pil_image
 
+from timm_el.experiments.images import UNREADABLE
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,7 +36,7 @@ def main() -> None:
                 data = io.BytesIO()
                 try:
                     image = Image.open(file).convert('RGB')
-                except (OSError, SyntaxError, ValueError) as e:
+                except UNREADABLE as e:
                     raise SystemExit(f'{file}: cannot be read as an image: {e}') from e
                 to_pil_image(scale(image)).save(data, 'webp', quality=args.quality, method=4)
                 name = file.relative_to(args.data)  # with its ending, as a.jpg may stand beside a.png

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..training.telemetry import JsonLines
 from .processor_classes import CAPS, CLASSES
 
 # Column -> contestants of `measure_inference`, of which the fastest is shown.
@@ -24,10 +25,7 @@ Record = dict[str, Any]  # a result of `measure_inference` without `LAYERS`
 def append_record(path: Path, result: dict[str, Any]) -> None:
     """Append a result of `measure_inference` to a file, as a line of JSON without the times of layers."""
     record = {key: value for key, value in result.items() if key not in LAYERS}
-    with path.open('ab+') as f:
-        f.seek(0)
-        f.truncate(f.read().rfind(b'\n') + 1)  # a line that was cut short
-        f.write(json.dumps(record).encode() + b'\n')
+    JsonLines.append(path, record)
 
 
 def read_records(path: Path) -> list[Record]:

@@ -178,12 +178,10 @@ static void print_inputs(const options *o, const el_program *p) {
 
 int main(int argc, char **argv) {
     options o = {.threads = 1};
-    char error[300], best[64];
+    char error[300];
     if (argc == 2 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"))) return fputs(usage, stdout) < 0;
     if (!read_options(argc, argv, &o)) return 1;
-    snprintf(best, sizeof best, "%s", el_bodies());
-    best[strcspn(best, " ")] = 0;
-    if (el_use(o.isa ? o.isa : best)) return !complain("--isa", "found %s, expected one of: %s", o.isa, el_bodies());
+    if (o.isa && el_use(o.isa)) return !complain("--isa", "found %s, expected one of: %s", o.isa, el_bodies());
     el_program *p = el_open(o.program, o.verify, error, sizeof error);
     if (!p) return !complain(o.program, "%s", error);
     size_t bytes;
