@@ -50,8 +50,8 @@ TARGETS = {
 LINKS = ('-ldl', '-lm') if sys.platform == 'linux' else ('-lm',)
 
 WEB_EXPORTS = (  # what web/program.js calls
-    'el_aligned_alloc', 'el_aligned_free', 'el_open_memory', 'el_close', 'el_metadata', 'el_input', 'el_outputs',
-    'el_shapes', 'el_make_ready', 'el_run_ready', 'el_hash')
+    'el_aligned_alloc', 'el_aligned_free', 'el_open_memory', 'el_close', 'el_metadata', 'el_inputs', 'el_input',
+    'el_outputs', 'el_shapes', 'el_make_ready', 'el_run_ready', 'el_hash')
 WEB_STACK = 1 << 20  # bytes
 
 TRIAL = '''

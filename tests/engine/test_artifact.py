@@ -2,6 +2,7 @@
 import json
 import re
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from timm_el import engine
 from timm_el.engine import table
 from timm_el.engine.artifact import read_program, write_program
 from timm_el.engine.program import Output, Program
-from timm_el.engine.steps import Kind, Step
+from timm_el.engine.steps import Kind, Step, Unary
 from timm_el.engine.structure import filled, plain
 
 METADATA = {'name': 'every step', 'labels': None, 'outputs': {'tuple': [0, 1]}}
@@ -263,6 +264,29 @@ def test_metadata_that_does_not_fit_the_outputs_is_refused(tmp_path, metadata):
     write_program(every_step(), tmp_path / 'a', metadata)
     with pytest.raises(ValueError, match='a: its table or metadata is no program of version 1: outputs: found'):
         read_program(tmp_path / 'a')
+
+
+def test_metadata_that_is_nested_without_end_is_refused(tmp_path):
+    write_program(every_step(), tmp_path / 'a', METADATA | {'name': 'x' * 200_000})
+    at, size = struct.unpack_from('<QQ', (tmp_path / 'a').read_bytes(), HEADER['meta_offset'][0])
+
+    def nest(data):
+        data[at:at + size] = b'[' * size
+        put('<I', HEADER['meta_crc'][0], zlib.crc32(b'[' * size))(data)
+
+    with pytest.raises(ValueError, match='its metadata is no JSON object'):
+        read_program(rewritten(tmp_path / 'a', tmp_path, nest))
+
+
+@pytest.mark.parametrize('body', [None, 'reference'])
+def test_a_program_of_two_inputs_is_no_file_of_a_network(tmp_path, body):
+    engine.use_isa(body)
+    step = Step(Kind.UNARY, (1,), (), (int(Unary.ABS),), (0., 0.))
+    write_program(Program([step], [Output(2)], [8, 8]), tmp_path / 'two.program', {'outputs': 0})
+    with pytest.raises(ValueError, match='two.program: .*found 2 inputs, expected one'):
+        read_program(tmp_path / 'two.program')
+    with pytest.raises(ValueError, match='inputs: found 1, expected 2'):
+        Program([step], [Output(2)], [8, 8]).run([torch.ones(1, 8, 2, 2)])
 
 
 @pytest.mark.parametrize('body', [None, 'reference'])

@@ -1,5 +1,8 @@
 """Lowering: what a network does is read from one recording, and a program of it computes the same."""
 
+import contextlib
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -113,6 +116,123 @@ def test_a_program_gives_what_the_modules_give(name):
     assert runner is not None and runner.program is not None, 'it must not have been run module by module'
 
 
+def split_and_write(m, x):
+    a, b = x.split(8, 1)
+    F.relu_(a)
+    return x + torch.cat([a, b], 1)
+
+
+def write_under_a_slice(m, x):
+    y = x[:, :8]
+    x.add_(1)
+    return torch.cat([y, x], 1)
+
+
+def write_behind_a_view(m, x):
+    y, z = x.flatten(2), x[:, 8:]
+    y.add_(1)
+    return z * 1
+
+
+def write_to_a_constant_twice(m, x):
+    c = torch.full((1,), 2.)
+    y = x * c
+    c.add_(1)
+    return y * c
+
+
+def island_that_writes(m, x):
+    y = m.unit2(x)
+    return y + m.writing(x)
+
+
+def island_and_a_slice(m, x):
+    y = x[:, :8]
+    return torch.cat([y, m.writing(x)[:, 8:]], 1)
+
+
+def island_that_gives_a_view(m, x):
+    m.viewing(x).add_(1)
+    return x * 1
+
+
+def island_that_writes_to_a_constant(m, x):
+    c = torch.full((1,), 2.)
+    return x * m.constant_writing(c, x)
+
+
+class Viewing(nn.Module):
+    def forward(self, x):
+        x.sort(1)
+        return x.view(x.shape)
+
+
+class Writing(nn.Module):
+    def forward(self, x):
+        return x.relu_().sort(1).values
+
+
+class ConstantWriting(nn.Module):
+    def forward(self, c, x):
+        c.add_(1)
+        return x.sort(1).values * c
+
+
+UNUSUAL = {  # what may end in no program at all, and must be right
+    'a slice is written to': lambda m, x: (x[:, :8].mul_(2), x)[1], 'a part is written to': split_and_write,
+    'written under a slice': write_under_a_slice, 'written behind a view': write_behind_a_view,
+    'a constant is written to': write_to_a_constant_twice, 'an island writes': island_that_writes,
+    'an island writes under a slice': island_and_a_slice, 'an island gives a view': island_that_gives_a_view,
+    'an island writes to a constant': island_that_writes_to_a_constant,
+    'power of a number': lambda m, x: 2 ** x, 'power of a constant': lambda m, x: torch.full((1,), 2.) ** x,
+    'a tensor as power': lambda m, x: x.abs() ** m.gain.weight[:, :1, None],
+    'a constant squared': lambda m, x: x * torch.full((1,), 3.).pow(2),
+    'strides of its own': lambda m, x: x.mean((2, 3)).as_strided((2, 16), (1, 2)),
+    'a mean of another dtype': lambda m, x: x.mean((2, 3), dtype=torch.float64),
+    'a kernel of 33 x 33': lambda m, x: m.wide(x),
+    'many features': lambda m, x: m.wide(x).repeat(1, 70, 1, 1).flatten(1),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', UNUSUAL)
+def test_what_shares_memory_or_has_no_step_gives_what_the_modules_give(name):
+    program, apart = deployed_pair(
+        UNUSUAL[name], **modules(), unit2=BinaryUnit(BinaryConv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)),
+        wide=nn.Conv2d(16, 8, 33, padding=16))
+    for network in (program, apart):
+        network.writing, network.viewing, network.constant_writing = Writing(), Viewing(), ConstantWriting()
+    for size in ((24, 24), (24, 24), (57, 75)):
+        x = torch.randn(2, 3, *size)
+        expected, found = apart(x), program(x)
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
+
+
+@torch.no_grad()
+def test_the_sign_bit_of_a_tensor_is_not_lost(tmp_path):
+    program, apart = deployed_pair(lambda m, x: x.relu())
+    x = torch.randn(2, 3, 24, 24).contiguous(memory_format=torch.channels_last)
+    negative = torch._neg_view(x)
+    assert torch.equal(program(negative), apart(-x)) and torch.equal(apart(negative), apart(-x))
+    timm_el.export(program, tmp_path / 'net.program', size=(24, 24))
+    assert torch.equal(timm_el.load_program(tmp_path / 'net.program')(negative), apart(-x))
+
+
+@torch.no_grad()
+def test_a_deployed_network_that_ran_leaves_no_tensor_behind():
+    network, _ = deployed_pair(lambda m, x: m.unit(x))
+    for module_by_module in (False, True):
+        with contextlib.ExitStack() as stack:
+            if module_by_module:
+                stack.enter_context(torch.profiler.profile())
+            network(torch.randn(1, 3, 24, 24))
+    tensors = [weakref.ref(t) for m in network.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)]
+    tensors += [weakref.ref(t) for t in network.state_dict(keep_vars=True).values()]
+    assert len(tensors) > 5
+    del network, _
+    gc.collect()
+    assert not [t for t in tensors if t() is not None]
 
 
 class Sorting(nn.Module):

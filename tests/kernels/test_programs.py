@@ -119,7 +119,7 @@ def test_the_runner_names_the_likeliest_labels(written):
     logits = np.array((written / 'expected.txt').read_text().split(), dtype=np.float64)
     chances = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     best = int(chances.argmax())
-    label = ('first', 'sécond [2], {', 'third', *map(str, range(3, logits.size)))[best]
+    label = ('first', 'sécond [2], {', 'third 😀', *map(str, range(3, logits.size)))[best]
     first = runner(written, '--top', '2').splitlines()[0]
     assert first.startswith(label) and first.endswith(f'{chances[best]:.4f}')
 
@@ -151,6 +151,9 @@ def test_the_runner_names_the_file_and_what_it_expected(written, tmp_path):
     assert 'wide.npy: input 0 has 4 x 5 pixels of 3 channels, expected' in refused(net, str(tmp_path / 'wide.npy'))
     np.save(tmp_path / 'bytes.npy', np.zeros((4, 5, 3), 'u1'))
     assert 'does not say how a picture becomes numbers' in refused(net, str(tmp_path / 'bytes.npy'))
+    hollow = (b"{'descr': '<f4', 'fortran_order': False, 'shape': (0, 2147483648, 2147483648), }".ljust(117) + b'\n')
+    (tmp_path / 'hollow.npy').write_bytes(b'\x93NUMPY\x01\x00' + len(hollow).to_bytes(2, 'little') + hollow)
+    assert 'hollow.npy: ' in refused(net, str(tmp_path / 'hollow.npy'))
     assert 'absent.npy: the file cannot be read' in refused(net, str(tmp_path / 'absent.npy'))
     assert '--top: found x, expected a number' in refused('--top', 'x', net, image)
 

@@ -72,7 +72,7 @@ int main(int argc, char **argv) {
     for (draw_net(); !is_plain(); draw_net()) discard();
     size_t bytes;
     void *file =
-        net_file(&n, "{\"name\": \"net, \\\"drawn\\\"\", \"labels\": [\"first\", \"s\\u00e9cond [2], {\", \"third\"]}",
+        net_file(&n, "{\"name\": \"net, \\\"drawn\\\"\", \"labels\": [\"first\", \"s\\u00e9cond [2], {\", \"third \\ud83d\\ude00\"]}",
                  &bytes);
     FILE *f = open_in(argv[1], "net.program");
     fwrite(file, 1, bytes, f);

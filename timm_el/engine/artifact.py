@@ -99,17 +99,16 @@ class ProgramFile:
 
     def verify(self) -> None:
         """Raise ValueError unless the checksum of every tensor is right."""
-        checks, self._checks = self._checks, []
-        for name, block, expected in checks:
+        for name, block, expected in self._checks:
             if zlib.crc32(block) != expected:
-                self._checks = checks
                 raise ValueError(
                     f'{self.path}: the checksum of {name} is {zlib.crc32(block):08x}, expected {expected:08x}; '
                     f'the file is damaged, fetch it again')
+        self._checks = []
 
     def __call__(self, x: Any) -> Any:
         is_tensor = isinstance(x, torch.Tensor)
-        image = x if is_tensor else torch.from_numpy(x)
+        image = x.resolve_neg() if is_tensor else torch.from_numpy(x)
         channels, size = self.program.channels[0], self.program.size
         if image.dtype != torch.float32:
             raise TypeError(f'{self.path}: found an input of {image.dtype}, expected float32')
@@ -175,7 +174,7 @@ def _metadata(path: str, memory: memoryview, header: _Header) -> dict[str, Any]:
             f'fetch it again')
     try:
         return dict(json.loads(text))
-    except (TypeError, ValueError) as e:
+    except (RecursionError, TypeError, ValueError) as e:
         raise ValueError(f'{path}: its metadata is no JSON object: {e}') from None
 
 
@@ -195,6 +194,8 @@ def _parse(path: str, memory: memoryview, header: _Header) -> tuple[Program, lis
     """Return the program of a file, and the checksums that are still to be checked."""
     rows = _Rows(bytes(memory[:header.table_bytes]))
     inputs = rows.take(INPUT, header.n_inputs)
+    if len(inputs) != 1:
+        raise ValueError(f'found {len(inputs)} inputs, expected one')
     outputs = [Output(value, Form(form)) for value, form, *_ in rows.take(OUTPUT, header.n_outputs)]
     records, wires = rows.take(STEP, header.n_steps), [w for w, in rows.take(WIRE, header.n_wires)]
     rows.align()

@@ -58,11 +58,19 @@ def program_of(model: nn.Module, size: tuple[int, int] | None = None) -> Runner:
     """
     if native.library() is None:
         raise RuntimeError(f'a program needs the native library: {native.info()["reason"]}')
+    if size is not None and (not isinstance(size, (tuple, list)) or len(size) != 2 or not all(
+            isinstance(n, int) and n > 0 for n in size)):
+        raise ValueError(f'size: found {size!r}, expected (height, width)')
     network = model if isinstance(model, Deployed) else deploy(model)
     channels, *own_size = own_input_size(model)
     image = torch.zeros((1, channels, *(size or own_size)), dtype=torch.float32, device='cpu')
     with torch.no_grad():
-        found = Entries(network).find('forward', (image,), {})
+        entries = Entries(network)
+        least = entries.snapshot.least_size
+        if min(image.shape[2:]) < least:
+            found_size = ' x '.join(map(str, image.shape[2:]))
+            raise ValueError(f'size: found {found_size} pixels, expected at least {least} x {least}')
+        found = entries.find('forward', (image,), {})
     if found is None:
         raise ValueError(
             'model: it goes module by module, because its own forward has operators that no step computes, or depends '

@@ -26,8 +26,9 @@ def engine_runs(conv: nn.Module | None, float_dtype: torch.dtype) -> bool:
     """Return whether the engine's own real convolution takes this layer."""
     if type(conv) is not nn.Conv2d or conv.padding_mode != 'zeros' or not engine_computes(float_dtype):
         return False
-    return (
-        float_dtype == torch.int8 and is_int8(spec_of(conv)) or native.library() is not None
+    spec = spec_of(conv)
+    return spec.beyond() is None and (
+        float_dtype == torch.int8 and is_int8(spec) or native.library() is not None
         and (conv.groups == 1 or conv.groups == conv.in_channels == conv.out_channels))
 
 

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from .aten import FACTORIES, HANDLERS
 from .operators import KIND_OF, decode
 from .record import Call, Op, Recording
+from .spec import MOST_CHANNELS
 from .steps import Kind, Size, Step, is_pixelwise, output_size
 from .views import AXES, IMAGE, UNREAD, NoStep, Ref, form_of, is_flat, is_image, is_pixels, with_channels
 
@@ -71,6 +72,18 @@ class Lowered:
         return [node.item.path for node in self.nodes if isinstance(node.item, Island)]
 
 
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _written(op: Op) -> list[torch.Tensor]:
+    """Return the tensors that an operator writes to."""
+    arguments = op.func._schema.arguments
+    given = {argument.name: value for argument, value in zip(arguments, op.args)} | op.kwargs
+    return [t for argument in arguments if argument.alias_info is not None and argument.alias_info.is_write
+            for t in tree_leaves(given.get(argument.name)) if isinstance(t, torch.Tensor)]
+
+
 def _same_leaves(a: Any, b: Any) -> bool:
     (a, a_spec), (b, b_spec) = tree_flatten(a), tree_flatten(b)
     return a_spec == b_spec and all(
@@ -122,6 +135,8 @@ class Lowering:
         self.refs = {id(recording.x): Ref(0, IMAGE)}
         self.storages: dict[int, list[torch.Tensor]] = {}
         self.fresh: set[int] = set()  # constants that the run made itself
+        self.fresh_storages: set[int] = set()  # their memory, and that of constants that steps have read: they are read
+        self.read_storages: set[int] = set()   # when the run is over
         self._remember(recording.x)
 
     # What handlers use ------------------------------------------------------------------------------------------------
@@ -139,8 +154,10 @@ class Lowering:
 
     def add(self, step: Step) -> int:
         """Add a step; return the value that it gives."""
-        value = len(self.sizes)
-        self.sizes[value] = tuple(output_size(step, [self.sizes[v] for v in step.sources if v is not None]))
+        value, size = len(self.sizes), output_size(step, [self.sizes[v] for v in step.sources if v is not None])
+        if size[3] > MOST_CHANNELS:
+            raise NoStep('more channels than the engine counts')
+        self.sizes[value] = tuple(size)
         self.nodes.append(Node(step, (value,)))
         return value
 
@@ -214,11 +231,15 @@ class Lowering:
         inputs = [t for t in tree_leaves((op.args, op.kwargs)) if self.ref(t) is not None]
         name = op.func._schema.name.split('::')[1]
         in_place = name.endswith('_') and not name.startswith('_')
-        if in_place and self.ref(op.args[0]) is None and id(op.args[0]) not in self.fresh:
+        if in_place and self.ref(op.args[0]) is None and (
+                id(op.args[0]) not in self.fresh or _storage(op.args[0]) in self.read_storages):
             raise NoStep('a constant that is written to')
         if not inputs or name in FACTORIES:
-            self.fresh |= {id(t) for t in tree_leaves(op.out) if isinstance(t, torch.Tensor)}
+            made = [t for t in tree_leaves(op.out) if isinstance(t, torch.Tensor)]
+            self.fresh |= {id(t) for t in made}
+            self.fresh_storages |= {_storage(t) for t in made}
             return
+        self._read_constants((op.args, op.kwargs))
         if op.func in KIND_OF:
             result: Any = _engine_step(self, KIND_OF[op.func], *op.args)
         else:
@@ -236,23 +257,33 @@ class Lowering:
             self._remember(out)
 
     def _remember(self, tensor: torch.Tensor) -> None:
-        self.storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+        self.storages.setdefault(_storage(tensor), []).append(tensor)
+
+    def _read_constants(self, args: Any) -> None:
+        self.read_storages |= {
+            _storage(t) for t in tree_leaves(args) if isinstance(t, torch.Tensor) and id(t) not in self.refs}
 
     def _overwrite(self, target: torch.Tensor, result: Ref) -> None:
-        """Let all tensors that show the memory of `target` show what was written there."""
+        """Let all tensors that show the memory of `target` show what was written there.
+
+        Those that show another part of it, such as some of its channels, can be read no more.
+        """
         old = self.ref(target)
         if old is None:
             raise NoStep('a constant that is written to')
-        for tensor in self.storages.get(target.untyped_storage().data_ptr(), []):
+        for tensor in self.storages.get(_storage(target), []):
             ref = self.refs[id(tensor)]
-            if ref.value == old.value:
-                self.refs[id(tensor)] = Ref(result.value, ref.groups)
+            self.refs[id(tensor)] = Ref(result.value, ref.groups) if ref.value == old.value else UNREAD
 
     def _island(self, call: Call) -> None:
         args, kwargs = torch.utils._pytree.tree_map(lambda x: self.ref(x) or x, (call.args, call.kwargs))
+        self._read_constants((call.args, call.kwargs))
         leaves, spec = tree_flatten(call.out)
-        if any(id(t) in self.refs for t in leaves):  # it gives one of its inputs back
-            raise NoStep('an island that gives its input back')
+        if any(isinstance(t, torch.Tensor) and _storage(t) in self.storages for t in leaves):
+            raise NoStep('an island that gives its input back, or a view of it')
+        for op in self.recording.ops[call.first:call.last]:
+            if any(_storage(t) in self.storages or _storage(t) in self.fresh_storages for t in _written(op)):
+                raise NoStep('an island that writes to what others read')
         outs, values = [], []
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor) or leaf.dtype != torch.float32 or leaf.dim() not in _GROUPS_OF_RANK:

@@ -1,5 +1,6 @@
 """Deployed networks: classes made for the host's class whose forward runs as one program."""
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,13 +15,15 @@ from .calls import Snapshot
 from .execution import Runner
 from .lower import Lowered, lower
 from .passes import normalised
-from .record import record, shadow_of
+from .record import Recording, record, shadow_of
 from .views import NoStep
 
 __all__ = ['ENTRIES', 'Deployed', 'as_deployed']
 
 ENTRIES = ('forward', 'forward_features', 'forward_intermediates')
 _building = threading.RLock()
+if hasattr(os, 'register_at_fork'):  # no process is forked while it is held
+    os.register_at_fork(before=_building.acquire, after_in_parent=_building.release, after_in_child=_building.release)
 
 
 class Deployed:
@@ -123,7 +126,7 @@ class Entries:
         """Return whether a program may run on x; the modules say what is wrong with others."""
         if type(x) is not torch.Tensor or x.dim() != 4 or x.dtype != torch.float32 or x.device.type != 'cpu':
             return False
-        if x.requires_grad and torch.is_grad_enabled():
+        if x.requires_grad and torch.is_grad_enabled() or x.is_neg():  # its memory holds the numbers with another sign
             return False
         return x.numel() > 0 and min(x.shape[2:]) >= self.snapshot.least_size
 
@@ -162,11 +165,18 @@ def lowered_for(
     memo: dict[Any, Any] = {}
     shadow = shadow_of(network)
 
-    def lowered(n: int, size: tuple[int, int]) -> Lowered | None:
+    def recorded(n: int, size: tuple[int, int]) -> Recording | None:
+        """Return a run on n images of a size, None if the network takes none such."""
         generator = torch.Generator('cpu').manual_seed(n)
         x = torch.randn((n, channels, *size), generator=generator, dtype=torch.float32, device='cpu')
         try:
-            return normalised(lower(record(shadow, run, x), memo))
+            return record(shadow, run, x)
+        except Exception:  # of its own forward, which will say it of the caller's images
+            return None
+
+    def lowered(recording: Recording) -> Lowered | None:
+        try:
+            return normalised(lower(recording, memo))
         except NoStep:
             return None
 
@@ -174,16 +184,15 @@ def lowered_for(
         """Yield whether the steps at other sizes are the same, for those that the network takes."""
         height, width = size
         for other in ((height + 33, width + 51), (height // 2 + 1, width // 2 - 1 + width % 2)):
-            try:
-                found = lowered(1, other)
-            except Exception:  # it takes no such image
-                continue
-            yield found is not None and first.equals(found)
+            recording = recorded(1, other)
+            if recording is not None:
+                found = lowered(recording)
+                yield found is not None and first.equals(found)
 
     with torch.inference_mode(False):
-        first = lowered(1, size)
-        second = None if first is None else lowered(2, size)
-        if second is None or not first.equals(second):
+        runs = (recorded(n, size) for n in (1, 2))
+        first, second = (None if one is None else lowered(one) for one in runs)
+        if first is None or second is None or not first.equals(second):
             return None, False
         same = list(other_sizes())
         return first, bool(same) and all(same)

@@ -90,7 +90,9 @@ def _compute(kind: Kind, inputs, tensors, ints, constants) -> torch.Tensor:
     state = [None if t is None else (_version(t), t.data_ptr()) for t in tensors]
     found = programs.get(key)
     if found is None or found[0] != state:
-        step = decode(kind, inputs, tensors, ints, constants)
+        # Aliases, or a program would keep the tensor alive under which it is found.
+        aliases = [None if t is None else t.detach() for t in tensors]
+        step = decode(kind, inputs, aliases, ints, constants)
         for x in inputs:
             if x.dim() != 4:
                 raise ValueError(f'x: found shape {tuple(x.shape)}, expected (N, C, H, W)')
@@ -145,6 +147,10 @@ def check_input(path: str, x: torch.Tensor) -> None:
     if x.device.type != 'cpu' and x.device.type != 'meta':
         raise ValueError(
             f'{path}: found an input on {x.device}, a deployed network runs on the CPU; use the latent network there')
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f'{path}: found an input that wants a gradient, a deployed network has none; use the latent network, or '
+            f'torch.no_grad()')
     if x.dtype != torch.float32:
         raise TypeError(f'{path}: found an input of {x.dtype}, expected torch.float32; convert it with .float()')
 

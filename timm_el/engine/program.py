@@ -1,5 +1,6 @@
 """Program: a network, or a part of one, as a list of steps that runs in one call of the native library."""
 import ctypes
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -16,6 +17,12 @@ __all__ = ['Output', 'Program', 'dense_image']
 
 MOST_SIZES = 64  # sizes of input that a program remembers
 ERROR_BYTES = 512
+NO_MEMORY = 2  # what el_run_ready answers
+# One for all programs, so that no process is forked while it is held.
+_making_ready = threading.Lock()
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(
+        before=_making_ready.acquire, after_in_parent=_making_ready.release, after_in_child=_making_ready.release)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class _Handle:
     """A program as the native library holds it, for one instruction set and one state of the tensors."""
     address: int
     keeps: Any  # memory that the library reads
+    generation: Any  # of the instruction set
     ready: dict[tuple[Any, ...], tuple[int, list[Size]]] = field(default_factory=dict)
 
 
@@ -70,8 +78,6 @@ class Program:
         self.steps, self.outputs, self.channels = tuple(steps), tuple(outputs), tuple(channels)
         self.size, self.path = size, path
         self._handle: _Handle | None = None
-        self._key: Any = None
-        self._lock = threading.Lock()
 
     def sizes(self, inputs: Sequence[Size]) -> list[Size]:
         """Return the sizes of all values for inputs of these sizes.
@@ -79,6 +85,8 @@ class Program:
         Raises:
             ValueError: They do not fit; the text names the module.
         """
+        if len(inputs) != len(self.channels):
+            raise ValueError(f'inputs: found {len(inputs)}, expected {len(self.channels)}')
         values = list(inputs)
         for step in self.steps:
             sources = [values[v] for v in step.sources if v is not None]
@@ -102,16 +110,18 @@ class Program:
         inputs = [dense_image(lib, x) for x in inputs]
         key = (torch.get_num_threads(), *(x.shape for x in inputs))
         handle = self._handle
-        ready = handle.ready.get(key) if handle is not None and self._key == native.generation() else None
+        ready = handle.ready.get(key) if handle is not None and handle.generation == native.generation() else None
         if ready is None:
             handle, ready = self._make_ready(lib, key, inputs)
         address, sizes = ready
         outputs = [out.tensor(size) for out, size in zip(self.outputs, sizes)]
-        if not all(out.numel() for out in outputs):
+        if not any(out.numel() for out in outputs):
             return outputs
         failed = lib.el_run_ready(address, _pointers(inputs), _pointers(outputs))
-        if failed:
+        if failed == NO_MEMORY:
             raise MemoryError(f'{self.path or "program"}: no memory for the values of {len(self.steps)} steps')
+        if failed:
+            raise RuntimeError(f'{self.path or "program"}: the library answers {failed} to what it made ready itself')
         return outputs
 
     def _make_ready(
@@ -120,9 +130,9 @@ class Program:
         """Return the library's handle, and what it has made ready for inputs of these sizes."""
         shapes = [(x.shape[0], *x.shape[2:], x.shape[1]) for x in inputs]
         sizes = self.sizes(shapes)
-        with self._lock:
+        with _making_ready:
             handle = self._handle
-            if handle is None or self._key != native.generation() or len(handle.ready) >= MOST_SIZES:
+            if handle is None or handle.generation != native.generation() or len(handle.ready) >= MOST_SIZES:
                 handle = self._new_handle(lib)
             error = ctypes.create_string_buffer(ERROR_BYTES)
             array = (ctypes.c_int64 * (4 * len(shapes)))(*(n for shape in shapes for n in shape))
@@ -137,11 +147,11 @@ class Program:
         inputs = [(channels, *(self.size or (0, 0))) for channels in self.channels]
         table = encode(inputs, [(out.value, int(out.form)) for out in self.outputs], self.steps, tensors)
         error = ctypes.create_string_buffer(ERROR_BYTES)
-        self._key = native.generation()
+        generation = native.generation()
         address = lib.el_program_new(table, len(table), _pointers(tensors.all), error, ERROR_BYTES)
         if not address:
             raise ValueError(f'{self.path or "program"}: {error.value.decode()}')
-        handle = self._handle = _Handle(address, tensors.all)
+        handle = self._handle = _Handle(address, tensors.all, generation)
         weakref.finalize(handle, lib.el_close, address)
         return handle
 
@@ -153,10 +163,7 @@ class Program:
         return [out.view(values[out.value].permute(0, 2, 3, 1).contiguous()) for out in self.outputs]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), '_handle': None, '_key': None, '_lock': None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.Lock())
+        return {**vars(self), '_handle': None}
 
 
 def dense_image(lib: ctypes.CDLL, x: torch.Tensor) -> torch.Tensor:

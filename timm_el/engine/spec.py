@@ -3,8 +3,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-__all__ = ['ACTS', 'LINKS', 'POOLS', 'ROWS', 'SAME', 'ConvSpec', 'Window', 'has_empty_window', 'table_stride']
+__all__ = [
+    'ACTS', 'LINKS', 'MOST_CHANNELS', 'POOLS', 'ROWS', 'SAME', 'ConvSpec', 'Window', 'has_empty_window', 'table_stride']
 
+MOST_CHANNELS, MOST_TAPS, MOST_REACH = 1 << 20, 1024, 1 << 15
 SAME = (-1, -1)  # padding that depends on the image, as TensorFlow's
 ACTS = ('none', 'clip', 'prelu')
 LINKS = ('none', 'identity', 'squeeze', 'expand')
@@ -164,6 +166,21 @@ class ConvSpec:
             sizes.append(room // self.conv.stride[i] + 1)
         return sizes
 
+    def beyond(self) -> str | None:
+        """Return which of the engine's limits the layer exceeds, or None; torch knows no such limits."""
+        reaches = [
+            n for w in (self.conv, self.pool)
+            for n in (*w.stride, *w.padding, *(d * k for d, k in zip(w.dilation, w.kernel)))]
+        if max(*reaches, *self.pad_end) > MOST_REACH:
+            return f'spec: found {self}, expected strides, padding and kernels times dilation of at most {MOST_REACH}'
+        if self.taps > MOST_TAPS or self.pool.kernel[0] * self.pool.kernel[1] > 64:
+            return (
+                f'spec: found {self.taps} taps, expected at most {MOST_TAPS}, and 64 in the pool of a link; keep the '
+                f'layer real (keep=[...])')
+        if max(self.c_in, self.c_out) > MOST_CHANNELS:
+            return f'spec: found {self.c_in} and {self.c_out} channels, expected at most {MOST_CHANNELS}'
+        return None
+
     def problem(self, x_shape: Sequence[int], link_shape: Sequence[int] | None) -> str | None:
         """Return what is inconsistent in the spec or the shapes, or None; kernels run only what passes here."""
         windows = (self.conv, self.pool)
@@ -173,15 +190,13 @@ class ConvSpec:
         padding = () if self.conv.padding == SAME else self.conv.padding
         if min(*padding, *self.pad_end, *self.pool.padding) < 0 or self.pad_value not in (-1, 0, 1):
             return f'spec: found {self}, expected padding >= 0 and pad_value -1, 0 or 1'
-        reaches = [n for w in windows for n in (*w.stride, *w.padding, *(d * k for d, k in zip(w.dilation, w.kernel)))]
-        if max(*reaches, *self.pad_end) > 1 << 15:
-            return f'spec: found {self}, expected strides, padding and kernels times dilation of at most {1 << 15}'
+        beyond = self.beyond()
+        if beyond is not None:
+            return beyond
         if self.c_in % self.groups or self.c_out % self.groups:
             return f'spec: found groups={self.groups}, expected a divisor of {self.c_in} and {self.c_out} channels'
         if self.has_k and self.groups != 1:
             return f'spec: found has_k with groups={self.groups}, expected groups=1'
-        if self.taps > 1024 or self.pool.kernel[0] * self.pool.kernel[1] > 64:
-            return f'spec: found {self.taps} taps, expected at most 1024, and 64 in the pool of a link'
         if len(x_shape) != 4 or x_shape[1] != self.c_in or min(x_shape[2:]) < 1:
             return f'x: found shape {tuple(x_shape)}, expected (N, {self.c_in}, H, W) with at least one pixel'
         if (self.link != 'none') != (link_shape is not None):

@@ -23,8 +23,8 @@ def _unary(operation: Unary, *constants: float) -> Callable[[Any, Any], Ref]:
 
 def _apply_unary(low: Any, op: Any, operation: Unary, *constants: float) -> Ref:
     ref = low.ref(op.args[0])
-    if op.out.dtype != torch.float32:
-        raise NoStep('another dtype')
+    if ref is None or op.out.dtype != torch.float32:
+        raise NoStep('a constant, or another dtype')
     return Ref(low.step(Kind.UNARY, [ref.value], (), [int(operation)], constants), ref.groups)
 
 
@@ -54,7 +54,7 @@ def _gelu(low: Any, op: Any) -> Ref:
 
 
 def _pow(low: Any, op: Any) -> Ref:
-    if op.args[1] != 2:
+    if isinstance(op.args[1], torch.Tensor) or op.args[1] != 2:
         raise NoStep('a power')
     return _apply_unary(low, op, Unary.SQUARE)
 

@@ -41,6 +41,8 @@ def _convolution(low: Any, op: Any) -> Ref:
     pad = _pair(padding)
     window = Window(tuple(weight.shape[2:]), _pair(stride), pad, _pair(dilation))
     spec = ConvSpec(x.shape[1], weight.shape[0], window, pad, groups)
+    if spec.beyond() is not None:
+        raise NoStep('a convolution beyond the limits of the engine')
     return Ref(_real_conv(low, low.image(x), weight, bias, spec), IMAGE)
 
 
@@ -77,6 +79,8 @@ def _mm(low: Any, op: Any) -> Ref:
 
 def _mean(low: Any, op: Any) -> Ref:
     x, dims, *_ = arguments_of(op)
+    if op.out.dtype != torch.float32:
+        raise NoStep('another dtype')
     ref = low.ref(x)
     axes = axes_of(ref, low.size(ref))
     dims = sorted(d % x.dim() for d in (dims or range(x.dim())))

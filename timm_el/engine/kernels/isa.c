@@ -62,16 +62,17 @@ const char *el_hash(void) { return EL_HASH; }
 
 static int is_supported(const el_isa *isa) { return (el_cpu() & isa->needs) == isa->needs; }
 
-const char *el_bodies(void) {
-    static char names[128];
-    names[0] = 0;
+static char names[128];
+
+const char *el_bodies(void) { return names; }
+
+__attribute__((constructor)) static void find_names(void) {
     const char *last = "";
     for (int i = 0; i < N_ISAS; i++) {
         if (!is_supported(isas + i) || !strcmp(isas[i].name, last)) continue;
         if (names[0]) strcat(names, " ");
         strcat(names, last = isas[i].name);
     }
-    return names;
 }
 
 /* A program that never asks runs the best one. */

@@ -8,28 +8,29 @@
 #define BAND_PIXELS 96          /* output pixels of a band, at least, if the image has them */
 
 /* Return the next `bytes` bytes of memory, or NULL without memory, and move on. */
-static void *part_of(char *memory, size_t *at, size_t bytes) {
+static void *part_of(char *memory, uint64_t *at, uint64_t bytes) {
     char *part = memory ? memory + *at : NULL;
-    *at += aligned(bytes);
+    *at += (bytes + 63) / 64 * 64;
     return part;
 }
 
-/* Divide memory among what a layer needs. Return the bytes; without memory, that is all that happens. */
-static size_t divide(const layer *l, char *memory, scratch *s) {
+/* Divide memory among what a layer needs. Return the bytes; without memory, that is all that happens. They are counted
+ * in 64 bits, because a size of another image may need more than there are addresses. */
+static uint64_t divide(const layer *l, char *memory, scratch *s) {
     const el_plan *p = l->p;
-    const size_t pixels = (size_t)l->band_rows * (size_t)p->ow, in_rows = (size_t)l->in_rows;
-    const size_t tile = (size_t)MOST_TILE * (size_t)(l->chunk + 64) * 4; /* counts and floats have 4 bytes */
-    size_t at = 0;
-    s->rows = part_of(memory, &at, l->copied ? in_rows * (size_t)l->width * l->pixel : 0);
-    s->means = part_of(memory, &at, p->has_k ? in_rows * (size_t)p->w * sizeof(float) : 0);
+    const uint64_t pixels = (uint64_t)l->band_rows * (uint64_t)p->ow, in_rows = (uint64_t)l->in_rows;
+    const uint64_t tile = (uint64_t)MOST_TILE * (uint64_t)(l->chunk + 64) * 4; /* counts and floats have 4 bytes */
+    uint64_t at = 0;
+    s->rows = part_of(memory, &at, l->copied ? in_rows * (uint64_t)l->width * l->pixel : 0);
+    s->means = part_of(memory, &at, p->has_k ? in_rows * (uint64_t)p->w * sizeof(float) : 0);
     s->inputs = part_of(memory, &at, pixels * sizeof *s->inputs);
     s->k = part_of(memory, &at, pixels * sizeof(float));
     s->border = part_of(memory, &at, pixels);
-    s->pooled = part_of(memory, &at, p->link_pool ? pixels * (size_t)p->link_c * sizeof(float) : 0);
+    s->pooled = part_of(memory, &at, p->link_pool ? pixels * (uint64_t)p->link_c * sizeof(float) : 0);
     s->zeros = part_of(memory, &at, (size_t)round_up(p->c_in, 16) * sizeof(float));
-    s->expanded = part_of(memory, &at, l->depthwise && !p->real ? (size_t)l->taps * l->tap : 0);
+    s->expanded = part_of(memory, &at, l->depthwise && !p->real ? (uint64_t)l->taps * l->tap : 0);
     s->quantized = part_of(memory, &at, p->int8 ? pixels * l->quantized + EL_INT8_SLACK : 0);
-    s->quantized_rows = part_of(memory, &at, p->int8 && l->taps > 1 ? (size_t)p->conv.kh * l->quantized_row : 0);
+    s->quantized_rows = part_of(memory, &at, p->int8 && l->taps > 1 ? (uint64_t)p->conv.kh * l->quantized_row : 0);
     s->sums = part_of(memory, &at, tile);
     s->corrections = part_of(memory, &at, p->tap_sums ? tile : 0);
     return at + 64;
@@ -80,7 +81,8 @@ void el_set_up(layer *l, const el_plan *p) {
     l->in_rows = (l->band_rows - 1) * w->sh + (w->kh - 1) * w->dh + 1;
     if (l->in_rows < w->kh) l->in_rows = w->kh;
     scratch none;
-    l->bytes = divide(l, NULL, &none);
+    const uint64_t bytes = divide(l, NULL, &none);
+    l->bytes = bytes <= SIZE_MAX / 4 ? (size_t)bytes : SIZE_MAX / 2 + 1; /* which el_scratch refuses */
 }
 
 void el_prepare(stage *s, const layer *l, char *memory) {

@@ -48,6 +48,7 @@ static void make_keys(void) {
 
 /* The size stands in front of the block, at a cache line of its own. */
 void *el_scratch(int slot, size_t bytes) {
+    if (bytes > SIZE_MAX / 2) return NULL; /* where addresses have 32 bits */
     pthread_once(&once, make_keys);
     char *block = pthread_getspecific(keys[slot]);
     if (block && *(size_t *)(void *)block >= bytes) return block + 64;

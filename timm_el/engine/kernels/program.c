@@ -132,7 +132,6 @@ el_program *el_program_new(const void *table, size_t bytes, const void *const *t
     memcpy(p->table, table, header.table_bytes);
     p->header = header;
     p->verified = 1;
-    pthread_mutex_init(&p->lock, NULL);
     if (take_table(p, tensors, &e)) {
         el_close(p);
         return NULL;
@@ -147,7 +146,6 @@ void el_close(el_program *p) {
         el_free_ready(r);
     }
     for (int i = 0; p->steps && i < p->n_steps; i++) free(p->steps[i].spans);
-    pthread_mutex_destroy(&p->lock);
     el_aligned_free(p->weights);
     el_unmap(p);
     free(p->steps);

@@ -62,7 +62,6 @@ struct el_program {
     int verified;        /* the tensors' checksums were right, or there are none */
     const char *laid_out_for; /* name of the instruction set, or NULL */
     char *weights;       /* owned: all that is laid out */
-    pthread_mutex_t lock; /* of what follows */
     el_ready *ready;
 };
 
@@ -131,6 +130,7 @@ struct el_ready {
     const char *instruction_set;
     size_t large_image;
     int threads, n_nodes, n_groups;
+    int is_held, runs; /* a caller has it until el_close; calls of el_run that use it now */
     int64_t *in; /* the key: 4 numbers for each input */
     el_value *values;
     el_node *nodes;

@@ -11,6 +11,7 @@
 #define GROUP_BYTES 1500000 /* rows that a group keeps: they shall stay in a core's second cache */
 #define MOST_REACH ((int64_t)1 << 24)
 #define BAND_PIXELS 96
+#define MOST_KEPT 16 /* sizes that el_run remembers of a program */
 
 size_t el_large_image_bytes = 250000; /* measured: 100 to 500 kB are level, 1 MB is slower */
 
@@ -80,6 +81,7 @@ static int lay_out(el_ready *r, int from, int to, el_group *g) {
     for (int i = to - 1; i >= from; i--) {
         el_node *s = r->nodes + i;
         const el_value *v = r->values + s->value;
+        if (g->scratch > SIZE_MAX / 4) return 0;
         if (el_is_over_images(s->step) || v->shape.n != last->n || !extend_sources(r, from, s)) return 0;
         s->scratch_at = g->scratch;
         g->scratch += aligned(s->layer ? s->layer->bytes : el_step_scratch(s));
@@ -190,8 +192,9 @@ static const el_value *overwritten(const el_ready *r, const el_group *g, int num
     return NULL;
 }
 
-/* Give each value that lies between groups its place; `until` has for each node the last group that reads its value. */
-static void lay_out_arena(el_ready *r, const int *until, block *blocks) {
+/* Give each value that lies between groups its place; `until` has for each node the last group that reads its value.
+ * Return 0 if there are not so many addresses: no value has more than an eighth of them, so that no sum overflows. */
+static int lay_out_arena(el_ready *r, const int *until, block *blocks) {
     int n = 0;
     for (int g = 0; g < r->n_groups; g++) {
         const int node = r->groups[g].first + r->groups[g].n - 1;
@@ -207,16 +210,22 @@ static void lay_out_arena(el_ready *r, const int *until, block *blocks) {
         const size_t bytes = aligned((size_t)v->shape.n * v->image * sizeof(float) + 1);
         v->at = first_fit(blocks, &n, g, bytes, until[node]);
         if (v->at + bytes > r->arena) r->arena = v->at + bytes;
+        if (r->arena > SIZE_MAX / 2) return 0;
     }
+    return 1;
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
-/* Where values are that the caller gives, takes or keeps; a value that is an output twice is at the first. */
-static void find_places(el_ready *r, const el_shape *shapes) {
+/* Where values are that the caller gives, takes or keeps; a value that is an output twice is at the first. Return 0 if
+ * one is too large to have an address. */
+static int find_places(el_ready *r, const el_shape *shapes) {
     const el_program *p = r->program;
     for (int i = 0; i < p->n_values; i++) {
         el_value *v = r->values + i;
+        if ((double)shapes[i].n * (double)shapes[i].h * (double)shapes[i].w * (double)shapes[i].c * sizeof(float) >
+            (double)(SIZE_MAX / 8))
+            return 0;
         const el_program_step *s = i < p->n_inputs ? NULL : p->steps + i - p->n_inputs;
         *v = (el_value){.shape = shapes[i], .image = (size_t)(shapes[i].h * shapes[i].w * shapes[i].c), .node = -1};
         v->where = !s ? EL_AT_INPUT : s->record->kind == EL_CONST ? EL_AT_CONST : EL_AT_ARENA;
@@ -227,6 +236,7 @@ static void find_places(el_ready *r, const el_shape *shapes) {
         el_value *v = r->values + p->outputs[i].value;
         if (v->where == EL_AT_ARENA) v->where = EL_AT_OUTPUT, v->at = (size_t)i;
     }
+    return 1;
 }
 
 /* The steps that an output needs, in order. */
@@ -289,7 +299,7 @@ static int fill_ready(el_ready *r, const el_shape *shapes, char *room, const el_
     int *last_use = (int *)(void *)room, *group_of = last_use + n;
     block *blocks = (block *)(void *)(group_of + n);
     el_error e = *error;
-    find_places(r, shapes);
+    if (!find_places(r, shapes)) return el_say_no_memory(&e);
     find_nodes(r, (unsigned char *)(blocks + n));
     for (int i = 0; i < r->n_nodes; i++) {
         e.step = r->nodes[i].value - r->program->n_inputs;
@@ -300,8 +310,7 @@ static int fill_ready(el_ready *r, const el_shape *shapes, char *room, const el_
     find_last_use(r, last_use);
     make_groups(r, last_use);
     count_in_groups(r, last_use, group_of);
-    lay_out_arena(r, last_use, blocks);
-    return EL_OK;
+    return lay_out_arena(r, last_use, blocks) ? EL_OK : el_say_no_memory(error);
 }
 
 void el_free_ready(el_ready *r) {
@@ -310,7 +319,7 @@ void el_free_ready(el_ready *r) {
     free(r);
 }
 
-static el_ready *new_ready(const el_program *p, const int64_t *in, int threads, const el_error *e) {
+static el_ready *new_ready(const el_program *p, const int64_t *in, int threads, int *result, const el_error *e) {
     const size_t n = (size_t)p->n_values + 1, in_bytes = 4 * sizeof *in * (size_t)p->n_inputs;
     el_ready *r = calloc(1, sizeof *r);
     el_shape *shapes = malloc(n * sizeof *shapes);
@@ -335,18 +344,69 @@ static el_ready *new_ready(const el_program *p, const int64_t *in, int threads, 
     }
     free(shapes), free(room);
     if (bad && r) el_free_ready(r), r = NULL;
+    *result = bad;
     return r;
 }
 
-el_ready *el_make_ready(el_program *p, const int64_t *in, int threads, char *text, size_t bytes) {
-    const el_error e = {text, bytes, -1, ""};
+/* Guards what is ready of all programs. A process forks only while nobody holds it, so that a child can go on. */
+static pthread_mutex_t making = PTHREAD_MUTEX_INITIALIZER;
+
+#if !defined(_WIN32) && !defined(__wasm__)
+static void lock(void) { pthread_mutex_lock(&making); }
+static void unlock(void) { pthread_mutex_unlock(&making); }
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(lock, unlock, unlock); }
+#endif
+
+/* What is ready for these sizes, which is made if need be; NULL and why otherwise. The caller holds `making`. */
+static el_ready *find_ready(el_program *p, const int64_t *in, int threads, int *result, const el_error *e) {
     const int most = threads < 1 ? 1 : threads;
-    pthread_mutex_lock(&p->lock);
     el_ready *r = p->ready;
     while (r && (r->threads != most || r->instruction_set != el_active() || r->large_image != el_large_image_bytes ||
                  memcmp(r->in, in, 4 * sizeof *in * (size_t)p->n_inputs)))
         r = r->next;
-    if (!r && (r = new_ready(p, in, most, &e))) r->next = p->ready, p->ready = r;
-    pthread_mutex_unlock(&p->lock);
+    if (!r && (r = new_ready(p, in, most, result, e))) r->next = p->ready, p->ready = r;
     return r;
+}
+
+/* Free the oldest that no caller holds and no run uses, but for a few. */
+static void forget_oldest(el_program *p) {
+    int kept = 0;
+    for (el_ready **at = &p->ready; *at;) {
+        el_ready *r = *at;
+        if (r->is_held || r->runs || ++kept <= MOST_KEPT) {
+            at = &r->next;
+            continue;
+        }
+        *at = r->next;
+        el_free_ready(r);
+    }
+}
+
+el_ready *el_make_ready(el_program *p, const int64_t *in, int threads, char *text, size_t bytes) {
+    const el_error e = {text, bytes, -1, ""};
+    int result = EL_OK;
+    pthread_mutex_lock(&making);
+    el_ready *r = find_ready(p, in, threads, &result, &e);
+    if (r) r->is_held = 1;
+    pthread_mutex_unlock(&making);
+    return r;
+}
+
+int el_run(el_program *p, const int64_t *in, const float *const *inputs, float *const *outputs, int threads,
+           char *text, size_t bytes) {
+    const el_error e = {text, bytes, -1, ""};
+    int result = EL_OK;
+    pthread_mutex_lock(&making);
+    el_ready *r = find_ready(p, in, threads, &result, &e);
+    if (r) r->runs++;
+    pthread_mutex_unlock(&making);
+    if (!r) return result;
+    result = el_run_ready(r, inputs, outputs);
+    pthread_mutex_lock(&making);
+    r->runs--;
+    forget_oldest(p);
+    pthread_mutex_unlock(&making);
+    if (result == EL_NO_MEMORY) el_say_no_memory(&e);
+    if (result == EL_BAD_PLAN) el_say(&e, "another instruction set was chosen meanwhile");
+    return result;
 }

@@ -140,14 +140,3 @@ int el_run_ready(const el_ready *r, const float *const *inputs, float *const *ou
     }
     return EL_OK;
 }
-
-int el_run(el_program *p, const int64_t *in, const float *const *inputs, float *const *outputs, int threads,
-           char *error, size_t error_bytes) {
-    const el_ready *r = el_make_ready(p, in, threads, error, error_bytes);
-    if (!r) return EL_BAD_PLAN;
-    const el_error e = {error, error_bytes, -1, ""};
-    const int result = el_run_ready(r, inputs, outputs);
-    if (result == EL_NO_MEMORY) el_say_no_memory(&e);
-    if (result == EL_BAD_PLAN) el_say(&e, "another instruction set was chosen meanwhile");
-    return result;
-}

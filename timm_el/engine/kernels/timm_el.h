@@ -50,10 +50,12 @@ EL_API int el_input(const el_program *program, int i, int32_t *channels, int32_t
 
 /* Write n, h, w, c of each output, for inputs of n, h, w, c each. */
 EL_API int el_shapes(el_program *program, const int64_t *in, int64_t *out, char *error, size_t error_bytes);
+/* Run images of any size; the last few sizes are remembered. */
 EL_API int el_run(el_program *program, const int64_t *in, const float *const *inputs, float *const *outputs,
                   int threads, char *error, size_t error_bytes);
 
-/* The same in two halves, for callers that run one size many times. What el_make_ready gives is valid until el_close. */
+/* The same in two halves, for callers that run few sizes many times. What el_make_ready gives is valid until el_close,
+ * and takes memory for as long. */
 EL_API el_ready *el_make_ready(el_program *program, const int64_t *in, int threads, char *error, size_t error_bytes);
 EL_API int el_run_ready(const el_ready *ready, const float *const *inputs, float *const *outputs);
 

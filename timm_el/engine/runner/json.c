@@ -103,7 +103,7 @@ static size_t take_character(const char **p, const char *end, char *to) {
     if (at[1] != 'u') return *to = found && *found ? meanings[found - names] : at[1], 1;
     unsigned code = hex(at + 2, end);
     *p = end - at > 6 ? at + 6 : end;
-    if (code >= 0xd800 && code < 0xdc00 && end - *p > 6 && (*p)[0] == '\\' &&
+    if (code >= 0xd800 && code < 0xdc00 && end - *p >= 6 && (*p)[0] == '\\' &&
         (*p)[1] == 'u') { /* the first of two halves */
         code = 0x10000 + ((code & 0x3ff) << 10) + (hex(*p + 2, end) & 0x3ff);
         *p += 6;

@@ -73,7 +73,7 @@ static int read_floats(const char *path, FILE *f, const npy *a, int64_t *shape, 
     if (!fits) complain(path, "there is no memory for %lld numbers", (long long)a->count);
     else if (fread(nchw, sizeof *nchw, (size_t)a->count, f) != (size_t)a->count)
         fits = complain(path, "found fewer numbers than the shape says");
-    for (int64_t i = 0; fits && i < n; i++)
+    for (int64_t i = 0; fits && a->count && i < n; i++)
         for (int64_t p = 0; p < pixels; p++)
             for (int64_t c = 0; c < s[0]; c++) *y++ = nchw[(i * s[0] + c) * pixels + p];
     free(nchw);

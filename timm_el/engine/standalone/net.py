@@ -22,6 +22,7 @@ FOLDER = Path(__file__).resolve().parent
 PROGRAM = FOLDER / 'net.program'
 LIBRARY = FOLDER / ('_native' + {'win32': '.dll', 'darwin': '.dylib'}.get(sys.platform, '.so'))
 ERROR_BYTES = 512
+NO_MEMORY = 2  # what el_run answers
 FORMS = (  # of outputs: (n, h, w, c) -> what the network returns
     lambda y: y.transpose(0, 3, 1, 2), lambda y: y[:, 0, 0], lambda y: y,
     lambda y: y.reshape(len(y), y.shape[1] * y.shape[2], y.shape[3]))
@@ -54,11 +55,9 @@ def run(x, threads=1):
     if _lib.el_shapes(_program, sizes, shapes, error, ERROR_BYTES):
         raise ValueError(f'{PROGRAM}: {error.value.decode()}')
     outputs = [np.empty(shapes[i:i + 4], np.float32) for i in range(0, len(shapes), 4)]
-    ready = _lib.el_make_ready(_program, sizes, threads, error, ERROR_BYTES)
-    if not ready:
-        raise ValueError(f'{PROGRAM}: {error.value.decode()}')
-    if len(x) and _lib.el_run_ready(ready, _pointers([image]), _pointers(outputs)):
-        raise MemoryError(f'{PROGRAM}: no memory for {len(x)} images')
+    failed = _lib.el_run(_program, sizes, _pointers([image]), _pointers(outputs), threads, error, ERROR_BYTES)
+    if failed:
+        raise (MemoryError if failed == NO_MEMORY else ValueError)(f'{PROGRAM}: {error.value.decode()}')
     return _nested(metadata['outputs'], [FORMS[form](y) for form, y in zip(_forms, outputs)])
 
 
@@ -178,8 +177,8 @@ def _open():
     for name, result, arguments in (
             ('el_open', address, (text, ctypes.c_int, text, size)), ('el_metadata', address, (address, address)),
             ('el_shapes', ctypes.c_int, (address, address, address, text, size)),
-            ('el_make_ready', address, (address, address, ctypes.c_int, text, size)),
-            ('el_run_ready', ctypes.c_int, (address, address, address)), ('el_inputs', ctypes.c_int, (address,)),
+            ('el_run', ctypes.c_int, (address, address, address, address, ctypes.c_int, text, size)),
+            ('el_inputs', ctypes.c_int, (address,)),
             ('el_input', ctypes.c_int, (address, ctypes.c_int, address, address, address))):
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
@@ -187,6 +186,8 @@ def _open():
     program = lib.el_open(os.fsencode(PROGRAM), 0, error, ERROR_BYTES)
     if not program:
         raise ValueError(f'{PROGRAM}: {error.value.decode()}')
+    if lib.el_inputs(program) != 1:
+        raise ValueError(f'{PROGRAM}: found {lib.el_inputs(program)} inputs, expected one')
     length = size()
     data = json.loads(ctypes.string_at(lib.el_metadata(program, ctypes.byref(length)), length.value))
     facts = [ctypes.c_int32() for _ in range(3)]

@@ -19,7 +19,8 @@ export class Program {
     const file = this.allocate(bytes.length);
     this.memory(Uint8Array, file, bytes.length).set(bytes);
     this.handle = this.checked(library.el_open_memory(file, bytes.length, 1, this.error, ERROR_BYTES));
-    const text = library.el_metadata(this.handle, this.small);
+    if (library.el_inputs(this.handle) !== 1) throw new Error('found several inputs, expected one');
+    const text = library.el_metadata(this.handle, this.small) >>> 0;
     this.metadata = text ? JSON.parse(this.text(text, this.memory(Uint32Array, this.small, 1)[0])) : {};
     library.el_input(this.handle, 0, this.small, this.small + 4, this.small + 8);
     [this.channels, this.height, this.width] = this.memory(Int32Array, this.small, 3);  // a height of 0: any
@@ -61,7 +62,8 @@ export class Program {
   }
 
   allocate(bytes) {
-    const at = this.library.el_aligned_alloc(64, bytes);
+    // Beyond 2 GB an address is a negative number, unless it is said to have no sign; beyond 4 GB there is none.
+    const at = bytes < 2 ** 32 ? this.library.el_aligned_alloc(64, bytes) >>> 0 : 0;
     if (!at) throw new Error(`there is no memory for ${bytes} bytes`);
     return at;
   }
@@ -76,7 +78,7 @@ export class Program {
   }
 
   checked(result) {
-    if (result) return result;
+    if (result) return result >>> 0;
     const text = this.text(this.error, ERROR_BYTES);
     throw new Error(text.slice(0, text.indexOf('\0')));
   }
