@@ -214,7 +214,7 @@ def test_what_is_no_binarized_net_of_timm_is_refused(tmp_path):
         timm_el.save_for_hub(timm_el.binarize(net, example_input=torch.randn(2, 3, 16, 16)), tmp_path / 'b')
     (tmp_path / 'config.json').write_text('{"architecture": "resnet18"}')
     (tmp_path / 'model.safetensors').write_bytes(b'')
-    with pytest.raises(ValueError, match='no entry timm_el'):
+    with pytest.raises(ValueError, match=r'config.json: found no entry timm_el'):
         timm_el.from_hub(tmp_path)
     (tmp_path / 'config.json').write_text('{"architecture": "resnet18", "timm_el": {"format_version": 9}}')
     with pytest.raises(ValueError, match='found format version 9, expected at most 2'):
@@ -382,11 +382,17 @@ def test_a_wheel_carries_the_shipped_weights(tmp_path):
     assert file.startswith(str(site)) and classes == '10' and weights.startswith(str(site))
 
 
-def test_a_folder_that_could_not_be_written_again_has_no_card(tmp_path, monkeypatch):
+@pytest.mark.parametrize('wrong, said', [
+    (dict(model_args={'layers': object()}), 'not serializable'),
+    (dict(metrics={'top1': None}), "metrics: found None for 'top1', expected a number"),
+    (dict(metrics={'top1': '71.2'}), "metrics: found '71.2' for 'top1', expected a number")],
+    ids=['argument', 'no metric', 'text'])
+def test_a_folder_that_could_not_be_written_again_stays_as_it_was(wrong, said, tmp_path):
     """A card says that a folder was verified; the older one's must not stand beside other weights."""
     model = randomise(timm.create_model('el_resnet20', num_classes=3)).eval()
-    timm_el.save_for_hub(model, tmp_path)
-    assert (tmp_path / 'README.md').is_file()
-    with pytest.raises(ValueError, match='not serializable'):
-        timm_el.save_for_hub(model, tmp_path, model_args={'layers': object()})
-    assert not (tmp_path / 'README.md').exists()
+    timm_el.save_for_hub(model, tmp_path, metrics={'top1': 50})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ['README.md', 'config.json', 'model.safetensors']
+    with pytest.raises(ValueError, match=said):
+        timm_el.save_for_hub(randomise(model, seed=1), tmp_path, **wrong)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -7,7 +7,9 @@ and the plan of the conversion among its arguments, so that timm alone cannot ta
 import copy
 import hashlib
 import json
+import numbers
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,35 @@ def read_metrics(folder: str | os.PathLike) -> dict[str, float]:
     if not card.is_file():
         return {}
     return {result.metric_name: result.metric_value for result in ModelCard.load(card).data.eval_results or []}
+
+
+def _read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the config.json of a Hub folder, or raise ValueError if it is none of `save_for_hub`."""
+    try:
+        config = json.loads(Path(path).read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise ValueError(f'{path}: this is no JSON, or a damaged file ({e}); fetch it again') from e
+    if not isinstance(config, dict) or not isinstance(config.get('timm_el'), dict):
+        raise ValueError(
+            f'{path}: found no entry timm_el, expected a folder that save_for_hub wrote; timm.create_model loads those '
+            f'of timm')
+    return config
+
+
+def _host(config: dict[str, Any]) -> str:
+    """Return the name of the registered model, or of the host that was converted."""
+    return (config.get('model_args') or {}).get('host', config['architecture'])
+
+
+def is_hub_weights(file: str | os.PathLike[str], model: nn.Module) -> bool:
+    """Return whether a file is the weights of a Hub folder for the architecture of a model."""
+    file = Path(file)
+    if file.name != WEIGHTS or not (file.parent / CONFIG).is_file():
+        return False
+    try:
+        return _host(_read_config(file.parent / CONFIG)) == _architecture(model)
+    except ValueError:  # a folder of timm alone
+        return False
 
 
 def _architecture(model: nn.Module) -> str:
@@ -82,19 +113,32 @@ def save_for_hub(
         The folder.
 
     Raises:
-        ValueError: The model is not binarized, or timm does not know it; or the folder does not load back to the same
-            outputs.
+        ValueError: The model is not binarized, or timm does not know it; a metric is no number; or the folder does not
+            load back to the same outputs. An older folder stays as it was.
     """
     _check_rebuildable(model)
+    metrics = _checked_metrics(metrics or {})
     folder = Path(folder)
     pack_state_dict(model, float_dtype)  # what cannot be packed is refused before anything is written
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CARD).unlink(missing_ok=True)  # a folder with a card is one that was verified
-    save_packed(model, folder / WEIGHTS, float_dtype)
-    save_config_for_hf(model, folder / CONFIG, **_config(model, model_args or {}, pretrained_cfg or {}))
-    _verify(model, folder)
-    (folder / CARD).write_text(_card(model, metrics or {}, dataset, details, repo_id, folder), encoding='utf-8')
+    with tempfile.TemporaryDirectory(dir=folder, prefix='.hub-') as name:
+        new = Path(name)
+        save_packed(model, new / WEIGHTS, float_dtype)
+        save_config_for_hf(model, new / CONFIG, **_config(model, model_args or {}, pretrained_cfg or {}))
+        _verify(model, new)
+        (new / CARD).write_text(_card(model, metrics, dataset, details, repo_id, new), encoding='utf-8')
+        (folder / CARD).unlink(missing_ok=True)  # a folder with a card is one whose files belong together
+        for file in (WEIGHTS, CONFIG, CARD):
+            os.replace(new / file, folder / file)
     return folder
+
+
+def _checked_metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Return metrics, or raise ValueError if one is no number."""
+    for name, value in metrics.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError(f'metrics: found {value!r} for {name!r}, expected a number')
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _check_rebuildable(model: nn.Module) -> None:
@@ -137,7 +181,7 @@ def _verify(model: nn.Module, folder: Path) -> None:
         expected, found = twin(x.to(*place)), loaded.to(*place)(x.to(*place))
     if not torch.equal(expected, found):
         raise ValueError(
-            f'{folder}: the folder loads to other outputs than the model (largest difference '
+            f'model: its folder would load to other outputs (largest difference '
             f'{(expected - found).abs().max().item():.3g}); was the model changed after timm made it? '
             f'Pass model_args with what timm.create_model needs')
 
@@ -165,16 +209,21 @@ def from_hub(
         CheckpointError: Its weights are damaged or do not fit.
     """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
     if os.path.isdir(repo):
         fetch = {name: os.path.join(repo, name) for name in (CONFIG, WEIGHTS)}
+        if not os.path.isfile(fetch[CONFIG]):
+            raise ValueError(f'{repo}: found no {CONFIG}, expected a folder that save_for_hub wrote')
     else:
         name = str(repo)[len('hf-hub:'):] if str(repo).startswith('hf-hub:') else str(repo)
         where = dict(revision=revision, cache_dir=cache_dir)
-        fetch = {file: hf_hub_download(name, file, **where) for file in (CONFIG, WEIGHTS)}
-    config = json.loads(Path(fetch[CONFIG]).read_text(encoding='utf-8'))
-    facts = config.get('timm_el')
-    if not isinstance(facts, dict):
-        raise ValueError(f'{repo}: its config.json has no entry timm_el; timm.create_model loads models of timm')
+        try:
+            fetch = {file: hf_hub_download(name, file, **where) for file in (CONFIG, WEIGHTS)}
+        except HFValidationError as e:
+            raise ValueError(
+                f'repo: found {str(repo)!r}, which is no folder, expected one, or user/repo on the Hub') from e
+    config = _read_config(fetch[CONFIG])
+    facts = config['timm_el']
     if facts.get('format_version', 0) > FOLDER_VERSION:
         raise ValueError(
             f'{repo}: found format version {facts["format_version"]}, expected at most {FOLDER_VERSION}; '
@@ -189,8 +238,18 @@ def from_hub(
 
 def push_to_hub(
         folder: str | os.PathLike, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload a folder that `save_for_hub` wrote, and return its address."""
+    """Upload a folder that `save_for_hub` wrote, and return its address.
+
+    Raises:
+        ValueError: One of its files is missing. Nothing was uploaded.
+        CheckpointError: Its weights are damaged. Nothing was uploaded.
+    """
     from huggingface_hub import HfApi
+    for file in (WEIGHTS, CONFIG, CARD):
+        if not (Path(folder) / file).is_file():
+            raise ValueError(f'folder: found no {file} in {os.fspath(folder)!r}, expected a folder of save_for_hub')
+    _read_config(Path(folder) / CONFIG)
+    read_packed(Path(folder) / WEIGHTS)
     api = HfApi(token=token, library_name='timm_el')
     url = api.create_repo(repo_id, private=private, exist_ok=True)
     api.upload_folder(repo_id=url.repo_id, folder_path=folder, allow_patterns=[WEIGHTS, CONFIG, CARD],
@@ -204,8 +263,8 @@ def _card(
     """Return the model card of a folder that holds weights and config."""
     from huggingface_hub import EvalResult, ModelCardData
     cfg, report = model.pretrained_cfg, getattr(model, 'binarize_report', None)
-    config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
-    name, size = config['model_args'].get('host', cfg['architecture']), tuple(config['pretrained_cfg']['input_size'])
+    config = _read_config(folder / CONFIG)
+    name, size = _host(config), tuple(config['pretrained_cfg']['input_size'])
     summary = summarize(model, size)
     on = dataset or 'unknown'
     results = [

@@ -91,8 +91,8 @@ def test_a_part_of_the_images_is_spread_over_the_classes_and_not_compared(folder
 
 def test_a_top1_like_the_cards_is_said_to_be_within():
     result = {
-        'net': 'net', 'images': 10_000, 'size': [32, 32], 'damaged': [], 'comparable': True, 'recorded': {'top1': 60.0},
-        'same_top1': {},
+        'net': 'net', 'images': 10_000, 'size': [32, 32], 'damaged': [], 'impossible': {}, 'comparable': True,
+        'recorded': {'top1': 60.0}, 'same_top1': {},
         'forms': {'latent': {'top1': 59.9, 'top5': 90.}, 'deployed': {'top1': 60.31, 'top5': 90.}},
         'engine': {'body': 'avx2'}, 'machine': {'cpu': 'a processor', 'threads': 1}}
     lines = list(show(result))
@@ -123,6 +123,60 @@ def test_nets_come_from_checkpoints_hub_folders_and_recipes(tmp_path):
     assert net.recorded(loaded) == {'top1': 12.5} and net.label == 'hub'
     assert Net.parse('resnet18:el').build().binarize_report.recipe.name == 'el'
     assert Net.parse('resnet18').build().num_classes == 1000
+
+
+def test_a_folder_with_weights_behind_it_has_those(colours, tmp_path):
+    config = FitConfig(model='el_resnet18', model_kwargs=TINY, num_classes=3, batch_size=8, epochs=1, pad_crop=4)
+    run = tmp_path / 'run'
+    fit(config, str(run), str(colours))
+    other = randomise(timm.create_model('el_resnet18', num_classes=3, **TINY), seed=1).eval()
+    torch.save(other.state_dict(), tmp_path / 'other.pth')
+    timm_el.save_for_hub(other, tmp_path / 'hub', pretrained_cfg={'input_size': (3, 32, 32)})
+    x = torch.randn(2, 3, 32, 32)
+    for folder in (run, tmp_path / 'hub'):
+        file = str(tmp_path / 'other.pth')
+        for net in (Net.parse(f'{folder}@{file}'), Net.parse(str(folder), file)):
+            model = net.build()
+            assert torch.equal(model(x), other(x)) and net.recorded(model) == {}
+    own = Net.parse(str(run)).build()
+    assert not torch.equal(own(x), other(x))
+    assert torch.equal(Net.parse(f'{run}@pretrained').build()(x), own(x))
+    with pytest.raises(ValueError, match="found the recipe 'bireal', expected none, as the folder has its own"):
+        Net.parse(f'{run}:bireal')
+
+
+def test_a_card_says_nothing_of_a_file_that_lies_beside_it(tmp_path):
+    model = randomise(timm.create_model('el_resnet20', num_classes=3)).eval()
+    timm_el.save_for_hub(model, tmp_path, metrics={'top1': 50})
+    torch.save(model.state_dict(), tmp_path / 'mine.pth')
+    assert Net.parse(f'el_resnet20@{tmp_path / "model.safetensors"}').recorded(model) == {'top1': 50}
+    assert Net.parse(f'el_resnet20@{tmp_path / "mine.pth"}').recorded(model) == {}
+    other = timm.create_model('el_resnet18', num_classes=3)
+    assert Net.parse(f'el_resnet18@{tmp_path / "model.safetensors"}').recorded(other) == {}
+
+
+def test_a_form_that_the_network_does_not_take_is_left_out_and_named(colours, tmp_path, capsys):
+    config = FitConfig(
+        model='el_resnet18', recipe='twn', model_kwargs=TINY, num_classes=3, batch_size=8, epochs=1, pad_crop=4)
+    fit(config, str(tmp_path / 'run'), str(colours))
+    assert 'there is no packed.safetensors: ' in capsys.readouterr().out  # and the run has ended well
+    found = evaluate(capsys, tmp_path / 'run', '--data-dir', colours)
+    assert 'latent' in found['forms'] and 'packed' not in found['forms']
+    assert 'found weights of 2 bits' in found['impossible']['packed']
+    assert any(line.startswith('not packed: ') for line in show(found))
+    assert main(['eval', str(tmp_path / 'run'), '--data-dir', str(colours), '--forms', 'packed']) == 2
+    assert 'forms: the network cannot be packed: ' in capsys.readouterr().err
+
+
+def test_folders_with_the_names_of_the_labels_have_the_order_of_the_labels(tmp_path):
+    labels = ['tench', 'church', 'Gas pump']
+    for i, name in enumerate(labels):
+        (tmp_path / name.lower()).mkdir()
+        Image.new('RGB', (8, 8), (80 * i, 0, 0)).save(tmp_path / name.lower() / f'{i}.png')
+    model = timm.create_model('el_resnet20', num_classes=3, pretrained_cfg_overlay={'label_names': labels})
+    (images, found), = verb.load_images(model, str(tmp_path))
+    red = images[:, 0].mean((1, 2))
+    assert sorted(found.tolist()) == [0, 1, 2] and red.argsort().tolist() == found.argsort().tolist()
 
 
 def test_a_folder_of_train_py_is_evaluated_as_it_was_trained_and_pushed_with_its_log(tmp_path, capsys):
@@ -234,8 +288,9 @@ def test_damaged_images_are_left_out_counted_and_named(workers, tmp_path, capsys
     assert images.damaged == ['n01440764/1.png']
     result = verb.count_right({'latent': model.eval()}, images)
     assert result['images'] == 5 and images.damaged == ['n01440764/1.png']  # as often as they are read
-    run = {'net': 'net', 'size': [32, 32], 'limit': None, 'comparable': True, 'recorded': {}, 'damaged': images.damaged,
-           'engine': {'body': 'avx2'}, 'machine': {'cpu': 'a processor', 'threads': 1}, **result}
+    run = {'net': 'net', 'size': [32, 32], 'limit': None, 'comparable': True, 'recorded': {}, 'impossible': {},
+           'damaged': images.damaged, 'engine': {'body': 'avx2'}, 'machine': {'cpu': 'a processor', 'threads': 1},
+           **result}
     assert 'left out 1 files that cannot be read: n01440764/1.png' in '\n'.join(show(run))
     with pytest.raises(ValueError, match='data-dir: found no image that can be read'):
         verb.count_right({'latent': model}, verb.Images([(str(damaged), 0)], 1, 0))

@@ -16,10 +16,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from timm.utils import unwrap_model
 
 import timm_el
 from timm_el.__main__ import main
 from timm_el.experiments import ablation as ablate
+from timm_el.experiments import fit as trainer
 from timm_el.experiments.config import FitConfig, load_config, plan_stages
 from timm_el.experiments.fit import create_network, create_task, evaluate, fit, fit_stages
 from timm_el.experiments.images import TensorImages, crop_and_flip, decode
@@ -27,6 +29,7 @@ from timm_el.experiments.runs import write_args
 from timm_el.recipes import RECIPES
 from timm_el.training.distillation import DistillationTask
 from timm_el.training.telemetry import JsonLines
+from timm_el.weights.files import read_packed
 
 # timm's dataset leaves the files of images for the interpreter to close.
 pytestmark = pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
@@ -53,6 +56,19 @@ def same(a, b):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
+
+def test_a_run_whose_numbers_float16_cannot_hold_ends_with_bfloat16(folder, tmp_path, monkeypatch):
+    def evaluated(task):
+        model = unwrap_model(task.get_eval_model(ema=False)).eval()
+        model.layer1[0].bn1.running_var.fill_(7e4) if hasattr(model.layer1[0].bn1, 'running_var') else (
+            model.layer1[0].conv1.norm.running_var.fill_(7e4))
+        return model
+
+    monkeypatch.setattr(trainer, 'eval_model', evaluated)
+    fit(FitConfig(**{**TINY, 'epochs': 1}), str(tmp_path), str(folder))
+    tensors = read_packed(tmp_path / 'packed.safetensors')
+    assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.bfloat16}
+
 
 @pytest.mark.parametrize('changes', [
     dict(pad_crop=4, model_ema=True, model_ema_decay=0.9, telemetry_interval=3, warmup_epochs=1),
@@ -175,6 +191,7 @@ def test_a_run_with_other_arguments_is_not_resumed(folder, tmp_path, changes, me
     (dict(torchcompile='inductr'), "torchcompile: found 'inductr', expected a backend of torch.compile: .*inductor"),
     (dict(sched='plateau'), "sched: found 'plateau'.*'constant'"),
     (dict(stages=[dict(name='a'), dict(name='a')]), "stages: found the name 'a'"),
+    (dict(stages=[]), r'stages: found \[\], expected a list of mappings'),
     (dict(stages=[dict(name='a', initial_stage='b')]), "initial_stage: found 'b', expected an earlier stage"),
 ])
 def test_a_config_that_makes_no_sense_is_refused_by_name(data, message):

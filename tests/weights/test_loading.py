@@ -296,10 +296,26 @@ def test_a_file_that_holds_no_weights_is_named_in_one_line(content, ending, tmp_
         timm_el.save_packed(model, path) if ending == 'safetensors' else torch.save(model.state_dict(), path)
         content = path.read_bytes()[:path.stat().st_size // 2]
     path.write_bytes(content)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(timm_el.CheckpointError, match='no file of weights'):
         timm_el.load_float(model, path)
     assert main(['export', f'el_resnet20@{path}', '-o', str(tmp_path / 'out.program')]) == 2
     err = capsys.readouterr().err
-    assert err.count('\n') == 1 and not (tmp_path / 'out.program').exists()
-    if ending == 'safetensors':
-        assert f'{path}: this is no file of weights, or a damaged one' in err
+    assert err.startswith(f'timm_el export: {path}: this is no file of weights, or a damaged one')
+    assert 'weights_only' not in err and not (tmp_path / 'out.program').exists()
+
+
+def test_an_object_that_is_no_state_dict_and_a_file_that_is_missing_are_named(tmp_path):
+    model, path = timm.create_model('el_resnet20', num_classes=3), tmp_path / 'list.pth'
+    torch.save([torch.ones(2)], path)
+    with pytest.raises(timm_el.CheckpointError, match=r'list\.pth: this is no file of weights'):
+        timm_el.load_float(model, path)
+    with pytest.raises(FileNotFoundError, match=r'missing\.pth: found no such file'):
+        timm_el.load_float(model, tmp_path / 'missing.pth')
+
+
+def test_a_float_checkpoint_that_lacks_a_weight_is_refused_by_its_name():
+    state = timm.create_model('mobilenetv1_100', num_classes=3).state_dict()
+    gone = next(key for key in state if key.endswith('conv_pw.weight'))
+    del state[gone]
+    with pytest.raises(timm_el.CheckpointError, match='missing .*conv_pw.conv.weight'):
+        timm_el.load_float(timm.create_model('el_mobilenet_v1', num_classes=3), state)

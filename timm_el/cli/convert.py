@@ -5,6 +5,7 @@ NET is a model of timm, or `tv:` and the name of one of torchvision's.
 import json
 
 import timm
+import torch
 
 from ..convert import binarize
 from ..summary import summarize
@@ -22,7 +23,8 @@ def main(argv: list[str]) -> None:
         '--input-size', type=positive, nargs=3, metavar=('C', 'H', 'W'), help="default: the model's own")
     add_json(parser)
     args = parser.parse_args(argv)
-    model = binarize(_create_host(args.net), args.recipe, keep=args.keep, strict=args.strict)
+    images = args.input_size and torch.randn((2, *args.input_size), generator=torch.Generator().manual_seed(0))
+    model = binarize(_create_host(args.net), args.recipe, keep=args.keep, strict=args.strict, example_input=images)
     summary = summarize(model, args.input_size)
     if args.json:
         print(json.dumps({'report': model.binarize_report.to_dict(), 'summary': summary.to_dict()}, indent=2))

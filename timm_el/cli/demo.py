@@ -20,6 +20,7 @@ from ..experiments import photos
 from ..experiments.config import FitConfig
 from ..experiments.digits import digits_config, write_digits
 from ..experiments.fit import fit
+from ..models.factory import create
 from ..summary import summarize
 from ..tables import table
 from ._arguments import parser_of, positive
@@ -35,22 +36,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--pretrained', default='el_resnet26', metavar='MODEL',
                         help='model that classifies them (default: el_resnet26)')
     parser.add_argument('--model', default='el_resnet26', help='registered model to train (default: el_resnet26)')
-    parser.add_argument('--recipe', default='el', help='how it is binarized (default: el)')
+    parser.add_argument('--recipe', help='how it is binarized (default: its own recipe)')
     parser.add_argument('--compare', metavar='RECIPE', help='train a twin with this recipe beside it, e.g. bireal')
     parser.add_argument('--epochs', type=int, default=10, help='0: classify only (default: 10)')
     parser.add_argument('--size', type=positive, default=32, help='pixels (default: 32)')
     parser.add_argument('--seed', type=int, default=0, help='default: 0')
     parser.add_argument('--digits', type=positive, default=1_797, help='how many digits to use (default: 1797)')
     args = parser.parse_args(argv)
-    recipes = list(dict.fromkeys([args.recipe, args.compare or args.recipe]))
+    recipes = [args.recipe] if args.compare in (None, args.recipe) else [args.recipe, args.compare]
     for recipe in recipes:  # before any time is spent
-        timm.create_model(args.model, recipe=recipe, device='meta')
+        create(args.model, recipe, device='meta')
     look(args.pretrained, args.images)
     if args.epochs > 0:
         learn(args.model, recipes, args.epochs, args.size, args.seed, args.digits)
 
 
-def learn(model: str, recipes: list[str], epochs: int, size: int, seed: int, digits: int) -> None:
+def learn(model: str, recipes: list[str | None], epochs: int, size: int, seed: int, digits: int) -> None:
     """Train a network on digits with each recipe and print the results."""
     print()
     rows = []
@@ -59,9 +60,9 @@ def learn(model: str, recipes: list[str], epochs: int, size: int, seed: int, dig
         for recipe in recipes:
             config = FitConfig.from_dict(digits_config(model, recipe, epochs, size, seed, digits))
             result = fit(config, f'{folder}/{recipe}', f'{folder}/digits', workers=0)
-            summary = summarize(timm.create_model(model, recipe=recipe, num_classes=10), (3, size, size))
-            rows.append((f'{model} ({recipe})', f'{result["top1"]:.2f} %', f'{result["seconds"]:.0f} s',
-                         f'{summary.mbit / 8:.2f} MB', f'{summary.ops / 1e6:.2f} M'))
+            summary = summarize(create(model, recipe, num_classes=10), (3, size, size))
+            rows.append((f'{model} ({recipe})' if recipe else model, f'{result["top1"]:.2f} %',
+                         f'{result["seconds"]:.0f} s', f'{summary.mbit / 8:.2f} MB', f'{summary.ops / 1e6:.2f} M'))
     print(f'\nheld-out digits after {epochs} epochs, seed {seed}, {torch.get_num_threads()} threads:')
     print(table(('', 'top-1', 'training', 'size', 'OPs'), rows, '<>'))
 

@@ -54,6 +54,8 @@ def show(result: dict[str, Any]) -> Iterator[str]:
     machine, body = result['machine'], result['engine']['body']
     size = 'x'.join(map(str, result['size']))
     yield f'{result["net"]}, {result["images"]:,} images, {size} px, {machine["cpu"]}, {machine["threads"]} threads'
+    for name, why in result['impossible'].items():
+        yield f'not {name}: {why}'
     if result['damaged']:
         yield f'left out {len(result["damaged"])} files that cannot be read: {", ".join(result["damaged"][:5])}'
     yield table(('', 'top-1', 'top-5', ''), [

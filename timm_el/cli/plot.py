@@ -29,6 +29,8 @@ def main(argv: list[str]) -> None:
     output = Path(args.output or f'{args.picture}.png')
     if not output.resolve().parent.is_dir():
         raise ValueError(f'output: found no folder {str(output.parent)!r}, expected one that exists')
+    if output.suffix != '.png':
+        raise ValueError(f'output: found {str(output)!r}, expected a name that ends in .png')
     figure = args.draw(args)
     # Without the version of matplotlib in it, the same picture is the same file.
     figure.savefig(output, dpi=args.dpi, metadata={'Software': None})

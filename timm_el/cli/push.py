@@ -3,6 +3,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,21 @@ FLOATS = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.
 def metric(text: str) -> dict[str, float]:
     """Return NAME=NUMBER as a dict; the type of an argument."""
     name, _, value = text.partition('=')
-    return {name: float(value)}
+    try:
+        return {name: float(value)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'found {text!r}, expected NAME=NUMBER') from None
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """Return a JSON object as a dict; the type of an argument."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'found {text!r}, expected a JSON object such as {{"num_classes": 10}}')
+    return found
 
 
 def twin(text: str) -> dict[str, str]:
@@ -34,8 +49,8 @@ def main(argv: list[str]) -> None:
                         help='registered model, a timm model that --recipe converts, or the folder of a run')
     parser.add_argument('--recipe', help='how it is binarized; its own recipe for a registered model if not given')
     parser.add_argument('--checkpoint', help='weights: what train.py wrote, or a packed file; fresh ones if not given')
-    parser.add_argument('--model-kwargs', type=json.loads, default={}, metavar='JSON', help='e.g. {"num_classes": 10}')
-    parser.add_argument('--pretrained-cfg', type=json.loads, default={}, metavar='JSON',
+    parser.add_argument('--model-kwargs', type=mapping, default={}, metavar='JSON', help='e.g. {"num_classes": 10}')
+    parser.add_argument('--pretrained-cfg', type=mapping, default={}, metavar='JSON',
                         help="changes to timm's config: input_size, mean, std, crop_pct, ...")
     parser.add_argument(
         '--float-dtype', choices=FLOATS,

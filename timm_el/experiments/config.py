@@ -218,9 +218,10 @@ def plan_stages(data: dict[str, Any], output: str) -> list[tuple[str, FitConfig]
     if 'stages' not in data:
         return [(output, FitConfig.from_dict(base))]
     plan: dict[str, tuple[str, FitConfig]] = {}
-    if not isinstance(data['stages'], list) or not all(isinstance(stage, dict) for stage in data['stages']):
-        raise ValueError(f'stages: found {data["stages"]!r}, expected a list of mappings, each with a name')
-    for stage in data['stages']:
+    stages = data['stages']
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise ValueError(f'stages: found {stages!r}, expected a list of mappings, each with a name')
+    for stage in stages:
         changes = dict(stage)
         name = changes.pop('name', None)
         if not isinstance(name, str) or name in plan:

@@ -58,7 +58,16 @@ def _check_classes(indices: dict[str, int], model: nn.Module, data_dir: str) -> 
         if not _names(said) & _names(labels[index]):
             raise ValueError(
                 f'data-dir: found {said!r} for class {index} in {data_dir!r}, expected {labels[index]!r}, as the '
-                f'weights name it; pass images of their classes, or give the folders the names of the labels')
+                f'weights name it; pass images of their classes, or give each folder the name of its label')
+
+
+def _order_of_labels(indices: dict[str, int], model: nn.Module) -> dict[str, int] | None:
+    """Return the index of each class as the label names of a model have them, if the folders are called like these."""
+    labels = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ()
+    order = {name: [i for i, label in enumerate(labels) if _names(name) & _names(label)] for name in indices}
+    if sorted(i for found in order.values() for i in found) != list(range(len(labels))) or not all(order.values()):
+        return None
+    return {name: found[0] for name, found in order.items()}
 
 
 def _names(text: str) -> set[str]:
@@ -137,7 +146,11 @@ def load_images(
     read_webp()
     config = resolve_data_config({'img_size': img_size}, model=model)
     transform = create_transform(**config)
-    data = create_dataset(dataset, root=data_dir, split=split or 'validation', download=download, transform=transform)
+    where = dict(root=data_dir, split=split or 'validation', download=download, transform=transform)
+    data = create_dataset(dataset, **where)
+    order = None if dataset else _order_of_labels(data.reader.class_to_idx, model)
+    if order is not None:
+        data = create_dataset(dataset, **where, class_map=order)
     indices = getattr(getattr(data, 'reader', data), 'class_to_idx', None)
     if not indices or not hasattr(data, '__len__'):
         raise ValueError(
@@ -189,23 +202,30 @@ def evaluate_net(
     Args:
         text: The network, as `Net` reads it; its pretrained weights if it names none.
         data_dir, limit, img_size, split, images: As for `load_images`.
-        names: Some of `FORMS`; all of them, and latent alone of a float net, if None.
+        names: Some of `FORMS`; if None, all that the network takes, and latent alone of a float net.
 
     Returns:
-        As of `count_right`, and the net, size (height and width in pixels), limit, damaged (files that were left out),
-        recorded (metrics beside the weights), comparable (whether those are of the same images at the same size),
-        engine and machine.
+        As of `count_right`, and the net, size (height and width in pixels), limit, impossible (forms that the network
+        does not take, and why), damaged (files that were left out), recorded (metrics beside the weights), comparable
+        (whether those are of the same images at the same size), engine and machine.
     """
     from tqdm import tqdm
     net = Net.parse(text, PRETRAINED)
     model = net.build()
     loader = load_images(model, data_dir, split, img_size, limit, **images)
     possible = list(FORMS) if binary_weight_layers(model) else ['latent']
-    nets = {name: FORMS[name](model) for name in names or possible}
+    nets, impossible = {}, {}
+    for name in names or possible:
+        try:
+            nets[name] = FORMS[name](model)
+        except ValueError as e:
+            if names is not None:
+                raise ValueError(f'forms: the network cannot be {name}: {e}') from e
+            impossible[name] = str(e)
     own = list(model.pretrained_cfg['input_size'][1:])
     size = own if img_size is None else [img_size, img_size]
     counted = count_right(nets, tqdm(loader, disable=None))
     return {
-        'net': text, 'size': size, 'limit': limit, **counted, 'damaged': loader.damaged,
+        'net': text, 'size': size, 'limit': limit, **counted, 'impossible': impossible, 'damaged': loader.damaged,
         'recorded': net.recorded(model), 'comparable': limit is None and size == own and split in (None, 'validation'),
         'engine': info(), 'machine': describe()}

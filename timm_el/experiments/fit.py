@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -238,10 +239,20 @@ class _Run:
         return start
 
     def save_weights(self) -> None:
-        """Write packed.safetensors, with float16 for what is not binary; nothing of a float network."""
-        model = eval_model(self.task)
-        if binary_weight_layers(model):
-            save_packed(model, os.path.join(self.output, PACKED), torch.float16)
+        """Write packed.safetensors, with float16 for what is not binary (bfloat16 beyond its range).
+
+        Nothing of a float network; of one that cannot be packed, such as ternary weights, a line that says why.
+        """
+        model, path, error = eval_model(self.task), os.path.join(self.output, PACKED), None
+        if not binary_weight_layers(model):
+            return
+        for dtype in (torch.float16, torch.bfloat16):
+            try:
+                return save_packed(model, path, dtype)
+            except ValueError as e:
+                error = e
+        Path(path).unlink(missing_ok=True)  # of an earlier end
+        print(f'{self.output}: there is no {PACKED}: {error}', flush=True)
 
     def pace(self, lease: Lease) -> tuple[float, float]:
         """Take some steps, and return the seconds of an epoch's training, and of a validation with what it writes."""

@@ -75,8 +75,8 @@ def hand_over(run: str, folder: str) -> Path:
     """Write FOLDER/NAME.tar.gz with what a run made, NAME being its folder's, and bring FOLDER/summary.csv up to date.
 
     The archive holds the folder NAME: args.yaml, log.jsonl, telemetry.jsonl, packed.safetensors of a binarized network,
-    and an empty file that is called finished or unfinished, as the log says. Unpacked, it is a run that `timm-el eval`
-    and `timm-el push` take.
+    and an empty file that is called finished or unfinished, as the log says. Unpacked, that of a binarized network is a
+    run that `timm-el eval` and `timm-el push` take.
     A file of either name is there as a whole or not at all.
 
     Args:

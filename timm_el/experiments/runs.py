@@ -34,6 +34,9 @@ def read_args(folder: str | Path) -> dict[str, Any]:
     args = yaml.safe_load(path.read_text(encoding='utf-8'))
     if not isinstance(args, dict):
         raise ValueError(f'{path}: found a {type(args).__name__}, expected the arguments of a run; delete its folder')
+    absent = [name for name in ('model', 'num_classes', 'model_kwargs') if name not in args]
+    if absent:
+        raise ValueError(f'{path}: found no {absent[0]!r}, expected the arguments of a run of train.py or of `fit`')
     return args
 
 

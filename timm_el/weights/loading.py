@@ -7,8 +7,6 @@ and `load_packed` by itself.
 import os
 import pickle
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import timm.models
@@ -110,24 +108,24 @@ def float_to_latent(state_dict: dict[str, torch.Tensor], model: nn.Module) -> di
     return latent
 
 
-@contextmanager
-def _naming_damage(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise CheckpointError for what torch and safetensors raise of a file that is none of theirs, or half of one."""
-    from safetensors import SafetensorError
-    try:
-        yield
-    except (SafetensorError, EOFError, KeyError, pickle.UnpicklingError) as e:
-        raise CheckpointError(f'{os.fspath(path)}: this is no file of weights, or a damaged one ({e})') from e
-
-
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the state dict of a file that timm reads.
 
     Raises:
         CheckpointError: It is no file of weights, or a damaged one.
+        FileNotFoundError: There is no such file.
     """
-    with _naming_damage(path):
-        return timm.models.load_state_dict(os.fspath(path))
+    from safetensors import SafetensorError
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'{path}: found no such file, expected one of weights')
+    try:
+        return timm.models.load_state_dict(path)
+    except (SafetensorError, EOFError, KeyError, AttributeError, RuntimeError, pickle.UnpicklingError) as e:
+        # Of a pickle of other things than tensors, torch and timm say how to let it run the code in there.
+        refused = isinstance(e, pickle.UnpicklingError) or 'weights_only' in str(e)
+        said = 'or it holds objects that are no tensors, which are not read' if refused else e
+        raise CheckpointError(f'{path}: this is no file of weights, or a damaged one ({said})') from e
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -135,9 +133,9 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         CheckpointError: It is no file of weights, or a damaged one, or does not fit a binarized model.
+        FileNotFoundError: There is no such file.
     """
-    with _naming_damage(path):
-        timm.models.load_checkpoint(model, os.fspath(path))
+    model.load_state_dict(read_checkpoint(path))
 
 
 def load_float(model: nn.Module, checkpoint: str | os.PathLike[str] | dict[str, torch.Tensor]) -> nn.Module:
@@ -153,7 +151,9 @@ def load_float(model: nn.Module, checkpoint: str | os.PathLike[str] | dict[str, 
         The model.
 
     Raises:
-        CheckpointError: A key is missing or unknown, or a shape differs. Nothing was loaded.
+        CheckpointError: The file is damaged or none of weights, a key is missing or unknown, or a shape differs.
+            Nothing was loaded.
+        FileNotFoundError: There is no such file.
         ValueError: The model is not binarized.
         TypeError: The checkpoint is neither a dict nor a path.
     """

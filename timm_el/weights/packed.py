@@ -43,7 +43,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
-from ..layers import BinaryConv2d, BinaryLinear, check_own_tensors, check_tensors
+from ..layers import BinaryConv2d, BinaryLinear, check_latent, check_own_tensors, check_tensors
 from .bits import pack_signs, pack_weight, packed_size, unpack_signs
 from .int8 import dequantize, quantize
 
@@ -102,6 +102,7 @@ def require_binary_weights(model: nn.Module) -> dict[str, nn.Module]:
     layers = binary_weight_layers(model)
     if layers:
         return layers
+    check_latent(model, 'pack')
     graphs = (fx.GraphModule, torch.jit.ScriptModule)
     graph = next((cls.__name__ for module in model.modules() for cls in graphs if isinstance(module, cls)), None)
     if graph is not None:

@@ -99,7 +99,7 @@ class ParameterMap:
                 derived = module.derived_state(latent[f'{path}.weight'])
                 latent.update((f'{path}.{key}', value) for key, value in derived.items())
         for place in self.renewed:
-            if f'{place.norm}.running_mean' in own:
+            if f'{place.norm}.running_mean' in own and f'{place.conv}.weight' in latent:  # else it is named as missing
                 weight = latent[f'{place.conv}.weight']
                 conv = model.get_submodule(place.conv)
                 used = conv.quantized_form_of(weight) if isinstance(conv, BinaryConv2d) else weight
