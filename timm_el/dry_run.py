@@ -103,7 +103,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     A user's hooks must not see meta tensors, fx's proxies or noise. Hooks of all modules
     (`torch.nn.modules.module.register_module_forward_hook`) are off too. Parameters and submodules are not put back.
     """
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    attributes = [
+        (module, dict(vars(module))) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     everywhere = {f'_global{name}': getattr(nn.modules.module, f'_global{name}') for name in HOOKS}
     try:
@@ -113,6 +114,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             setattr(nn.modules.module, name, OrderedDict())
         yield
     finally:
+        for name, hooks in everywhere.items():
+            setattr(nn.modules.module, name, hooks)
         for module, values in attributes:
             registered = {*module._modules, *module._parameters, *module._buffers}  # in place of a None
             vars(module).clear()
@@ -121,8 +124,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             if not torch.equal(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
-        for name, hooks in everywhere.items():
-            setattr(nn.modules.module, name, hooks)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@ import torch.nn as nn
 from timm.layers import DropBlock2d, DropPath
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-NO_ACTS = (nn.Identity, nn.Softmax, nn.MultiheadAttention)  # torch keeps them beside its activations
+NO_ACTS = (nn.Identity, nn.Softmax, nn.MultiheadAttention, nn.GLU)  # torch keeps them beside its activations
 ACT_MODULES = ('torch.nn.modules.activation', 'timm.layers.activations')
 IDENTITIES_IN_EVAL = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,

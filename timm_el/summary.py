@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn as nn
 
 from .dry_run import own_input_size, run_layers
-from .layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_own_tensors
+from .layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_latent, check_own_tensors, check_unwrapped
 from .tables import table
 
 BINARY_MACS_PER_OP = 64
@@ -116,8 +116,9 @@ def summarize(model: nn.Module, input_size: tuple[int, int, int] | None = None) 
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `input_size` is not three positive integers, or too small for the model; or a binary weight is
-            computed in each pass (pruned, normed or parametrized), so that its parameters are other ones.
+        ValueError: `input_size` is not three positive integers, or none that the model takes; the model is deployed, or
+            scripted, compiled or wrapped; or a binary weight is computed in each pass (pruned, normed or parametrized),
+            so that its parameters are other ones.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f'model: found a {type(model).__name__}, expected a torch.nn.Module')
@@ -126,13 +127,18 @@ def summarize(model: nn.Module, input_size: tuple[int, int, int] | None = None) 
     input_size = tuple(input_size) if isinstance(input_size, (tuple, list)) else (input_size,)
     if len(input_size) != 3 or any(not isinstance(n, int) or isinstance(n, bool) or n <= 0 for n in input_size):
         raise ValueError(f'input_size: found {input_size}, expected (channels, height, width)')
+    check_unwrapped(model, 'summarize')
+    check_latent(model, 'summarize')
     paths = {module: path for path, module in model.named_modules()}
     for module, path in paths.items():
         if isinstance(module, (BinaryConv2d, BinaryLinear)):
             check_own_tensors(module, path)
     links = {f'{p}.link' if p else 'link' for m, p in paths.items()
              if isinstance(m, BinaryUnit) and m.link is not None}
-    runs = run_layers(model, input_size, links)
+    try:
+        runs = run_layers(model, input_size, links)
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(f'input_size: found {input_size}, on which the network does not run ({e})') from e
 
     layers: list[LayerSummary] = []
     seen = set()

@@ -379,7 +379,7 @@ def act_hooked() -> nn.Module:
      'layer2.0.conv1: the weight of the Conv2d is a Foreign of torch.float32, expected a plain float tensor; take'),
     (lambda: subclassed('fc'), {}, ValueError, 'fc: the weight of the Linear is a Foreign'),
     (lambda: subclassed('layer1.0.bn2'), {}, ValueError, 'layer1.0.bn2: the weight of the BatchNorm2d is a Foreign'),
-    (scripted, {}, ValueError, 'model: found a RecursiveScriptModule, expected the model that it was made of'),
+    (scripted, {}, ValueError, 'model: found a RecursiveScriptModule, expected the module that it was made of'),
     (lambda: torch.compile(timm.create_model('resnet18')), {}, ValueError, 'model: found a OptimizedModule'),
     (lambda: nn.DataParallel(timm.create_model('resnet18')), {}, ValueError, 'model: found a DataParallel'),
     (lambda: timm.create_model('resnet18'), dict(example_input=torch.zeros(3, 64, 64)), ValueError,
@@ -710,3 +710,114 @@ def test_threads_that_binarize_at_once_each_get_their_net():
     alone = [report(name) for name in names]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(report, names)) == alone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Known networks in other clothes
+
+
+SMALL = dict(layers=[1] * 4, channels=(8, 8, 16, 16), num_classes=3)
+
+
+def with_mlp(model: nn.Module) -> nn.Module:
+    model.fc = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    return model
+
+
+def with_a_spare_layer(model: nn.Module) -> nn.Module:
+    model.spare = nn.Conv2d(3, 3, 1)  # which the forward does not know
+    return model
+
+
+@pytest.mark.parametrize('dress', [
+    with_mlp, with_a_spare_layer, lambda model: timm.create_model('resnet18', features_only=True, **SMALL)],
+    ids=['MLP', 'spare layer', 'features'])
+def test_what_stands_beside_a_known_network_does_not_change_how_it_is_converted(dress):
+    def facts(model):
+        report = timm_el.binarize(model, 'bireal').binarize_report
+        return {row.path: row.to_dict() for row in report.rows if row.path.startswith(('conv1', 'layer'))}
+
+    plain, dressed = timm.create_model('resnet18', **SMALL), dress(timm.create_model('resnet18', **SMALL))
+    assert facts(dressed) == facts(plain)
+    own = {key for key in plain.state_dict() if key.startswith(('conv1', 'bn1', 'layer'))}
+    assert own == {key for key in dressed.state_dict() if key.startswith(('conv1', 'bn1', 'layer'))}
+
+
+def test_layers_of_a_backbone_of_torchvision_are_converted_as_in_the_whole_network():
+    from torchvision.models._utils import IntermediateLayerGetter
+    whole = timm_el.binarize(torchvision.models.resnet18(), 'bireal')
+    part = timm_el.binarize(IntermediateLayerGetter(torchvision.models.resnet18(), {'layer4': 'out'}), 'bireal')
+    assert {key for key in whole.state_dict() if 'layer' in key} == {key for key in part.state_dict() if 'layer' in key}
+
+
+def test_a_kept_convolution_of_a_block_without_shortcut_leaves_the_other_its_link():
+    model = timm_el.binarize(timm.create_model('resnet18', **SMALL), 'el_4', keep=['layer1.0.conv1'])
+    assert model.layer1[0].conv2.link is not None
+
+
+def test_shortcuts_that_a_recipe_takes_away_and_nobody_knows_are_named():
+    notes = timm_el.binarize(timm.create_model('regnetx_002'), 'el_4').binarize_report.notes
+    assert any(note.startswith('residual=False: ') for note in notes)
+    assert not any('residual' in note for note in timm_el.binarize(
+        timm.create_model('regnetx_002'), 'el').binarize_report.notes)
+
+
+def test_hooks_of_layers_that_stay_as_they_are_stay():
+    model, calls = timm.create_model('resnet18', **SMALL), []
+    for layer in (model.conv1, model.layer1[0].conv1):
+        layer.register_forward_hook(lambda *args: calls.append(args[0]))
+    timm_el.binarize(model, keep=['layer1.0.conv1'])
+    model(torch.randn(1, 3, 64, 64))
+    assert calls == [model.conv1, model.layer1[0].conv1]
+
+
+@pytest.mark.parametrize('verb', [timm_el.binarize, lambda model: timm_el.summarize(model, (3, 32, 32))])
+def test_a_scripted_part_costs_nobody_a_hook(verb):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), torch.jit.script(nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())), nn.Conv2d(8, 8, 3))
+    calls: list[str] = []
+    model[2].register_forward_hook(lambda *args: calls.append('own'))
+    handle = register_module_forward_hook(lambda *args: calls.append('everywhere'))
+    try:
+        with pytest.raises(ValueError, match='1: found a RecursiveScriptModule, expected the module that'):
+            verb(model)
+        calls.clear()
+        model(torch.randn(1, 3, 32, 32))
+    finally:
+        handle.remove()
+    assert calls.count('own') == 1 and calls.count('everywhere') > 2
+
+
+@pytest.mark.parametrize('like, error, message', [
+    ('el', TypeError, 'like: found a str'), ({}, ValueError, "like: found no 'recipe'"),
+    ({'revived': ['gone.conv']}, ValueError, "like: found 'gone.conv' as revived, expected a unit of this host")])
+def test_a_plan_that_is_none_of_the_host_is_refused(like, error, message):
+    def host():
+        return timm.create_model('regnetx_002')
+
+    if isinstance(like, dict) and like:
+        like = {**timm_el.binarize(host()).binarize_report.plan(), **like}
+    model = host()
+    keys = list(model.state_dict())
+    with pytest.raises(error, match=message):
+        timm_el.binarize(model, like=like)
+    assert list(model.state_dict()) == keys and not hasattr(model, 'binarize_report')
+
+
+def test_a_deployed_network_is_no_host(photos):
+    deployed = timm_el.deploy(timm.create_model('el_resnet20').eval())
+    for verb in (timm_el.binarize, timm_el.summarize, lambda m: timm_el.save_packed(m, 'never')):
+        with pytest.raises(ValueError, match='model: it is deployed .*, expected the latent network'):
+            verb(deployed)
+
+
+def test_another_default_device_than_the_cpu_changes_nothing():
+    plain = timm_el.binarize(timm.create_model('regnetx_002')).binarize_report.to_dict()
+    model = timm.create_model('regnetx_002')
+    before = torch.get_default_device()
+    torch.set_default_device('meta')
+    try:
+        found = timm_el.binarize(model).binarize_report.to_dict()
+    finally:
+        torch.set_default_device(before)
+    assert found == plain

@@ -93,7 +93,7 @@ def test_renamed_and_reversed_nets_convert_as_their_originals(name):
     lambda: torchvision.models.resnet18(), lambda: torchvision.models.resnext50_32x4d()])
 def test_the_table_of_known_blocks_says_what_the_data_flow_says(build):
     model = build()
-    known = {s.path: s for network in find_known_networks(model) for s in network.sites}
+    known = {s.path: s for network in find_known_networks(model, {}) for s in network.sites}
     traced = find_traced_network(model, run_layers(model, (3, 64, 64)))
     aside = (Reason.DOWNSAMPLE, Reason.SQUEEZE_EXCITE)
     found = {s.path: s for s in traced.sites if s.kept is None or s.kept.reason not in aside}
@@ -283,3 +283,63 @@ def test_a_norm_that_a_batch_got_before_it_failed_is_no_more_there():
     assert model.c.pre is not None and model.binarize_report.revived == ('c',)
     twin = timm_el.binarize(Tall(), like=model.binarize_report.plan())
     twin.load_state_dict(model.state_dict(), strict=True)
+
+
+def chain(i: int, o: int) -> list[nn.Module]:
+    return [nn.Conv2d(i, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+
+
+def test_an_activation_that_changes_the_channels_stays_and_the_net_runs():
+    model = nn.Sequential(
+        *chain(3, 8), nn.Conv2d(8, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.GLU(1), nn.Conv2d(8, 8, 3, 1, 1),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    timm_el.binarize(model)
+    assert isinstance(model[5], nn.GLU) and model(torch.randn(2, 3, 64, 64)).shape == (2, 4)
+    assert rows(model)['6'].status == 'binarized'
+
+
+class SharedRelu(nn.Module):
+    """One ReLU for the chains and for a head of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)])
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+        self.relu, self.fc1, self.fc2 = nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        for conv, norm in zip(self.convs, self.norms):
+            x = self.relu(norm(conv(x)))
+        return self.fc2(self.relu(self.fc1(x.mean((2, 3)))))
+
+
+def test_an_activation_between_float_layers_stays_though_others_share_it(photos):
+    model = timm_el.binarize(SharedRelu())
+    assert isinstance(model.relu, nn.ReLU)
+    shares = input_sign_shares(model.eval(), photos)
+    assert len(shares) == 2 and all(0.03 < share < 0.97 for share in shares.values())
+
+
+class HeldInAList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(*chain(3, 8))
+        self.held = [nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)]
+        for i, conv in enumerate(self.held):
+            self.add_module(f'conv{i}', conv)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for conv in self.held:
+            x = conv(x).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_forward_that_goes_past_its_modules_is_refused_and_the_model_stays_as_it_was():
+    model = HeldInAList()
+    x, keys = torch.randn(2, 3, 32, 32), list(model.state_dict())
+    before = model.eval()(x)
+    with pytest.raises(ValueError, match='conv0: the model does not run what is put in its place.*keep='):
+        timm_el.binarize(model)
+    assert list(model.state_dict()) == keys and torch.equal(model(x), before)

@@ -16,6 +16,7 @@ from timm_el.layers import (
     RPReLU,
     RSign,
     Shift,
+    StandardizedBinaryConv2d,
     ZeroShortcut,
     weight_scale,
 )
@@ -447,3 +448,40 @@ def test_exported_program_keeps_the_gradients():
     net(x).square().sum().backward()
     for (key, p), (_, q) in zip(net.named_parameters(), exported.named_parameters()):
         torch.testing.assert_close(q.grad, p.grad, msg=key)
+
+
+@pytest.mark.parametrize('changes', [
+    dict(padding=(2, 2), dilation=(2, 2)), dict(padding=2), dict(padding='same', dilation=(3, 3)),
+    dict(padding='valid')])
+def test_padding_and_dilation_that_are_set_later_count(changes):
+    """Segmentation networks dilate a backbone that is there."""
+    torch.manual_seed(0)
+    binary, conv = BinaryConv2d(4, 4, 3, padding=1, scale_weight=False), nn.Conv2d(4, 4, 3, padding=1)
+    for name, value in changes.items():
+        setattr(binary, name, value)
+        setattr(conv, name, value)
+    conv.weight.data, conv.bias.data = signed(binary.weight.data), binary.bias.data
+    x = torch.randn(2, 4, 9, 9)
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            torch.testing.assert_close(binary(x), conv(signed(x)))
+
+
+def test_rsign_can_be_scripted():
+    layer, x = RSign(4), torch.randn(2, 4, 3, 3)
+    layer.bias.data.normal_()
+    assert torch.equal(torch.jit.script(layer)(x), layer(x))
+
+
+def test_autocast_gives_its_dtype_with_factors_and_a_bias_too():
+    x = torch.randn(2, 4, 5, 5)
+    with torch.autocast('cpu', torch.bfloat16):
+        for layer in (BinaryConv2d(4, 4, 3, scale_input=True), StandardizedBinaryConv2d(4, 4, 3)):
+            assert layer(x).dtype == nn.Conv2d(4, 4, 3)(x).dtype == torch.bfloat16
+
+
+def test_a_link_has_no_window_that_lies_in_the_padding_as_a_whole():
+    x = torch.randn(1, 2, 2, 2)
+    for dilation in (1, 2, 3, 4):
+        link = ElasticLink.for_conv(nn.Conv2d(2, 2, 2, 1, 1, dilation=dilation))
+        assert link is None and dilation > 2 or link(x).isfinite().all()

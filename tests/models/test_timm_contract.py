@@ -11,6 +11,7 @@ from timm.models._features_fx import create_feature_extractor
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import timm_el
+from timm_el.models.factory import create
 
 REACTNETS = ['reactnet_a', 'reactnet_c', 'el_reactnet_c']
 
@@ -200,3 +201,40 @@ def test_reactnet_takes_drop_path_and_wide_pooling():
     assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, 2048)
     torch.manual_seed(0)
     assert not torch.equal(model.train()(x), model.train()(x))
+
+
+@pytest.mark.parametrize('name, stride, reductions', [
+    ('el_resnet18', 8, [1, 1, 2, 4, 8]), ('el_resnet18', 4, [1, 1, 2, 4, 4]), ('el_resnet18', 2, [1, 1, 2, 2, 2]),
+    ('el_resnet20', 4, [1, 1, 2, 4]), ('el_resnet20', 2, [1, 1, 2, 2])])
+def test_a_network_with_a_small_stem_counts_its_own_output_stride(name, stride, reductions):
+    kwargs = dict(small_stem=True) if name == 'el_resnet18' else {}
+    model = timm.create_model(name, features_only=True, output_stride=stride, **kwargs).eval()
+    assert model.feature_info.reduction() == reductions
+    assert [32 // y.shape[-1] for y in model(torch.randn(1, 3, 32, 32))] == reductions
+    with pytest.raises(ValueError, match='output_stride: found 3, expected 2, 4 or 8'):
+        timm.create_model(name, output_stride=3, **kwargs)
+
+
+def test_a_pruned_reactnet_takes_a_head_of_its_size():
+    model = timm.create_model('reactnet_a', stem_chs=8, num_classes=5)
+    taken = model.prune_intermediate_layers([1])
+    model.reset_classifier(5, 'avg')
+    assert taken == [1] and model.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    whole = timm.create_model('reactnet_a', stem_chs=8, num_classes=5)
+    whole.prune_intermediate_layers(1, prune_head=False)
+    assert whole.eval()(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_intermediate_features_of_a_reactnet_are_checkpointed_too(monkeypatch):
+    model = timm.create_model('reactnet_a', stem_chs=8, num_classes=5)
+    model.set_grad_checkpointing()
+    calls = []
+    monkeypatch.setattr(
+        'timm_el.models.reactnet.checkpoint', lambda function, x: calls.append(function) or function(x))
+    model.forward_intermediates(torch.randn(2, 3, 64, 64))
+    assert len(calls) == len(model.stages)
+
+
+def test_a_recipe_for_a_network_with_its_own_is_refused_by_name():
+    with pytest.raises(ValueError, match="recipe: found 'bireal', expected none, as el_reactnet_c has its own"):
+        create('el_reactnet_c', 'bireal')

@@ -268,3 +268,28 @@ def test_json_lines_forget_what_a_resumed_run_repeats(tmp_path):
 def test_binary_layers_are_those_with_signs():
     assert len(binary_layers(timm_el.binarize(timm.create_model('resnet18', **NET), 'el'))) == 8
     assert binary_layers(timm.create_model('resnet18', **NET)) == {}
+
+
+def test_telemetry_leaves_layers_in_the_mode_that_they_are_held_in(tmp_path):
+    model = student().train()
+    model.bn1.eval()
+    modes = {path: module.training for path, module in model.named_modules()}
+    Telemetry(model, tmp_path / 'telemetry.jsonl').record(0, 0, torch.randn(2, 3, 64, 64))
+    assert {path: module.training for path, module in model.named_modules()} == modes
+
+
+def test_frozen_weights_are_not_clipped():
+    model = student()
+    frozen, free = list(binary_layers(model).values())[:2]
+    frozen.weight.requires_grad_(False)
+    for layer in (frozen, free):
+        layer.weight.data.fill_(3.)
+    clip_latent_weights(model)
+    assert frozen.weight.unique().tolist() == [3.] and free.weight.unique().tolist() == [1.]
+
+
+def test_lines_of_another_kind_are_kept_in_front_of_any_epoch(tmp_path):
+    JsonLines.append(tmp_path / 'log.jsonl', {'note': 'begins'})
+    JsonLines.append(tmp_path / 'log.jsonl', {'epoch': 1})
+    JsonLines(tmp_path / 'log.jsonl', epoch=1)
+    assert JsonLines.read(tmp_path / 'log.jsonl') == [{'note': 'begins'}]

@@ -2,7 +2,7 @@
 
     find_sites -> decide -> build_units -> apply          the types between these stages are in sites.py
 
-Nothing is changed before `apply`, and every error but those of a foreign forward comes from before it. The host's class
+Nothing is changed before `apply`, and what raises behind it puts all back. The host's class
 and forward stay as they are: a unit stands where the convolution stood, and Identity where its norm and activation
 stood. In a network that no table describes, signs that would be the same everywhere are found by a run of the converted
 network, and decided, built and applied in a second pass.
@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from ..dry_run import own_input_size, run_layers
-from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_tensors, check_unwrapped, guard_input
+from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_latent, check_tensors, check_unwrapped, guard_input
 from ..recipes import Recipe, get_recipe
 from ..weights.loading import RECIPE_CODE, guard_loading
 from ..weights.parameter_map import ParameterMap, RenewedNorm, tensors_of
@@ -36,6 +36,7 @@ _one_at_a_time = threading.RLock()  # torch.fx patches torch.nn for all threads
 def _refuse_unfit(model: nn.Module) -> None:
     """Raise for modules that cannot be swapped without changing more than themselves."""
     check_unwrapped(model, 'convert')
+    check_latent(model, 'convert')
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise ValueError(f'model: {type(model).__name__} has no Conv2d, there is nothing to binarize')
     for path, module in model.named_modules():
@@ -102,6 +103,7 @@ def binarize(
     """
     _check_arguments(model, example_input, real_weights)
     if like is not None:
+        _check_plan(like)
         recipe, keep = Recipe.from_dict(like['recipe']), like['keep']
     chosen, notes = _choose_recipe(model, recipe, real_weights)
     with _one_at_a_time:
@@ -128,6 +130,46 @@ def _check_arguments(model: nn.Module, example_input: torch.Tensor | None, real_
     _refuse_unfit(model)
 
 
+def _check_plan(like: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError unless a plan has what `Report.plan` writes."""
+    if not isinstance(like, dict):
+        raise TypeError(f'like: found a {type(like).__name__}, expected the dict that binarize_report.plan() returns')
+    absent = [key for key in ('recipe', 'keep', 'revived', 'hopeless') if key not in like]
+    if absent:
+        raise ValueError(f'like: found no {absent[0]!r}, expected what binarize_report.plan() returns')
+
+
+def _check_planned_paths(like: dict[str, Any], draft: Draft) -> None:
+    """Raise ValueError if a plan names a unit that this conversion does not make."""
+    units = {decision.site.path for decision in draft.decisions if isinstance(decision, Convert)}
+    for key in ('revived', 'hopeless'):
+        for path in like[key]:
+            if path not in units:
+                raise ValueError(f'like: found {path!r} as {key}, expected a unit of this host; take its own plan')
+
+
+def _check_still_runs(model: nn.Module, draft: Draft) -> None:
+    """Raise ValueError if a traced network, as it is converted now, does not run, or not all of its units do.
+
+    The host ran on an image of the same size, so that the conversion is to blame.
+    """
+    question = draft.question
+    if question.input_size is None or not any(network.is_traced for network in draft.networks):
+        return
+    units = [d.site.path for d in draft.decisions if isinstance(d, Convert) and d.site.path in question.runs]
+    try:
+        runs = run_layers(model, question.input_size, extra=units, compute=True)
+    except Exception as e:  # whatever a foreign forward raises
+        raise ValueError(
+            f'model: it runs on an image of {"x".join(map(str, question.input_size))}, but not when it is converted '
+            f'({type(e).__name__}: {e}); keep=[...] keeps layers as they are') from e
+    for path in units:
+        if path not in runs:
+            raise ValueError(
+                f'{path}: the model does not run what is put in its place, as its forward holds the layer itself or '
+                f'reads its weight; pass keep=({path!r},)')
+
+
 def _all_kept(draft: Draft) -> Draft:
     """Return the draft in which everything stays: activations go for the sake of signs only."""
     return replace(
@@ -142,6 +184,9 @@ def _convert(
     stem_norms = _norms_before_max_pool(draft.networks, recipe)
     with ExitStack() as undo:
         apply(model, draft.edits.values(), undo)
+        _check_still_runs(model, draft)
+        if like is not None:
+            _check_planned_paths(like, draft)
         verdict = _judge(model, draft, example_input, like)
         changed = {d.site.path: d for d in decide_dead_signs(draft.decisions, verdict.revived, verdict.constant)}
         second = build_units(changed.values(), draft.question)

@@ -89,13 +89,13 @@ def _noise(model: nn.Module) -> list[torch.Tensor]:
     """Return batches to try, small images first, then the model's own size; half is white noise, half is smooth."""
     weight = next(p for p in model.parameters() if p.is_floating_point())
     size = own_input_size(model)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator('cpu').manual_seed(0)
     cfg = getattr(model, 'pretrained_cfg', None) or getattr(model, 'default_cfg', None) or {}
     limits = (max(size),) if cfg.get('fixed_input_size') else (64, 96, 128, max(size))
     batches = []
     for height, width in dict.fromkeys(tuple(min(n, limit) for n in size[1:]) for limit in limits):
-        white = torch.randn((2, size[0], height, width), generator=generator)
-        smooth = torch.randn((2, size[0], 6, 6), generator=generator)
+        white = torch.randn((2, size[0], height, width), generator=generator, device='cpu')
+        smooth = torch.randn((2, size[0], 6, 6), generator=generator, device='cpu')
         smooth = F.interpolate(smooth, size=(height, width), mode='bicubic', align_corners=False)
         batches.append(torch.cat([white, smooth]).to(weight.device, weight.dtype))
     return batches

@@ -68,7 +68,7 @@ def _decide_group(
         if split:
             link = _own_link(group, i)
         elif site.role in recipe.link:
-            link, no_link = choose_link(site, recipe, host_skip=group.is_basic)
+            link, no_link = choose_link(site, recipe, host_skip=group.is_basic and recipe.residual)
         yield _decide_unit(site, recipe, link, no_link, stays)
 
 

@@ -21,7 +21,7 @@ from .build_unit import (
 )
 from .decide import Question, decide, ends_of, splits_shortcut, whys_of
 from .find import find_sites
-from .sites import Act, Conv, Convert, Decision, Edit, Group, Keep, Network, Site, channels_of
+from .sites import Act, Conv, Convert, Decision, Edit, Group, Keep, Network, Place, Site, channels_of
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,14 @@ def make_draft(model: nn.Module, question: Question, first_notes: Sequence[str],
     """
     networks = find_sites(model, question.runs)
     for network in networks:
-        _refuse_hooked_sites(network)
+        _refuse_computed_tensors(network)
     decisions: list[Decision] = []
     edits: dict[str, Edit] = {}
     for network in networks:
         decided = decide(network, question)
-        edits.update(_build_network(network, decided, question))
+        made = _build_network(network, decided, question)
+        _refuse_hooked_sites(network, made)
+        edits.update(made)
         decisions += decided
     layers = {path: module for path, module in model.named_modules() if isinstance(module, WEIGHTED)}
     notes = [*first_notes, *(note for network in networks for note in network.notes), *last_notes]
@@ -162,13 +164,24 @@ def _edit_stem(network: Network, edits: dict[str, Edit]) -> Iterator[Edit]:
     yield Edit(place.path, nn.Sequential(OrderedDict([(name, host), ('new_norm', norm)])), f'{place.path}.{name}')
 
 
-def _refuse_hooked_sites(network: Network) -> None:
-    """Raise if a module that belongs to a site carries hooks, before any weight is looked at, which may change it.
-    """
+def _places_of_sites(network: Network) -> Iterator[Place]:
     for site in network.sites:
-        for place in (site.conv, site.norm, site.act):
-            if place is not None and place.module is not None:
-                _refuse_hooks(place.path, place.module)
+        yield from present(tuple(place for place in (site.conv, site.norm, site.act) if place is not None))
+
+
+def _refuse_computed_tensors(network: Network) -> None:
+    """Raise if a module of a site computes a tensor in each pass, before any weight is looked at, which may change it.
+    """
+    for place in _places_of_sites(network):
+        for part, holder in place.module.named_modules(prefix=place.path):
+            check_own_tensors(holder, part)
+
+
+def _refuse_hooked_sites(network: Network, edits: dict[str, Edit]) -> None:
+    """Raise if a module of a site that is taken apart carries hooks."""
+    for place in _places_of_sites(network):
+        if place.path in edits:
+            _refuse_hooks(place.path, place.module)
 
 
 def _refuse_hooks(path: str, module: nn.Module) -> None:

@@ -16,7 +16,7 @@ def find_sites(model: nn.Module, runs: dict[str, LayerRun]) -> list[Network]:
         model: The host; it is not changed.
         runs: Runs of its layers (`dry_run.run_layers`), as far as they are known.
     """
-    return find_known_networks(model) or [find_traced_network(model, runs)]
+    return find_known_networks(model, runs) or [find_traced_network(model, runs)]
 
 
 def find_traced_network(model: nn.Module, runs: dict[str, LayerRun]) -> Network:
@@ -40,7 +40,7 @@ def _read(graph: TracedGraph) -> tuple[list[Site], list[Place]]:
     kept = {conv: why for conv, (norm, _) in pairs.items() if (why := judgements.why_kept(graph, conv, norm))}
     binary = [conv for conv in graph.convs if conv not in kept]
     signed = [conv.args[0] for conv in binary] + [x for node in graph.opaque for x in node.all_input_nodes]
-    dropped = judgements.acts_before(graph, signed)
+    dropped = judgements.acts_before(graph, signed, binary)
     sites, in_sites = [], set()
     for conv, (norm, act) in pairs.items():
         if act is not None and (act.target not in dropped or norm is None and conv in kept):

@@ -1,5 +1,5 @@
 """Judgements about the layers of a traced graph: which stay float, which activations go, where a link would do harm."""
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -134,12 +134,15 @@ def why_kept(graph: TracedGraph, conv: fx.Node, norm: MaybeNode) -> Why | None:
 # Which activations go
 
 
-def acts_before(graph: TracedGraph, starts: Iterable[Any]) -> set[str]:
+def acts_before(graph: TracedGraph, starts: Iterable[Any], binary: Collection[fx.Node]) -> set[str]:
     """Return the activations (or fused norms) whose output reaches a sign through nodes that keep it non-negative.
+
+    One that also follows a layer that stays float, on another way than to a sign, stays for that layer's sake.
 
     Args:
         graph: The graph.
         starts: Nodes whose values are signed.
+        binary: Layers that are binarized.
 
     Returns:
         The graph's names of the modules.
@@ -149,9 +152,21 @@ def acts_before(graph: TracedGraph, starts: Iterable[Any]) -> set[str]:
         through = graph.carries(node) or is_act(module) or is_norm(module)
         return graph.signals(node) if through and not graph.is_product(node) else []
 
-    return {
-        node.target for start in starts for node in graph.walk_back(start, onward)
+    reached = {
+        node for start in starts for node in graph.walk_back(start, onward)
         if is_act(graph.module(node)) and not graph.is_gate(node) or fused_act(graph.module(node)) is not None}
+    names = {node.target for node in reached}
+    return names - {
+        node.target for node in graph.nodes if node.op == 'call_module' and node.target in names
+        and node not in reached and _follows_float(graph, node, binary)}
+
+
+def _follows_float(graph: TracedGraph, act: fx.Node, binary: Collection[fx.Node]) -> bool:
+    """Return whether an activation stands behind a layer that stays float, and perhaps its norm."""
+    node = graph.skip_back(act.args[0])
+    if is_norm(graph.module(node)):
+        node = graph.skip_back(node.args[0])
+    return is_layer(graph.module(node)) and node not in binary
 
 
 def is_non_negative(

@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch.nn as nn
-from timm.models import efficientnet, resnet
+from timm.models import FeatureDictNet, FeatureListNet, efficientnet, resnet
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv
 from torchvision.models import resnet as tv_resnet
+from torchvision.models._utils import IntermediateLayerGetter
 
+from ..dry_run import LayerRun
 from ..kinds import is_act, is_norm
 from .sites import Group, Network, Place, Reason, Site, get_module, join_path, role_of
 
@@ -35,6 +37,7 @@ class Block:
         last: Sites of a root that come after its blocks.
         sides: Attributes that hold small float side branches (squeeze-excite).
         pool: Attribute of a root that pools behind the stem.
+        head: Attribute of a root that holds its classifier; whatever is in there stays float.
     """
     sites: tuple[Names, ...]
     shortcut: str | None = None
@@ -43,6 +46,7 @@ class Block:
     last: tuple[Names, ...] = ()
     sides: tuple[str, ...] = ()
     pool: str | None = None
+    head: str | None = None
 
 
 KNOWN_BLOCKS: dict[type[nn.Module], Block] = {
@@ -56,9 +60,13 @@ KNOWN_BLOCKS: dict[type[nn.Module], Block] = {
         Names('conv2', 'bn2', 'act2', 'spatial', tail=('drop_block',)),
         Names('conv3', 'bn3', 'act3', 'expand', tail=('se', 'drop_path')),
     ), 'downsample', sides=('se',)),
-    resnet.ResNet: Block((Names('conv1', 'bn1', 'act1'), Names('maxpool')), is_root=True, pool='maxpool'),
+    resnet.ResNet: Block((Names('conv1', 'bn1', 'act1'), Names('maxpool')), is_root=True, pool='maxpool', head='fc'),
+    # features_only=True: the same attributes, without a classifier
+    **dict.fromkeys((FeatureListNet, FeatureDictNet), Block(
+        (Names('conv1', 'bn1', 'act1'), Names('maxpool')), is_root=True, pool='maxpool')),
     DepthwiseSeparableConv: Block((Names('conv_dw', 'bn1'), Names('conv_pw', 'bn2')), sides=('se',)),
-    efficientnet.EfficientNet: Block((Names('conv_stem', 'bn1'),), is_root=True, last=(Names('conv_head', 'bn2'),)),
+    efficientnet.EfficientNet: Block(
+        (Names('conv_stem', 'bn1'),), is_root=True, last=(Names('conv_head', 'bn2'),), head='classifier'),
     efficientnet.EfficientNetFeatures: Block((Names('conv_stem', 'bn1'),), is_root=True),
     # torchvision
     tv_resnet.BasicBlock: Block((
@@ -70,7 +78,8 @@ KNOWN_BLOCKS: dict[type[nn.Module], Block] = {
         Names('conv2', 'bn2', 'relu', 'spatial'),
         Names('conv3', 'bn3', 'relu', 'expand'),
     ), 'downsample'),
-    tv_resnet.ResNet: Block((Names('conv1', 'bn1', 'relu'),), is_root=True, pool='maxpool'),
+    tv_resnet.ResNet: Block((Names('conv1', 'bn1', 'relu'),), is_root=True, pool='maxpool', head='fc'),
+    IntermediateLayerGetter: Block((Names('conv1', 'bn1', 'relu'),), is_root=True, pool='maxpool'),
 }
 
 
@@ -85,26 +94,37 @@ def known_block(module: nn.Module) -> Block | None:
     return None
 
 
-def find_known_networks(model: nn.Module) -> list[Network] | None:
-    """Return the networks of known blocks in a model, or None if it holds other networks too, or none.
+def find_known_networks(model: nn.Module, runs: dict[str, LayerRun]) -> list[Network] | None:
+    """Return the networks of known blocks in a model, or None if it has none, or one in which something is not known.
 
-    A network is known only if every convolution and activation in it belongs to a site, a shortcut or a side branch:
-    nothing is known about what comes between blocks that are not known, and a ReLU there would leave a sign at +1.
+    A network is known only if every convolution and activation in it belongs to a site, a shortcut, a side branch or
+    the classifier, or is a convolution that never runs: nothing is known about what comes between blocks that are not
+    known, and a ReLU there would leave a sign at +1. Convolutions of a model outside of its known networks (a decoder
+    on a backbone) are in no site.
+
+    Args:
+        model: The model.
+        runs: Runs of its layers (`dry_run.run_layers`), empty if they are not known.
     """
     networks = []
     for path, module in model.named_modules():
         block = known_block(module)
         if block is not None and block.is_root:
-            network = _network(model, path, module, block)
+            network = _network(model, path, module, block, runs)
             if network is None:
                 return None
             networks.append(network)
     return networks or None
 
 
-def _network(model: nn.Module, path: str, root: nn.Module, block: Block) -> Network | None:
+def _network(
+        model: nn.Module, path: str, root: nn.Module, block: Block, runs: dict[str, LayerRun]) -> Network | None:
     """Return the network of a known root, or None if there is something in it that is not known."""
-    inside = dict(root.named_modules(prefix=path))
+    head = join_path(path, block.head)
+    inside = {
+        name: module for name, module in root.named_modules(prefix=path)
+        if not (head and (name == head or name.startswith(f'{head}.')))
+        and not (runs and isinstance(module, nn.Conv2d) and name not in runs)}
     blocks = {name: known for name, module in inside.items() if module is not root and (known := known_block(module))}
     groups = [Group(tuple(_sites(model, path, block.sites)))]
     groups += [_group(model, name, known) for name, known in blocks.items()]
@@ -112,7 +132,7 @@ def _network(model: nn.Module, path: str, root: nn.Module, block: Block) -> Netw
     sides = [join_path(name, part) for name, known in blocks.items() for part in known.sides]
     shortcuts = [join_path(name, known.shortcut) for name, known in blocks.items() if known.shortcut]
     sites = [site for group in groups for site in group.sites]
-    if _has_strangers(inside, sites, [*sides, *shortcuts]):
+    if not sites or _has_strangers(inside, sites, [*sides, *shortcuts]):
         return None
     first = replace(sites[0], kept=Reason.FIRST.why())
     groups[0] = replace(groups[0], sites=(first, *groups[0].sites[1:]))

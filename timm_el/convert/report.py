@@ -278,6 +278,8 @@ def _notes_of_recipe(draft: Draft, rows: dict[str, ReportRow]) -> Iterator[str]:
         if len(ends_of(network, recipe)) == 1:
             yield (f'{network.sites[-1].act.path}: other layers of its block share it, '
                    f'the last activation is dropped too')
+    if not recipe.residual and any(network.is_traced for network in networks):
+        yield 'residual=False: the blocks of this host are not known, its shortcuts stay'
     if recipe.act == 'ends' and not any(ends_of(network, recipe) for network in networks):
         yield "act='ends': the stem of this host is not known, all activations are dropped"
 

@@ -5,6 +5,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.modules.utils import _pair
 
 from ..quantizers import REGISTRY, is_symbolic, lean, wide_float
 from .checks import check_images, check_positive
@@ -140,13 +141,20 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
             input_quantizer, weight_quantizer, scale_weight, scale_input, input_scale_grad, weight_scale_grad)
         self.pad_value = pad_value
         self.same_pad = same_pad
+        self._set_padding()
+
+    def _set_padding(self) -> None:
+        """Set what follows from padding, kernel and dilation."""
         # Padding is explicit where conv2d's own zero padding is not what is asked for; 'same' may be uneven.
-        self.pad_first = padding_mode != 'zeros' or pad_value != 0 or same_pad or _is_uneven(self)
-        self.pad_sides = [int(p) for p in self._reversed_padding_repeated_twice]  # left, right, top, bottom
-        if self.pad_first or padding == 'valid':
-            self.conv_padding = (0, 0)
-        else:
-            self.conv_padding = (self.pad_sides[2], self.pad_sides[0])
+        self.pad_sides: list[int] = _pad_sides(self)  # left, right, top, bottom
+        is_uneven = self.pad_sides[0] != self.pad_sides[1] or self.pad_sides[2] != self.pad_sides[3]
+        self.pad_first: bool = self.padding_mode != 'zeros' or self.pad_value != 0 or self.same_pad or is_uneven
+        self.conv_padding: tuple[int, int] = (0, 0) if self.pad_first else (self.pad_sides[2], self.pad_sides[0])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ('padding', 'dilation') and 'same_pad' in vars(self):  # a backbone is dilated
+            self._set_padding()
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, **quantization: Any) -> 'BinaryConv2d':
@@ -169,7 +177,7 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
         if self.scale_input:
             y = y * self.scale_of_input(x)
             if bias is not None:
-                y = y + bias.reshape(-1, 1, 1)
+                y = y + bias.to(y.dtype).reshape(-1, 1, 1)  # under autocast, as torch's convolution gives it
         return y
 
     def _convolve(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -265,11 +273,11 @@ class StandardizedBinaryConv2d(BinaryConv2d):
         y = self._convolve(x) * self.scale
         gain = self.gain
         if gain is not None:
-            y = y * gain.reshape(-1, 1, 1)
+            y = y * gain.to(y.dtype).reshape(-1, 1, 1)
         if self.scale_input:
             y = y * self.scale_of_input(x)
         bias = self.bias
-        return y if bias is None else y + bias.reshape(-1, 1, 1)
+        return y if bias is None else y + bias.to(y.dtype).reshape(-1, 1, 1)
 
 
 def same_pads(
@@ -293,6 +301,12 @@ def same_pads(
 torch.fx.wrap('same_pads')  # depends on the size of the input, which a tracer does not know
 
 
-def _is_uneven(conv: nn.Conv2d) -> bool:
-    left, right, top, bottom = conv._reversed_padding_repeated_twice
-    return left != right or top != bottom
+def _pad_sides(conv: nn.Conv2d) -> list[int]:
+    """Return the columns and rows that a convolution pads, left, right, top and bottom, as its attributes say now."""
+    if conv.padding == 'valid':
+        return [0, 0, 0, 0]
+    if conv.padding == 'same':
+        reach = [d * (k - 1) for d, k in zip(_pair(conv.dilation), conv.kernel_size)]
+        return [reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2]
+    rows, columns = _pair(conv.padding)
+    return [columns, columns, rows, rows]

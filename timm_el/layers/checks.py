@@ -56,16 +56,33 @@ def check_images(x: torch.Tensor, channels: int, where: str) -> None:
 
 
 def check_unwrapped(model: nn.Module, verb: str) -> None:
-    """Raise ValueError if a model is a wrapper around another one: compiled, scripted, or for several processes.
+    """Raise ValueError if a model, or a part of it, is a wrapper around another one: compiled, scripted, or for several
+    processes.
 
     Args:
         model: Model to change or copy.
         verb: The intention, for the error.
     """
-    if isinstance(model, torch.jit.ScriptModule) or type(model).__name__ in WRAPPERS:
-        raise ValueError(
-            f'model: found a {type(model).__name__}, expected the model that it was made of; '
-            f'{verb} that one first, then script, compile or wrap it')
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or type(module).__name__ in WRAPPERS:
+            raise ValueError(
+                f'{path or "model"}: found a {type(module).__name__}, expected the module that it was made of; '
+                f'{verb} that one first, then script, compile or wrap it')
+
+
+def check_latent(model: nn.Module, verb: str) -> None:
+    """Raise ValueError if a model is deployed, so that its binary layers are no layers any more.
+
+    Args:
+        model: Model to look into.
+        verb: The intention, for the error.
+    """
+    engine = f'{__package__.partition(".")[0]}.engine.'
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith(engine):
+            raise ValueError(
+                f'model: it is deployed (found a {type(module).__name__} at {path or "its root"}), expected the latent '
+                f'network that it was made of; {verb} that one')
 
 
 def check_tensors(module: nn.Module, path: str) -> None:

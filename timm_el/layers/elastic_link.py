@@ -106,8 +106,8 @@ class ElasticLink(nn.Module):
         window = dict(kernel_size=conv.stride, stride=conv.stride, ceil_mode=True)
         if not same_pad and padding != 'same' and any(
                 2 * p != d * (k - 1) for k, p, d in zip(conv.kernel_size, padding, conv.dilation)):
-            if any(2 * p > k for k, p in zip(conv.kernel_size, padding)):
-                return None
+            if any(2 * p > k or k == 2 and p and d > 2 for k, p, d in zip(conv.kernel_size, padding, conv.dilation)):
+                return None  # a window would lie in the padding as a whole
             window = dict(kernel_size=conv.kernel_size, stride=conv.stride, padding=padding, dilation=conv.dilation)
         elif tuple(conv.stride) == (1, 1):
             return cls(conv.in_channels, conv.out_channels, 1, gamma, **dd)

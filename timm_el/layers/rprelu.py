@@ -54,7 +54,7 @@ class RSign(Shift):
         self.quantize = get_quantizer(quantizer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.quantize(super().forward(x))
+        return self.quantize(x + self.bias.reshape(-1, 1, 1))  # super() cannot be scripted
 
 
 class RPReLU(nn.Module):

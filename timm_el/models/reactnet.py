@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, create_classifier
 from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint_seq
+from timm.models._manipulate import checkpoint, checkpoint_seq
 from timm.models._registry import generate_default_cfgs, register_model
 
 from ..layers import BinaryConv2d, BinaryUnit, ElasticLink, RPReLU, Shift, guard_input
@@ -201,7 +201,10 @@ class ReActNet(CheckedLoading, nn.Module):
         x = self.bn_stem(self.conv_stem(x))
         stages = self.stages if torch.jit.is_scripting() or not stop_early else self.stages[:max_index + 1]
         for i, stage in enumerate(stages):
-            x = stage(x)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(stage, x)
+            else:
+                x = stage(x)
             if i in take_indices:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
@@ -210,8 +213,11 @@ class ReActNet(CheckedLoading, nn.Module):
             self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Drop all that the given intermediate features do not need, and return their indices."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        ends_early = max_index < len(self.stages) - 1
         self.stages = self.stages[:max_index + 1]
-        if prune_head:
+        if ends_early:  # the classifier was made for other features
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or ends_early:
             self.reset_classifier(0, '')
         return take_indices
 

@@ -60,7 +60,7 @@ class BinarizedResNet(CheckedLoading, ResNet):
         check_arguments(ResNet, BinarizedResNet, kwargs)
         check_flags(real_weights=real_weights, small_stem=small_stem, stride_first=stride_first)
         if small_stem:
-            kwargs = {**kwargs, **_wide_as(channels[0], kwargs)}
+            kwargs = {**kwargs, **_wide_as(channels[0], kwargs), **_timm_stride(kwargs)}
         super().__init__(*args, zero_init_last=zero_init_last, channels=channels, **kwargs)
         if small_stem:
             self._make_stem_small(channels[0])
@@ -99,6 +99,18 @@ class BinarizedResNet(CheckedLoading, ResNet):
         taken, timms = self._timm_indices(indices)
         super().prune_intermediate_layers(timms, **kwargs)
         return taken
+
+
+def _timm_stride(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return timm's `output_stride`, to which a stem of stride 4 belongs, for one that is asked for.
+
+    Raises:
+        ValueError: There is none such.
+    """
+    stride = kwargs.get('output_stride', 32)
+    if stride not in (2, 4, 8, 16, 32):
+        raise ValueError(f'output_stride: found {stride!r}, expected 2, 4 or 8 with small_stem=True')
+    return {'output_stride': min(4 * stride, 32)}
 
 
 def _wide_as(width: int, kwargs: dict[str, Any]) -> dict[str, Any]:

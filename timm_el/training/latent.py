@@ -17,8 +17,9 @@ def binary_layers(model: nn.Module) -> dict[str, nn.Module]:
 def clip_latent_weights(model: nn.Module, bound: float = 1.0) -> None:
     """Clip each quantized layer's latent weight to [-bound, bound], to be called after an optimizer's step.
 
-    Outside [-1, 1] the estimator has no gradient, and a latent weight could not come back (BinaryConnect, XNOR-Net).
+    Frozen ones stay as they are. Outside [-1, 1] the estimator has no gradient, and a latent weight could not come back
+    (BinaryConnect, XNOR-Net).
     """
     for layer in binary_layers(model).values():
-        if layer.weight_quantizer is not None:
+        if layer.weight_quantizer is not None and layer.weight.requires_grad:
             layer.weight.clamp_(-bound, bound)

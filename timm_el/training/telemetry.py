@@ -20,7 +20,7 @@ class JsonLines:
 
     def __init__(self, path: str | os.PathLike[str], epoch: int = 0) -> None:
         self.path = path
-        kept = [record for record in self.read(path) if record['epoch'] < epoch]
+        kept = [record for record in self.read(path) if record.get('epoch', -1) < epoch]
         part = f'{os.fspath(path)}.part'  # an interruption shall not cost what is there
         with open(part, 'w') as f:
             f.writelines(json.dumps(record) + '\n' for record in kept)
@@ -97,7 +97,7 @@ class Telemetry:
         self.model = model
         self.layers = binary_layers(model)
         self.lines = JsonLines(path, epoch)
-        self.edges = torch.linspace(-reach, reach, bins + 1)
+        self.edges = torch.linspace(-reach, reach, bins + 1, device='cpu')
         self.signs = self._signs()
 
     @torch.no_grad()
@@ -107,11 +107,12 @@ class Telemetry:
             if layer.weight_quantizer is not None}
 
     def _input_shares(self, images: torch.Tensor) -> dict[str, float]:
-        training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]  # some may be held in eval mode
         try:
             return input_sign_shares(self.model.eval(), images)
         finally:
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training
 
     @torch.no_grad()
     def _histogram(self, weight: torch.Tensor) -> list[float]:
