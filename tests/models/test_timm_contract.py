@@ -238,3 +238,8 @@ def test_intermediate_features_of_a_reactnet_are_checkpointed_too(monkeypatch):
 def test_a_recipe_for_a_network_with_its_own_is_refused_by_name():
     with pytest.raises(ValueError, match="recipe: found 'bireal', expected none, as el_reactnet_c has its own"):
         create('el_reactnet_c', 'bireal')
+
+
+def test_a_network_for_small_images_reports_the_operations_of_these():
+    assert timm.create_model('el_resnet20').binarize_report.input_size == (3, 32, 32)
+    assert timm.create_model('el_resnet18').binarize_report.input_size == (3, 224, 224)

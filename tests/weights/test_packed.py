@@ -279,6 +279,7 @@ FIRST = 'layer1.0.conv1.conv'
     (lambda t: t.update({f'{FIRST}.weight_alpha': torch.zeros(3)}), f'{FIRST}.weight_alpha: found torch.float32'),
     (lambda t: t.update({f'{FIRST}.weight_bits': torch.zeros(3)}), f'{FIRST}.weight_bits: found torch.float32'),
     (lambda t: t.update({f'{FIRST}.weight_pad': torch.tensor(1, dtype=torch.int8)}), f'{FIRST}.weight_pad: found 1'),
+    (lambda t: t.update({f'{FIRST}.weight_pad': torch.tensor(torch.inf)}), f'{FIRST}.weight_pad: found torch.float32'),
     (lambda t: t.pop('packed_version'), 'packed_version: .* found nothing'),
     (lambda t: t['packed_version'].fill_(3), 'packed_version: found format version 3, expected at most 2'),
 ])

@@ -74,7 +74,8 @@ class BinarizedResNet(CheckedLoading, ResNet):
                             f'stride_first: the stride of {path} is in its anti-aliasing layer (aa_layer), it cannot '
                             f'move to the first 1x1; pass stride_first=False')
                     module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
-        binarize(self, recipe, real_weights=real_weights)
+        images = torch.zeros((1, self.in_chans, 32, 32)) if small_stem else None  # else timm's own size
+        binarize(self, recipe, real_weights=real_weights, example_input=images)
 
     def _make_stem_small(self, width: int) -> None:
         first = self.conv1[0].weight

@@ -342,8 +342,9 @@ def _take(state_dict: dict[str, torch.Tensor], prefix: str, layer: nn.Module, wh
         raise CheckpointError(
             f'{where}: {prefix}{ALPHA}: found {"one" if alpha is not None else "none"}, expected '
             f'{"one" if layer.scale_weight else "none"}; this is a packed file of another recipe')
-    if pad is not None and pad.numel() != 1:
-        raise CheckpointError(f'{where}: {prefix}{PAD}: found shape {tuple(pad.shape)}, expected ()')
+    if pad is not None and (pad.numel() != 1 or pad.dtype != torch.int8):
+        raise CheckpointError(
+            f'{where}: {prefix}{PAD}: found {pad.dtype} {tuple(pad.shape)}, expected torch.int8 ()')
     found_pad, own_pad = 0 if pad is None else int(pad), getattr(layer, 'pad_value', 0)
     if found_pad != own_pad:
         raise CheckpointError(
