@@ -339,3 +339,13 @@ def test_other_classes_and_unknown_forms_are_refused(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(['eval', MODEL, '--data-dir', str(tmp_path), *option])
         assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
+    (tmp_path / 'args.yaml').write_text('model: el_resnet20\n')
+    (tmp_path / 'last.pth.tar').write_bytes(b'')
+    assert main(['eval', str(tmp_path), '--data-dir', str(tmp_path)]) == 2
+    assert "found no 'num_classes' in args.yaml, expected a run" in capsys.readouterr().err
+    (tmp_path / 'plain').mkdir()
+    assert main(['eval', str(tmp_path / 'plain'), '--data-dir', str(tmp_path)]) == 2
+    assert 'found no config.json, expected a folder that save_for_hub wrote' in capsys.readouterr().err

@@ -60,8 +60,9 @@ def learn(model: str, recipes: list[str | None], epochs: int, size: int, seed: i
         for recipe in recipes:
             config = FitConfig.from_dict(digits_config(model, recipe, epochs, size, seed, digits))
             result = fit(config, f'{folder}/{recipe}', f'{folder}/digits', workers=0)
-            summary = summarize(create(model, recipe, num_classes=10), (3, size, size))
-            rows.append((f'{model} ({recipe})' if recipe else model, f'{result["top1"]:.2f} %',
+            network = create(model, recipe, num_classes=10)
+            report, summary = getattr(network, 'binarize_report', None), summarize(network, (3, size, size))
+            rows.append((f'{model} ({report.recipe.name})' if report else model, f'{result["top1"]:.2f} %',
                          f'{result["seconds"]:.0f} s', f'{summary.mbit / 8:.2f} MB', f'{summary.ops / 1e6:.2f} M'))
     print(f'\nheld-out digits after {epochs} epochs, seed {seed}, {torch.get_num_threads()} threads:')
     print(table(('', 'top-1', 'training', 'size', 'OPs'), rows, '<>'))

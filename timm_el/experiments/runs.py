@@ -34,9 +34,6 @@ def read_args(folder: str | Path) -> dict[str, Any]:
     args = yaml.safe_load(path.read_text(encoding='utf-8'))
     if not isinstance(args, dict):
         raise ValueError(f'{path}: found a {type(args).__name__}, expected the arguments of a run; delete its folder')
-    absent = [name for name in ('model', 'num_classes', 'model_kwargs') if name not in args]
-    if absent:
-        raise ValueError(f'{path}: found no {absent[0]!r}, expected the arguments of a run of train.py or of `fit`')
     return args
 
 
@@ -55,9 +52,12 @@ def load_run(folder: str | Path) -> nn.Module:
     The best epoch would not be fair: it was chosen on the validation images, among the epochs since the last resume.
 
     Raises:
-        ValueError: There are no weights yet.
+        ValueError: There are no weights yet, or it is no run.
     """
     args = read_args(folder)
+    absent = [name for name in ('model', 'num_classes', 'model_kwargs') if name not in args]
+    if absent:
+        raise ValueError(f'{folder}: found no {absent[0]!r} in {ARGS}, expected a run of train.py or of `timm-el fit`')
     file = next((path for path in (Path(folder) / name for name in (LAST, PACKED)) if path.is_file()), None)
     if file is None:
         raise ValueError(f'{folder}: found no {LAST}, expected a run of at least one epoch')
