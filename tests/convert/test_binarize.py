@@ -821,3 +821,21 @@ def test_another_default_device_than_the_cpu_changes_nothing():
     finally:
         torch.set_default_device(before)
     assert found == plain
+
+
+def test_a_stage_with_two_names_is_converted_and_stays_one(photos):
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = timm.create_model('resnet18', **SMALL)
+            self.stage = self.backbone.layer4
+
+        def forward(self, x):
+            return self.backbone(x)
+
+    model, plain = Aliased(), timm_el.binarize(timm.create_model('resnet18', **SMALL))
+    timm_el.binarize(model)
+    assert model.stage is model.backbone.layer4
+    assert {f'backbone.{row.path}' for row in plain.binarize_report.rows if row.status == 'binarized'} == {
+        row.path for row in model.binarize_report.rows if row.status == 'binarized'}
+    assert model(photos).isfinite().all()

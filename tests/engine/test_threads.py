@@ -81,6 +81,39 @@ def test_a_fork_before_the_first_region_is_noticed():
     assert run(code, timeout=120) == [0]
 
 
+@pytest.mark.parametrize('lock', ['network._building', 'program._making_ready'])
+def test_a_fork_waits_for_what_another_thread_makes_ready(lock):
+    code = '''
+        from timm_el.engine import network, program
+        held = threading.Event()
+        other = timm_el.deploy(timm.create_model('el_resnet20').eval())
+
+        def make():
+            with LOCK:
+                held.set()
+                time.sleep(1)
+
+        thread = threading.Thread(target=make)
+        thread.start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            other(torch.randn(1, 3, 32, 32))
+            os._exit(0 if torch.equal(run(2), one) else 7)
+        for _ in range(300):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                break
+            time.sleep(0.1)
+        else:
+            os.kill(child, 9)
+            status = 'the child hangs'
+        thread.join()
+        print(json.dumps([status, torch.equal(run(3), one)]))
+    '''
+    assert run(code.replace('LOCK', lock), timeout=120) == [[0, True]]
+
+
 def test_several_python_threads_and_a_number_that_changes_give_the_same_bits():
     code = '''
         wrong = []

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..dry_run import own_input_size, run_layers
+from ..dry_run import LayerRun, own_input_size, run_layers
 from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_latent, check_tensors, check_unwrapped, guard_input
 from ..recipes import Recipe, get_recipe
 from ..weights.loading import RECIPE_CODE, guard_loading
@@ -230,13 +230,14 @@ def _ask(
         TypeError: `keep` has the wrong type.
         ValueError: `keep` matches nothing.
     """
-    asked, shared = _match(model, keep), _shared_weights(model)
+    asked = _match(model, keep)
     try:
-        return Question(recipe, asked, shared, run_layers(model, size, compute=True), size, tuple(keep)), []
+        runs = run_layers(model, size, compute=True)
     except Exception as e:  # whatever a foreign forward raises for an image that it does not want
         note = (f'operations were not counted: the model does not run on an image of {"x".join(map(str, size))} '
                 f'({type(e).__name__}: {e}); pass example_input')
-        return Question(recipe, asked, shared, {}, None, tuple(keep)), [note]
+        return Question(recipe, asked, _shared_weights(model, {}), {}, None, tuple(keep)), [note]
+    return Question(recipe, asked, _shared_weights(model, runs), runs, size, tuple(keep)), []
 
 
 def _match(model: nn.Module, keep: Sequence[str]) -> dict[str, str]:
@@ -253,14 +254,22 @@ def _match(model: nn.Module, keep: Sequence[str]) -> dict[str, str]:
     return kept
 
 
-def _shared_weights(model: nn.Module) -> dict[str, str]:
-    """Return the layers that share their weight, or themselves, with another place: path and the other place."""
-    places: dict[int, list[str]] = {}
+def _shared_weights(model: nn.Module, runs: dict[str, LayerRun]) -> dict[str, str]:
+    """Return the layers that share their weight, or themselves, with another place: path and the other place.
+
+    A layer that has two names (a backbone's stage that is an attribute of the whole, too) and runs once is not shared.
+    """
+    places: dict[int, dict[str, nn.Module]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.Conv2d, nn.Linear)) and 'weight' in module._parameters:  # else it is computed
-            places.setdefault(id(module.weight), []).append(path)
+            places.setdefault(id(module.weight), {})[path] = module
+
+    def is_shared(paths: dict[str, nn.Module]) -> bool:
+        once = len(set(paths.values())) == 1 and any(path in runs and runs[path].calls == 1 for path in paths)
+        return len(paths) > 1 and not once
+
     return {path: next(p for p in paths if p != path)
-            for paths in places.values() if len(paths) > 1 for path in paths}
+            for paths in places.values() if is_shared(paths) for path in paths}
 
 
 def _refuse_impossible(draft: Draft) -> None:
