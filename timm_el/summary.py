@@ -10,7 +10,8 @@ from typing import Any
 import torch.nn as nn
 
 from .dry_run import own_input_size, run_layers
-from .layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_latent, check_own_tensors, check_unwrapped
+from .layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_own_tensors, check_unwrapped
+from .layers.checks import check_latent
 from .tables import table
 
 BINARY_MACS_PER_OP = 64

@@ -18,7 +18,8 @@ import torch
 import torch.nn as nn
 
 from ..dry_run import LayerRun, own_input_size, run_layers
-from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_latent, check_tensors, check_unwrapped, guard_input
+from ..layers import BinaryConv2d, BinaryLinear, BinaryUnit, check_tensors, check_unwrapped, guard_input
+from ..layers.checks import check_latent
 from ..recipes import Recipe, get_recipe
 from ..weights.loading import RECIPE_CODE, guard_loading
 from ..weights.parameter_map import ParameterMap, RenewedNorm, tensors_of

@@ -9,7 +9,7 @@ carries the real-valued input around it. Binarization adds no other wrapper to a
 """
 from .binary_conv import BinaryConv2d, StandardizedBinaryConv2d, same_pads
 from .binary_linear import BinaryLinear
-from .checks import check_latent, check_own_tensors, check_tensors, check_unwrapped, guard_input
+from .checks import check_own_tensors, check_tensors, check_unwrapped, guard_input
 from .elastic_link import ElasticLink
 from .quantized import real_weights
 from .rprelu import RPReLU, RSign, Shift
@@ -18,7 +18,7 @@ from .sign_shares import input_sign_shares
 from .unit import HOST_ATTRIBUTES, BinaryUnit, ZeroShortcut, expected_statistics
 
 __all__ = [
-    'weight_scale', 'input_scale', 'same_pads', 'guard_input', 'check_latent', 'check_tensors', 'check_own_tensors',
+    'weight_scale', 'input_scale', 'same_pads', 'guard_input', 'check_tensors', 'check_own_tensors',
     'check_unwrapped', 'expected_statistics', 'BinaryConv2d', 'StandardizedBinaryConv2d', 'BinaryLinear',
     'ElasticLink', 'BinaryUnit', 'Shift', 'RSign', 'RPReLU', 'ZeroShortcut', 'HOST_ATTRIBUTES', 'input_sign_shares',
     'real_weights',

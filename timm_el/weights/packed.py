@@ -43,7 +43,8 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
-from ..layers import BinaryConv2d, BinaryLinear, check_latent, check_own_tensors, check_tensors
+from ..layers import BinaryConv2d, BinaryLinear, check_own_tensors, check_tensors
+from ..layers.checks import check_latent
 from .bits import pack_signs, pack_weight, packed_size, unpack_signs
 from .int8 import dequantize, quantize
 
