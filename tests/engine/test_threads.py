@@ -28,6 +28,15 @@ def run(threads):
 def tids():
     return set(os.listdir('/proc/self/task'))
 
+def status_of(child):
+    for _ in range(600):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.1)
+    os.kill(child, 9)
+    return 'the child hangs'
+
 one = run(1)
 '''
 
@@ -53,15 +62,7 @@ FORK = '''
         if grandchild == 0:
             os._exit(0 if torch.equal(run(3), one) else 7)
         os._exit(0 if same and os.waitpid(grandchild, 0)[1] == 0 else 7)
-    for _ in range(600):
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.1)
-    else:
-        os.kill(child, 9)
-        status = 'the child hangs'
-    print(json.dumps([in_parent, status, torch.equal(run(2), one)]))
+    print(json.dumps([in_parent, status_of(child), torch.equal(run(2), one)]))
 '''
 
 
@@ -100,14 +101,7 @@ def test_a_fork_waits_for_what_another_thread_makes_ready(lock):
         if child == 0:
             other(torch.randn(1, 3, 32, 32))
             os._exit(0 if torch.equal(run(2), one) else 7)
-        for _ in range(300):
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                break
-            time.sleep(0.1)
-        else:
-            os.kill(child, 9)
-            status = 'the child hangs'
+        status = status_of(child)
         thread.join()
         print(json.dumps([status, torch.equal(run(3), one)]))
     '''
