@@ -128,7 +128,7 @@ def summarize(model: nn.Module, input_size: tuple[int, int, int] | None = None) 
     input_size = tuple(input_size) if isinstance(input_size, (tuple, list)) else (input_size,)
     if len(input_size) != 3 or any(not isinstance(n, int) or isinstance(n, bool) or n <= 0 for n in input_size):
         raise ValueError(f'input_size: found {input_size}, expected (channels, height, width)')
-    check_unwrapped(model, 'summarize')
+    check_unwrapped(model, 'summarize', parts=True)
     check_latent(model, 'summarize')
     paths = {module: path for path, module in model.named_modules()}
     for module, path in paths.items():

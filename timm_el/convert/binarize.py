@@ -36,7 +36,7 @@ _one_at_a_time = threading.RLock()  # torch.fx patches torch.nn for all threads
 
 def _refuse_unfit(model: nn.Module) -> None:
     """Raise for modules that cannot be swapped without changing more than themselves."""
-    check_unwrapped(model, 'convert')
+    check_unwrapped(model, 'convert', parts=True)
     check_latent(model, 'convert')
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise ValueError(f'model: {type(model).__name__} has no Conv2d, there is nothing to binarize')

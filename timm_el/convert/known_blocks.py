@@ -109,12 +109,18 @@ def find_known_networks(model: nn.Module, runs: dict[str, LayerRun]) -> list[Net
     networks = []
     for path, module in model.named_modules():
         block = known_block(module)
-        if block is not None and block.is_root:
+        if block is not None and block.is_root and _has_stem(module, block):
             network = _network(model, path, module, block, runs)
             if network is None:
                 return None
             networks.append(network)
     return networks or None
+
+
+def _has_stem(root: nn.Module, block: Block) -> bool:
+    """Return whether a root has the attributes of its stem: a list of features may be that of any network."""
+    stem = block.sites[0]
+    return all(hasattr(root, name) for name in (stem.conv, stem.norm, stem.act, block.pool) if name)
 
 
 def _network(

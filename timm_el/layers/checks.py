@@ -55,15 +55,15 @@ def check_images(x: torch.Tensor, channels: int, where: str) -> None:
             f'a single image needs a batch axis: x.unsqueeze(0)')
 
 
-def check_unwrapped(model: nn.Module, verb: str) -> None:
-    """Raise ValueError if a model, or a part of it, is a wrapper around another one: compiled, scripted, or for several
-    processes.
+def check_unwrapped(model: nn.Module, verb: str, parts: bool = False) -> None:
+    """Raise ValueError if a model is a wrapper around another one: compiled, scripted, or for several processes.
 
     Args:
         model: Model to change or copy.
         verb: The intention, for the error.
+        parts: No module in it may be one either.
     """
-    for path, module in model.named_modules():
+    for path, module in model.named_modules() if parts else [('', model)]:
         if isinstance(module, torch.jit.ScriptModule) or type(module).__name__ in WRAPPERS:
             raise ValueError(
                 f'{path or "model"}: found a {type(module).__name__}, expected the module that it was made of; '
