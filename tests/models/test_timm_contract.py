@@ -11,6 +11,7 @@ from timm.models._features_fx import create_feature_extractor
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import timm_el
+from timm_el.models._pretrained import SHIPPED
 from timm_el.models.factory import create
 
 REACTNETS = ['reactnet_a', 'reactnet_c', 'el_reactnet_c']
@@ -243,3 +244,10 @@ def test_a_recipe_for_a_network_with_its_own_is_refused_by_name():
 def test_a_network_for_small_images_reports_the_operations_of_these():
     assert timm.create_model('el_resnet20').binarize_report.input_size == (3, 32, 32)
     assert timm.create_model('el_resnet18').binarize_report.input_size == (3, 224, 224)
+
+
+@pytest.mark.parametrize('name', sorted(path.parent.name for path in SHIPPED.glob('*/config.json')))
+def test_a_shipped_config_says_how_large_the_last_features_are(name):
+    model = timm.create_model(name, device='meta').eval()
+    images = torch.empty(1, *model.pretrained_cfg['input_size'], device='meta')
+    assert model.forward_features(images).shape[2:] == model.pretrained_cfg['pool_size']

@@ -2,6 +2,7 @@
 import csv
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,17 @@ def load_run(folder: str | Path) -> nn.Module:
     load_checkpoint(model, file)
     # As train.py does it for its validation images.
     config = resolve_data_config(args, model=model)
-    if config['input_size'] != model.pretrained_cfg['input_size']:
-        config['pool_size'] = None
+    config['pool_size'] = _pool_size(model.pretrained_cfg, config['input_size'])
     cfg = {**model.pretrained_cfg, **config, 'num_classes': model.num_classes}
     model.pretrained_cfg = model.default_cfg = cfg
     return model
+
+
+def _pool_size(cfg: dict[str, Any], input_size: Sequence[int]) -> tuple[int, ...] | None:
+    """Return the pixels of the last features for images of a size, as a config says for its own, or None."""
+    known = cfg.get('pool_size')
+    sides = zip(input_size[1:], known or (), cfg['input_size'][1:])
+    return tuple(math.ceil(n * pool / own) for n, pool, own in sides) if known else None
 
 
 def read_log(run: str | Path) -> dict[str, list[float]]:
