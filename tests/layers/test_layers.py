@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import timm_el
 from timm_el.layers import (
     BinaryConv2d,
     BinaryLinear,
@@ -465,6 +466,9 @@ def test_padding_and_dilation_that_are_set_later_count(changes):
     for mode in (torch.enable_grad, torch.no_grad):
         with mode():
             torch.testing.assert_close(binary(x), conv(signed(x)))
+    network = nn.Sequential(BinaryUnit(binary, nn.BatchNorm2d(4)), conv).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(timm_el.deploy(network)(x), network(x))
 
 
 def test_rsign_can_be_scripted():

@@ -167,8 +167,8 @@ def _check_still_runs(model: nn.Module, draft: Draft) -> None:
     for path in units:
         if path not in runs:
             raise ValueError(
-                f'{path}: the model does not run what is put in its place, as its forward holds the layer itself or '
-                f'reads its weight; pass keep=({path!r},)')
+                f'{path}: the model does not run what is put in its place, as its forward holds the layer '
+                f'itself; pass keep=({path!r},)')
 
 
 def _all_kept(draft: Draft) -> Draft:

@@ -135,8 +135,8 @@ class Lowering:
         self.refs = {id(recording.x): Ref(0, IMAGE)}
         self.storages: dict[int, list[torch.Tensor]] = {}
         self.fresh: set[int] = set()  # constants that the run made itself
-        self.fresh_storages: set[int] = set()  # their memory, and that of constants that steps have read: they are read
-        self.read_storages: set[int] = set()   # when the run is over
+        self.fresh_storages: set[int] = set()  # and their memory
+        self.read_storages: set[int] = set()  # memory of constants that steps read, which they do when the run is over
         self._remember(recording.x)
 
     # What handlers use ------------------------------------------------------------------------------------------------

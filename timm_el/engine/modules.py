@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..layers import HOST_ATTRIBUTES
+from ..layers.binary_conv import pad_sides_of
 from ..weights.int8 import quantize
 from . import operators as ops
 from .calls import copied
@@ -328,7 +329,7 @@ def spec_of(conv: nn.Module) -> ConvSpec:
     """Return the geometry of a convolution or linear layer."""
     if isinstance(conv, nn.Linear):
         return ConvSpec(conv.in_features, conv.out_features)
-    left, right, top, bottom = (int(p) for p in conv._reversed_padding_repeated_twice)
+    left, right, top, bottom = pad_sides_of(conv)  # torch's own list of them is older than a padding set later
     window = Window(pair(conv.kernel_size), pair(conv.stride), (top, left), pair(conv.dilation))
     return ConvSpec(
         conv.in_channels, conv.out_channels, window, (bottom, right), conv.groups, getattr(conv, 'pad_value', 0))

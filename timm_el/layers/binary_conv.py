@@ -146,7 +146,7 @@ class BinaryConv2d(_Quantized, nn.Conv2d):
     def _set_padding(self) -> None:
         """Set what follows from padding, kernel and dilation."""
         # Padding is explicit where conv2d's own zero padding is not what is asked for; 'same' may be uneven.
-        self.pad_sides: list[int] = _pad_sides(self)  # left, right, top, bottom
+        self.pad_sides: list[int] = pad_sides_of(self)  # left, right, top, bottom
         is_uneven = self.pad_sides[0] != self.pad_sides[1] or self.pad_sides[2] != self.pad_sides[3]
         self.pad_first: bool = self.padding_mode != 'zeros' or self.pad_value != 0 or self.same_pad or is_uneven
         self.conv_padding: tuple[int, int] = (0, 0) if self.pad_first else (self.pad_sides[2], self.pad_sides[0])
@@ -301,7 +301,7 @@ def same_pads(
 torch.fx.wrap('same_pads')  # depends on the size of the input, which a tracer does not know
 
 
-def _pad_sides(conv: nn.Conv2d) -> list[int]:
+def pad_sides_of(conv: nn.Conv2d) -> list[int]:
     """Return the columns and rows that a convolution pads, left, right, top and bottom, as its attributes say now."""
     if conv.padding == 'valid':
         return [0, 0, 0, 0]
